@@ -1,0 +1,13 @@
+"""Supervised fine-tuning on Megatron-Core with designed target distributions.
+
+The loss and everything else that needs no Megatron is imported from here; qtarget_megatron.megatron plugs it into
+Megatron's training loop, and ``python -m qtarget_megatron.finetune`` runs it.
+"""
+
+from qtarget_megatron import objectives
+from qtarget_megatron.loss import qtarget_cross_entropy
+from qtarget_megatron.objectives import Objective
+from qtarget_megatron.statistics import TokenStatistics
+
+__version__ = "0.1.0"
+__all__ = ["Objective", "TokenStatistics", "objectives", "qtarget_cross_entropy"]

@@ -1,0 +1,28 @@
+"""Hugging Face checkpoints: read a rank's slices, map them to Megatron parameters, export them."""
+
+from qtarget_megatron.checkpoint.architecture import Architecture, RopeScaling
+from qtarget_megatron.checkpoint.hf_reader import HFReader
+from qtarget_megatron.checkpoint.hf_writer import HFExport, check_output_directory, plan_shards
+from qtarget_megatron.checkpoint.layout import (
+    check_tensors,
+    hf_names,
+    hf_tensor_shapes,
+    load_parameter,
+    merge_parameter,
+    partition_dim,
+)
+
+__all__ = [
+    "Architecture",
+    "HFExport",
+    "HFReader",
+    "RopeScaling",
+    "check_output_directory",
+    "check_tensors",
+    "hf_names",
+    "hf_tensor_shapes",
+    "load_parameter",
+    "merge_parameter",
+    "partition_dim",
+    "plan_shards",
+]

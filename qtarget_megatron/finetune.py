@@ -1,0 +1,172 @@
+"""Fine-tune a Hugging Face model on Megatron with a designed target distribution.
+
+    torchrun --nproc-per-node 8 -m qtarget_megatron.finetune \\
+        --hf-model DIR --sft-train train.jsonl --objective target-sft --objective-args eta=0.5 --teacher-hf TEACHER_DIR \\
+        --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel --bf16 \\
+        --seq-length 4096 --micro-batch-size 1 --global-batch-size 128 --train-iters 1000 --lr 1e-5 \\
+        --save CKPT --save-hf OUT
+
+Every Megatron flag works (--help-megatron lists them): training is Megatron's own pretrain(), with its optimizers,
+schedules, checkpoints and logs. The shape of the model comes from --hf-model and needs no flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+
+from qtarget_megatron import objectives
+from qtarget_megatron.checkpoint import Architecture, HFReader, check_output_directory, check_tensors
+from qtarget_megatron.data import JsonlFile, compare_tokenizers, load_tokenizer
+from qtarget_megatron.megatron import cpu_platform, launch
+from qtarget_megatron.megatron.arguments import (
+    add_arguments,
+    check_flags,
+    check_layout,
+    implementation_flags,
+    megatron_flags,
+    padded_vocab_size,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run fine-tuning with command-line words; returns the process's exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        run(argv)
+    except ValueError as error:
+        # Bad input is one line; a fault inside Megatron or torch keeps its traceback.
+        if not _raised_by_this_package(error):
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"finetune: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def run(argv: list[str]) -> None:
+    """Check everything that can be checked, then train, then export. ValueError for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qtarget_megatron.finetune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help-megatron", action="store_true", help="list Megatron's flags as well")
+    ours, _ = add_arguments(parser).parse_known_args(
+        [word for word in argv if word != "--help-megatron"] if "--help-megatron" not in argv else ["--hf-model", "."]
+    )
+    launch.check_version()
+    on_cpu = cpu_platform.activate(requested=ours.cpu)
+    if "--help-megatron" in argv:
+        launch.parse_arguments(["--help"], add_arguments)
+
+    student = Architecture.from_hf(ours.hf_model)
+    arch_flags = megatron_flags(student)
+    check_flags(argv, arch_flags)
+    args = launch.parse_arguments([*arch_flags, *implementation_flags(on_cpu=on_cpu), *argv], add_arguments)
+    objective = objectives.from_arguments(args.objective, args.objective_args)
+    _check(args, student, objective)
+    tokenizer, teacher = _check_models(args, student, objective)
+
+    cpu_platform.repair_megatron_wheel()
+    args.calculate_per_token_loss = True
+    args.padded_vocab_size = padded_vocab_size(student.vocab_size, args)
+    launch.initialize(args)
+    _train(args, student, teacher, objective, tokenizer)
+
+
+def _check(args: argparse.Namespace, student: Architecture, objective: objectives.Objective) -> None:
+    """What needs no file but the small ones: objective, layout, data, output directory."""
+    if objective.needs_teacher and args.teacher_hf is None:
+        raise ValueError(f"objective {objective} reads a second model: give --teacher-hf DIR")
+    if not objective.needs_teacher and args.teacher_hf is not None:
+        raise ValueError(f"objective {objective} reads no second model: drop --teacher-hf or choose another objective")
+    if objective.token_inputs:
+        raise ValueError(f"objective {objective} needs per-token inputs, which finetune does not read yet")
+    check_layout(args, student, "student")
+    if args.sft_train is None and not args.skip_train:
+        raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
+    for path in (args.sft_train, args.sft_valid):
+        if path is not None:
+            JsonlFile(path)
+    if args.sft_valid is None:
+        args.eval_iters = 0
+    if args.save_hf is not None:
+        check_output_directory(args.save_hf)
+    if args.load is not None and args.load != args.save and not launch.has_checkpoint(args.load):
+        raise ValueError(
+            f"--load {args.load}: expected a Megatron checkpoint (latest_checkpointed_iteration.txt), found none: drop "
+            "--load to start from --hf-model"
+        )
+
+
+def _check_models(args: argparse.Namespace, student: Architecture, objective: objectives.Objective):
+    """Weights and tokenizers of both models, headers only: (tokenizer, the teacher's architecture or None)."""
+    check_tensors(HFReader(args.hf_model), student)
+    tokenizer = load_tokenizer(args.hf_model)
+    if args.teacher_hf is None:
+        return tokenizer, None
+    teacher = Architecture.from_hf(args.teacher_hf)
+    check_layout(args, teacher, "teacher")
+    check_tensors(HFReader(args.teacher_hf), teacher)
+    compare_tokenizers(tokenizer, load_tokenizer(args.teacher_hf))
+    if teacher.vocab_size != student.vocab_size:
+        raise ValueError(
+            f"--teacher-hf {args.teacher_hf} has a vocabulary of {teacher.vocab_size}, the student one of "
+            f"{student.vocab_size}: use a teacher with the student's vocabulary"
+        )
+    return tokenizer, teacher
+
+
+def _train(args, student, teacher, objective, tokenizer) -> None:
+    # Megatron is imported only now: the CPU platform acts before it.
+    import torch.distributed as dist
+
+    from qtarget_megatron.megatron.datasets import DatasetProvider
+    from qtarget_megatron.megatron.hf_weights import save_hf_weights
+    from qtarget_megatron.megatron.model import ModelProvider
+    from qtarget_megatron.megatron.step import LossSettings, forward_step
+
+    from_checkpoint = launch.has_checkpoint(args.load)
+    models = ModelProvider(args, student, teacher, load_weights=not from_checkpoint)
+    if args.rank == 0:
+        origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
+        print(f"qtarget_megatron: objective {objective}, starting from {origin}", flush=True)
+    settings = LossSettings(objective, student.vocab_size, args.qtarget_backend)
+    launch.run_pretrain(
+        args,
+        datasets=DatasetProvider(args, tokenizer),
+        model_provider=models,
+        forward_step=partial(forward_step, settings, args.check_for_nan_in_loss_and_grad),
+    )
+    if args.save_hf is not None:
+        save_hf_weights(models.built, student, args.hf_model, args.save_hf)
+        if args.rank == 0:
+            print(f"qtarget_megatron: exported the model to {args.save_hf}", flush=True)
+    _report_peak_memory(args.rank)
+    dist.destroy_process_group()
+
+
+def _report_peak_memory(rank: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    peaks = [None] * dist.get_world_size()
+    dist.all_gather_object(peaks, torch.cuda.max_memory_allocated())
+    if rank == 0:
+        text = " ".join(f"{peak / 2**30:.2f}" for peak in peaks)
+        print(f"qtarget_megatron: peak memory per rank (GiB): {text}", flush=True)
+
+
+def _raised_by_this_package(error: BaseException) -> bool:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Backends of the two kernels: statistics of a vocabulary shard, and the logit gradient.
+
+A kernel knows no objective: it sees residual coefficients (a, b) and per-row scales only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qtarget_megatron.kernels import native, reference
+
+BACKENDS = ("auto", "reference", "cpp", "cuda")
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def select(backend: str, logits: Tensor) -> ModuleType:
+    """The module whose partial_statistics and logit_gradient serve these logits.
+
+    auto takes cpp for CPU tensors, cuda for CUDA tensors and reference for float64. Where the native module has no
+    CUDA half, auto takes reference for CUDA tensors and says so once.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    device = logits.device.type
+    if backend == "auto":
+        if logits.dtype not in _NATIVE_DTYPES:
+            return reference
+        if device == "cuda" and not native.has_cuda():
+            warnings.warn(
+                "qtarget_megatron was built without CUDA: backend='auto' uses the PyTorch reference on the GPU, which "
+                "stores softmax-sized temporaries. Rebuild where nvcc is found.",
+                stacklevel=3,
+            )
+            return reference
+        return native if device in ("cpu", "cuda") else reference
+    if backend == "reference":
+        return reference
+    wanted = {"cpp": "cpu", "cuda": "cuda"}[backend]
+    if device != wanted:
+        raise ValueError(f"backend={backend!r} needs {wanted} tensors, got {device} logits: move them or use 'auto'")
+    if logits.dtype not in _NATIVE_DTYPES:
+        raise ValueError(
+            f"backend={backend!r} takes float32, bfloat16 or float16 logits, got {logits.dtype}: use 'reference'"
+        )
+    if backend == "cuda" and not native.has_cuda():
+        raise ValueError("backend='cuda' needs a build with CUDA: rebuild where nvcc is found, or use 'reference'")
+    return native

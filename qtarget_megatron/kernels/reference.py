@@ -1,0 +1,119 @@
+"""The kernels' formulas in plain PyTorch, for any floating dtype (float64 included) and any device.
+
+Sums are taken in float32 for logits of at most 32 bits and in float64 for float64 logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtarget_megatron.statistics import BASE_WIDTH, RESIDUAL_WIDTH, Residuals, partial_width
+
+
+def partial_statistics(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    residuals: Residuals,
+    vocab_start: int,
+    valid_columns: int,
+    ignore_index: int,
+) -> Tensor:
+    """Reduce this rank's shard to ``[N, partial_width(R)]``; the layout is documented in statistics.py.
+
+    logits, teacher_logits: ``[N, V_local]``; columns from valid_columns on are padding and never read.
+    labels: ``[N]`` global ids. Rows of ignored labels are 0.
+    """
+    supervised = labels != ignore_index
+    z = _valid(logits, valid_columns)
+    out = z.new_zeros(z.shape[0], partial_width(len(residuals)))
+    m = _row_max(z)
+    centre = _finite_or_zero(m)
+    shifted = z - centre[:, None]
+    weight = shifted.exp()
+    out[:, 0] = m
+    out[:, 1] = weight.sum(-1)
+    out[:, 2] = _weighted_sum(weight, shifted)
+    local = labels - vocab_start
+    here = supervised & (local >= 0) & (local < valid_columns)
+    if valid_columns > 0:
+        label_logit = z.gather(1, local.clamp(0, valid_columns - 1)[:, None]).squeeze(1)
+        out[:, 3] = torch.where(here, label_logit, torch.zeros_like(label_logit))
+    for index, (a, b) in enumerate(residuals):
+        u = _combine(z, teacher_logits, a, b, valid_columns)
+        m_u = _row_max(u)
+        shifted_u = u - _finite_or_zero(m_u)[:, None]
+        weight_u = shifted_u.exp()
+        start = BASE_WIDTH + RESIDUAL_WIDTH * index
+        out[:, start] = m_u
+        out[:, start + 1] = weight_u.sum(-1)
+        # Without a finite logit there is no local centre: merge() adds the (infinite) offset instead.
+        cross = _weighted_sum(weight_u, shifted)
+        out[:, start + 2] = torch.where(m == -torch.inf, torch.zeros_like(cross), cross)
+        out[:, start + 3] = _weighted_sum(weight_u, shifted_u)
+    return torch.where(supervised[:, None], out, torch.zeros_like(out))
+
+
+def logit_gradient(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    residuals: Residuals,
+    vocab_start: int,
+    valid_columns: int,
+    ignore_index: int,
+    max_: Tensor,
+    scale: Tensor,
+    label_scale: Tensor,
+    residual_max: Tensor,
+    residual_scale: Tensor,
+    out: Tensor,
+) -> None:
+    """Write the gradient of every row into ``out`` (which may be ``logits`` itself).
+
+        out_k = exp(z_k - max_) scale - [k = y] label_scale - sum_r exp(u_rk - residual_max_r) residual_scale_r
+
+    max_, scale, label_scale: ``[N]``; residual_max, residual_scale: ``[R, N]``. Padding columns, ignored rows and rows
+    whose scales are all 0 are written as exact zeros whatever the logits hold.
+    """
+    z = _valid(logits, valid_columns)
+    active = (labels != ignore_index) & ((scale != 0) | (label_scale != 0) | (residual_scale != 0).any(0))
+    gradient = (z - max_[:, None]).exp() * scale[:, None]
+    for index, (a, b) in enumerate(residuals):
+        u = _combine(z, teacher_logits, a, b, valid_columns)
+        term = (u - residual_max[index][:, None]).exp() * residual_scale[index][:, None]
+        gradient -= torch.where((residual_scale[index] == 0)[:, None], torch.zeros_like(term), term)
+    local = labels - vocab_start
+    here = active & (local >= 0) & (local < valid_columns)
+    rows = here.nonzero().squeeze(1)
+    gradient[rows, local[rows]] -= label_scale[rows]
+    out[:, :valid_columns] = torch.where(active[:, None], gradient, torch.zeros_like(gradient)).to(out.dtype)
+    out[:, valid_columns:] = 0
+
+
+def _valid(logits: Tensor, valid_columns: int) -> Tensor:
+    logits = logits[:, :valid_columns]
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _combine(z: Tensor, teacher_logits: Tensor | None, a: float, b: float, valid_columns: int) -> Tensor:
+    # A coefficient of 0 removes its operand: 0 * -inf would be NaN.
+    u = a * z if a != 0 else torch.zeros_like(z)
+    return u + b * _valid(teacher_logits, valid_columns).to(z.dtype) if b != 0 else u
+
+
+def _row_max(values: Tensor) -> Tensor:
+    if values.shape[1] == 0:
+        return values.new_full((values.shape[0],), -torch.inf)
+    return values.amax(-1)
+
+
+def _finite_or_zero(maximum: Tensor) -> Tensor:
+    return torch.where(maximum == -torch.inf, torch.zeros_like(maximum), maximum)
+
+
+def _weighted_sum(weight: Tensor, values: Tensor) -> Tensor:
+    return torch.where(weight == 0, torch.zeros_like(values), weight * values).sum(-1)

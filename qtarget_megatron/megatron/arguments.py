@@ -1,0 +1,153 @@
+"""Command-line arguments of fine-tuning: ours, and Megatron's as they follow from a Hugging Face config.json."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+
+from qtarget_megatron import objectives
+from qtarget_megatron.checkpoint import Architecture
+from qtarget_megatron.kernels import BACKENDS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this package's arguments to a parser (Megatron's own, in finetune)."""
+    group = parser.add_argument_group("qtarget: fine-tuning with a designed target distribution")
+    group.add_argument("--hf-model", type=Path, required=True, metavar="DIR",
+                       help="Hugging Face directory of the student: architecture from config.json, initial weights from its "
+                       "safetensors, tokenizer. Each rank reads only its slices; nothing is converted beforehand.")  # fmt: skip
+    group.add_argument("--objective", default="sft", metavar="NAME",
+                       help=f"training objective: {', '.join(objectives.names())} (default: sft)")  # fmt: skip
+    group.add_argument("--objective-args", nargs="*", default=[], metavar="KEY=VALUE",
+                       help="parameters of the objective, e.g. eta=0.5")  # fmt: skip
+    group.add_argument("--teacher-hf", type=Path, metavar="DIR",
+                       help="Hugging Face directory of the frozen second model (teacher, reference or base), for the objectives "
+                       "that read one. It is stacked on the student's pipeline stages; same tokenizer, any size.")  # fmt: skip
+    group.add_argument("--sft-train", type=Path, metavar="FILE",
+                       help="training data, JSONL: each line {\"messages\": [...]} or {\"prompt\": ..., \"completion\": ...}")  # fmt: skip
+    group.add_argument("--sft-valid", type=Path, metavar="FILE",
+                       help="held-out data, same format; its first eval-iters * global-batch-size samples are evaluated each time")  # fmt: skip
+    group.add_argument("--save-hf", type=Path, metavar="DIR",
+                       help="export the trained model there as a Hugging Face directory once training is done")  # fmt: skip
+    group.add_argument("--qtarget-backend", default="auto", choices=BACKENDS,
+                       help="kernels of the loss (default: auto, native ones for the device)")  # fmt: skip
+    group.add_argument("--cpu", action="store_true",
+                       help="run on the CPU over gloo; the default where no GPU is found, refused where one is")  # fmt: skip
+    return parser
+
+
+def megatron_flags(arch: Architecture) -> list[str]:
+    """Megatron command-line flags that describe this architecture.
+
+    Raises ValueError where Megatron's GPT model cannot express it.
+    """
+    linear_biases = {arch.qkv_bias, arch.output_bias, arch.mlp_bias}
+    if arch.output_bias != arch.mlp_bias or (arch.mlp_bias and not arch.qkv_bias):
+        raise ValueError(
+            f"Megatron has biases on all linear layers, on query/key/value only, or on none; config.json asks for "
+            f"query/key/value={arch.qkv_bias}, attention output={arch.output_bias}, MLP={arch.mlp_bias}"
+        )
+    values = {
+        "--num-layers": arch.num_layers,
+        "--hidden-size": arch.hidden_size,
+        "--ffn-hidden-size": arch.ffn_hidden_size,
+        "--num-attention-heads": arch.num_attention_heads,
+        "--num-query-groups": arch.num_query_groups,
+        "--kv-channels": arch.head_dim,
+        "--max-position-embeddings": arch.max_position_embeddings,
+        "--norm-epsilon": arch.norm_epsilon,
+        "--vocab-size": arch.vocab_size,
+        "--position-embedding-type": "rope",
+        "--normalization": "RMSNorm",
+        "--attention-dropout": 0,
+        "--hidden-dropout": 0,
+        "--tokenizer-type": "NullTokenizer",
+    }
+    flags = [str(word) for pair in values.items() for word in pair]
+    flags += ["--swiglu", "--group-query-attention"]
+    if linear_biases != {True}:
+        flags.append("--disable-bias-linear")
+        flags += ["--add-qkv-bias"] if arch.qkv_bias else []
+    flags += ["--qk-layernorm"] if arch.qk_norm else []
+    flags += [] if arch.tied else ["--untie-embeddings-and-output-weights"]
+    return flags
+
+
+def implementation_flags(*, on_cpu: bool) -> list[str]:
+    """Megatron flags that keep it to components this machine has; the user's own flags come later and win.
+
+    Without Transformer Engine: Megatron's local layers. Without it and Apex: none of their fused kernels.
+    """
+    transformer_engine, apex = (importlib.util.find_spec(name) is not None for name in ("transformer_engine", "apex"))
+    flags = ["--no-one-logger"]
+    if on_cpu:
+        flags += ["--distributed-backend", "gloo", "--num-workers", "0"]
+    if on_cpu or not transformer_engine:
+        flags += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"]
+    if on_cpu or not (transformer_engine or apex):
+        flags += ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
+    return flags
+
+
+def check_flags(argv: list[str], arch_flags: list[str]) -> None:
+    """Refuse flags that contradict --hf-model or this package's way of counting tokens. Raises ValueError."""
+    fixed = {word for word in arch_flags if word.startswith("--")} - {"--attention-dropout", "--hidden-dropout"}
+    given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
+    if given:
+        raise ValueError(f"{', '.join(given)} follow(s) from --hf-model and cannot be given: drop it")
+    for flag, instead in (("--sft", "--sft-train"), ("--data-path", "--sft-train"), ("--mock-data", "--sft-train")):
+        if flag in argv:
+            raise ValueError(f"{flag} is Megatron's own data path, this program reads {instead}: drop {flag}")
+
+
+def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None:
+    """Refuse a parallel layout that this model cannot be cut into, before anything is built. Raises ValueError."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    heads, groups = arch.num_attention_heads, arch.num_query_groups
+    if heads % tp != 0:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the {heads} attention heads of the {who}: use one of "
+            f"{_divisors(heads)}"
+        )
+    if groups % tp != 0 and tp % groups != 0:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} neither divides nor is a multiple of the {groups} key/value heads of the "
+            f"{who}: use one of {[d for d in _divisors(heads) if groups % d == 0 or d % groups == 0]}"
+        )
+    if arch.ffn_hidden_size % tp != 0:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the MLP width {arch.ffn_hidden_size} of the {who}"
+        )
+    if arch.hidden_size % tp != 0:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the hidden size {arch.hidden_size} of the {who}"
+        )
+    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
+    if arch.num_layers % pp != 0 and not uneven and args.pipeline_model_parallel_layout is None:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {pp} does not divide the {arch.num_layers} layers of the {who}: use one of "
+            f"{_divisors(arch.num_layers)}"
+        )
+    if args.seq_length is not None and args.seq_length > arch.max_position_embeddings:
+        raise ValueError(
+            f"--seq-length {args.seq_length} exceeds the {arch.max_position_embeddings} positions of the {who}"
+        )
+    if arch.sliding_window is not None and (args.seq_length or 0) > arch.sliding_window:
+        raise ValueError(
+            f"the {who} attends within a sliding window of {arch.sliding_window} tokens, which this version does not "
+            f"build: use --seq-length of at most {arch.sliding_window}, got {args.seq_length}"
+        )
+    if args.sequence_parallel and args.seq_length is not None and args.seq_length % tp != 0:
+        raise ValueError(f"--sequence-parallel needs --seq-length divisible by {tp}, got {args.seq_length}")
+
+
+def padded_vocab_size(vocab_size: int, args: argparse.Namespace) -> int:
+    """Rows of the embedding matrix: vocab_size rounded up to make-vocab-size-divisible-by * tensor-parallel size."""
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,90 @@
+"""Megatron's data set provider for the JSONL data of qtarget_megatron.data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core.datasets.utils import Split
+
+from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, inspect_samples
+
+
+class DatasetProvider:
+    """train_valid_test_dataset_provider of pretrain(): every rank opens the files and reads by sample index."""
+
+    # Megatron then calls it on every rank, not only on tensor-parallel rank 0.
+    is_distributed = True
+
+    def __init__(self, args: argparse.Namespace, tokenizer):
+        self.args, self.tokenizer = args, tokenizer
+        self._built: dict[Path, tuple[JsonlFile, np.ndarray]] = {}
+
+    def __call__(self, num_samples, vp_stage=None):
+        args = self.args
+        train = valid = None
+        if args.sft_train is not None and not args.skip_train:
+            train = self._dataset(args.sft_train, num_samples[0], Split.train, shuffle=True)
+        if args.sft_valid is not None:
+            held_out = args.eval_iters * args.eval_global_batch_size
+            valid = self._dataset(args.sft_valid, num_samples[1], Split.valid, shuffle=False, first=held_out)
+        return train, valid, None
+
+    def _dataset(self, path: Path, num_samples: int, split: Split, *, shuffle: bool, first: int | None = None):
+        file, status = self._inspected(path)
+        if first is not None:
+            # Every evaluation sees the same samples, so that held-out losses can be compared.
+            kept = np.flatnonzero(status != SampleStatus.SKIPPED)
+            status = status.copy()
+            status[kept[first:]] = SampleStatus.SKIPPED
+            if len(kept) < first and dist.get_rank() == 0:
+                print(f"qtarget_megatron: {path} has {len(kept)} usable samples, an evaluation of {first} repeats some")
+        dataset = SupervisedDataset(
+            file,
+            self.tokenizer,
+            self.args.seq_length,
+            status=status,
+            num_samples=num_samples,
+            seed=self.args.seed,
+            shuffle=shuffle,
+            pad_id=_pad_id(self.tokenizer),
+        )
+        dataset.split = split
+        return dataset
+
+    def _inspected(self, path: Path) -> tuple[JsonlFile, np.ndarray]:
+        """The file and the status of each of its samples: every rank inspects its share, once."""
+        if path not in self._built:
+            file, status = JsonlFile(path), None
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+            share = np.arange(rank, len(file), world_size)
+            try:
+                found, error = inspect_samples(file, self.tokenizer, self.args.seq_length, share), None
+            except ValueError as problem:
+                found, error = None, str(problem)
+            gathered = [None] * world_size
+            dist.all_gather_object(gathered, (found, error))
+            for _, error in gathered:
+                if error is not None:
+                    raise ValueError(error)
+            status = np.empty(len(file), dtype=np.uint8)
+            for index, (found, _) in enumerate(gathered):
+                status[index::world_size] = found
+            if rank == 0:
+                truncated = int((status == SampleStatus.TRUNCATED).sum())
+                skipped = int((status == SampleStatus.SKIPPED).sum())
+                print(
+                    f"qtarget_megatron: {path}: {len(file)} samples, {truncated} truncated to {self.args.seq_length} "
+                    f"tokens, {skipped} skipped (no supervised token)",
+                    flush=True,
+                )
+            self._built[path] = file, status
+        return self._built[path]
+
+
+def _pad_id(tokenizer) -> int:
+    """Any id of the vocabulary will do: padding follows the sample, so causal attention never reads it."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None)

@@ -1,0 +1,67 @@
+"""The one place that knows Megatron's entry points, whose signatures change between releases.
+
+Written for megatron-core 0.19: arguments are parsed and validated before pretrain(), which takes a config container.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable
+
+SUPPORTED = "megatron-core >= 0.19.2, < 0.20"
+
+
+def check_version() -> None:
+    """ValueError unless the installed megatron-core is one this module was written for."""
+    version = importlib.metadata.version("megatron-core")
+    major, minor, *patch = version.split(".")
+    if (major, minor) != ("0", "19") or (patch and patch[0].isdigit() and int(patch[0]) < 2):
+        raise ValueError(f"this version of qtarget_megatron needs {SUPPORTED}, found {version}: install that")
+
+
+def parse_arguments(argv: list[str], add_arguments: Callable) -> argparse.Namespace:
+    """Megatron's arguments and ours, not yet validated. Exits with argparse's message for an unknown flag."""
+    from megatron.training.arguments import parse_args
+
+    saved = sys.argv
+    sys.argv = [saved[0], *argv]
+    try:
+        return parse_args(add_arguments)
+    finally:
+        sys.argv = saved
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Megatron's validation of args, and its global state."""
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    # Megatron insists on it for tensor parallelism on GPUs before Blackwell.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    validate_args(args)
+    set_global_variables(args)
+
+
+def has_checkpoint(directory: str | None) -> bool:
+    """True where a Megatron checkpoint can be loaded from the directory."""
+    from megatron.training.checkpointing import checkpoint_exists
+
+    return directory is not None and checkpoint_exists(directory)
+
+
+def run_pretrain(args: argparse.Namespace, *, datasets: Callable, model_provider: Callable, forward_step: Callable):
+    """Megatron's training loop, with this package's data, model and forward step."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        model_provider=model_provider,
+    )

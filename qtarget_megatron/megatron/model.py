@@ -1,0 +1,154 @@
+"""Megatron GPT models for a Hugging Face architecture, student and frozen teacher, with weights from safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.training.arguments import core_transformer_config_from_args
+
+from qtarget_megatron.checkpoint import Architecture, HFReader
+from qtarget_megatron.megatron.arguments import padded_vocab_size
+from qtarget_megatron.megatron.hf_weights import load_hf_weights
+from qtarget_megatron.megatron.teacher import StackedGPTModel
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm for the local layer implementation, with sequence parallelism.
+
+    y = x / sqrt(mean(x^2) + eps) * weight, the mean in float32. Megatron's wrapper around torch's norm refuses sequence
+    parallelism, which needs no more than the mark on the weight: its gradient is then summed over the group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
+        super().__init__()
+        self.eps = eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return (hidden.float() * scale).to(hidden.dtype) * self.weight
+
+
+def layer_spec(config: TransformerConfig, args: argparse.Namespace, vp_stage: int | None, pp_rank: int):
+    """Transformer Engine's layers where --transformer-impl asks for them, Megatron's local ones otherwise."""
+    if args.transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    attention = spec.submodules.self_attention
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=attention.module,
+        params=attention.params,
+        submodules=dataclasses.replace(attention.submodules, q_layernorm=qk_norm, k_layernorm=qk_norm),
+    )
+    submodules = dataclasses.replace(
+        spec.submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=attention
+    )
+    layer = ModuleSpec(module=spec.module, params=spec.params, submodules=submodules)
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def transformer_config(args: argparse.Namespace, arch: Architecture) -> TransformerConfig:
+    """Megatron's transformer config for this architecture at the layout, precision and recomputation of args."""
+    args = copy.copy(args)
+    args.num_layers = arch.num_layers
+    args.hidden_size = arch.hidden_size
+    args.ffn_hidden_size = arch.ffn_hidden_size
+    args.num_attention_heads = arch.num_attention_heads
+    args.num_query_groups = arch.num_query_groups
+    args.group_query_attention = True
+    args.kv_channels = arch.head_dim
+    args.layernorm_epsilon = arch.norm_epsilon
+    args.add_bias_linear = arch.mlp_bias
+    args.add_qkv_bias = arch.qkv_bias
+    args.qk_layernorm = arch.qk_norm
+    return core_transformer_config_from_args(args)
+
+
+def build_gpt(
+    args: argparse.Namespace,
+    arch: Architecture,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+    pg_collection: ProcessGroupCollection,
+    config: TransformerConfig | None = None,
+    teacher: GPTModel | None = None,
+) -> GPTModel:
+    """One pipeline stage of the model, with Megatron's random initial weights."""
+    config = config or transformer_config(args, arch)
+    model = StackedGPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(config, args, vp_stage, pg_collection.pp.rank()),
+        vocab_size=padded_vocab_size(arch.vocab_size, args),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_base,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+        teacher=teacher,
+    )
+    # Megatron hard-wires three of the four parameters of the llama-3 scaling, and its base is an integer.
+    rotary = model.rotary_pos_emb
+    rotary.inv_freq = arch.inverse_frequencies().to(rotary.inv_freq.device)
+    return model
+
+
+def build_teacher(args: argparse.Namespace, directory, arch: Architecture, **stage) -> GPTModel:
+    """One pipeline stage of the frozen second model: weights loaded, no gradients, evaluation mode, training dtype."""
+    teacher = build_gpt(args, arch, **stage)
+    load_hf_weights(teacher, HFReader(directory), arch)
+    teacher.requires_grad_(False)
+    teacher.eval()
+    # The student gets its dtype from Megatron's Float16Module; the teacher is outside of it.
+    return teacher.to(args.params_dtype)
+
+
+class ModelProvider:
+    """Megatron's model_provider: builds each model chunk of this rank, with weights and the teacher's stage.
+
+    built: the student's chunks so far, in order.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, student: Architecture, teacher: Architecture | None, *, load_weights: bool
+    ):
+        self._args, self._student, self._teacher, self._load_weights = args, student, teacher, load_weights
+        self.built: list[GPTModel] = []
+
+    def __call__(self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+        stage = dict(
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        teacher = None
+        if self._teacher is not None:
+            teacher = build_teacher(self._args, self._args.teacher_hf, self._teacher, **stage)
+        model = build_gpt(self._args, self._student, config=config, teacher=teacher, **stage)
+        if self._load_weights:
+            load_hf_weights(model, HFReader(self._args.hf_model), self._student)
+        self.built.append(model)
+        return model

@@ -1,0 +1,72 @@
+"""A frozen second model stacked on the student's pipeline stages.
+
+Student and teacher share every pipeline stage, and the tensor sent to the next one is [s, b, h_student + h_teacher].
+The schedule reads the width of that tensor from the model's config and needs no change; the pipeline has no extra
+bubble. The teacher hangs outside of the module tree, so DDP, the optimizer and checkpoints never see it.
+
+Cost: the teacher's activations travel with the student's, and so does a zero gradient of their size on the way back.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+
+@dataclass
+class OutputHead:
+    """What a last stage makes logits from: hidden states [s, b, h] (sequence-sharded under sequence parallelism), the
+    output layer, and the weight it takes where embeddings are tied (else None)."""
+
+    hidden: Tensor
+    layer: torch.nn.Module
+    weight: Tensor | None
+
+    def logits(self) -> Tensor:
+        """[s, b, V_local], this tensor-parallel rank's vocabulary shard."""
+        return self.layer(self.hidden, weight=self.weight)[0]
+
+
+class StackedGPTModel(GPTModel):
+    """GPTModel that carries a frozen teacher stage along; without a teacher it is a GPTModel."""
+
+    def __init__(self, *args, teacher: GPTModel | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        # A plain attribute, not a sub-module: see the module's docstring.
+        self.__dict__["teacher"] = teacher
+        self._student_width = self.config.hidden_size
+        if teacher is not None:
+            # The schedule sizes the pipeline's tensors by this config; the layers keep the original one.
+            self.config = copy.copy(self.config)
+            self.config.hidden_size += teacher.config.hidden_size
+
+    def set_input_tensor(self, input_tensor) -> None:
+        stacked = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if self.teacher is None or stacked is None:
+            super().set_input_tensor(input_tensor)
+            return
+        student, teacher = stacked.split([self._student_width, stacked.shape[-1] - self._student_width], dim=-1)
+        super().set_input_tensor(student)
+        self.teacher.set_input_tensor(teacher.detach().contiguous())
+
+    def forward(self, input_ids, position_ids, attention_mask, *, output_processor_context=None, **kwargs):
+        if self.teacher is None:
+            return super().forward(
+                input_ids, position_ids, attention_mask, output_processor_context=output_processor_context, **kwargs
+            )
+        with torch.no_grad():
+            taught = self.teacher(input_ids, position_ids, attention_mask, output_processor=_output_head)
+        if self.post_process and output_processor_context is not None:
+            output_processor_context.teacher = taught
+        hidden = super().forward(
+            input_ids, position_ids, attention_mask, output_processor_context=output_processor_context, **kwargs
+        )
+        return hidden if self.post_process else torch.cat([hidden, taught], dim=-1)
+
+
+def _output_head(*, hidden_states, output_layer, output_weight, **unused) -> OutputHead:
+    return OutputHead(hidden_states, output_layer, output_weight)
