@@ -22,8 +22,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 IGNORE_INDEX = -100
 ROLES = ("system", "user", "assistant", "tool")
@@ -40,6 +38,9 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
     path = str(directory)
     if not Path(path).is_dir():
         raise ValueError(f"tokenizer: expected a directory, got {path!r}")
+    # Imported late, here and below: seconds, which processes that read no text do not spend.
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
@@ -268,6 +269,8 @@ def _encode_messages(
 
     try:
         if _GENERATION_BLOCK.search(template):
+            from transformers.utils.chat_template_utils import render_jinja_template
+
             # The blocks' characters, not apply_chat_template's token mask: that one runs on to the
             # end of the conversation when a block ends in a character that no token covers.
             (text,), (spans,) = render_jinja_template(
@@ -281,12 +284,11 @@ def _encode_messages(
         else:
             text = render(messages)
             ids, starts, ends = tokenise(text)
-            stop = int(ends[-1]) if len(ends) else 0
             known = _special_ids(tokenizer)
             special = np.array([i in known for i in ids[:limit]], dtype=bool)
             spans = [
                 (begin, _turn_end(text, end, starts, ends, special))
-                for begin, end in _locate_contents(render, messages, text, stop)
+                for begin, end in _locate_contents(render, messages, text)
             ]
     except (jinja2.TemplateError, TypeError) as error:
         reason = _one_line(error)
@@ -295,14 +297,14 @@ def _encode_messages(
     starts = np.where(starts == ends, np.concatenate(([0], ends))[:-1], starts)
     supervised = np.zeros(len(ids), dtype=bool)
     for begin, end in spans:
-        supervised[:limit] |= (starts >= begin) & (starts < end) & (ends <= end)
+        supervised[:limit] |= (starts >= begin) & (ends <= end)
     return ids, supervised
 
 
 def _locate_contents(
-    render: Callable[..., str], messages: list[dict[str, Any]], text: str, stop: int
+    render: Callable[..., str], messages: list[dict[str, Any]], text: str
 ) -> list[tuple[int, int]]:
-    """Spans of ``text``, of the assistant contents (thinking included) that begin before ``stop``.
+    """Spans of ``text`` that hold the assistant contents, thinking included.
 
     A content begins where the conversation before it, rendered with the generation prompt, ends. It
     ends where a mark set behind it appears in a second rendering: searching for the content would
@@ -341,8 +343,6 @@ def _locate_contents(
             start = len(prefix)
             if before is not None and before <= start:
                 headers[role] = text[before:start]
-        if start >= stop:
-            break
         spans.append((start, ends[i]))
     return spans
 

@@ -96,6 +96,9 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
             JsonlFile(path)
     if args.sft_valid is None:
         args.eval_iters = 0
+    if args.eval_interval is None:
+        # Megatron divides by it. Evaluating once, at the end, is what was asked for.
+        args.eval_interval = args.train_iters or 1
     if args.save_hf is not None:
         check_output_directory(args.save_hf)
     if args.load is not None and args.load != args.save and not launch.has_checkpoint(args.load):

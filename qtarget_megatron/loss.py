@@ -138,10 +138,14 @@ class _QTargetCrossEntropy(torch.autograd.Function):
         return loss.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
+        # once_differentiable would not do: it lets create_graph=True pass where grad_loss is a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "qtarget_cross_entropy has no second derivative, its targets are detached: run backward without "
+                "create_graph=True"
+            )
         spec = ctx.spec
-        logits, teacher_logits, labels = ctx.saved_tensors
         if spec.inplace:
             if ctx.consumed:
                 raise RuntimeError(
@@ -149,6 +153,7 @@ class _QTargetCrossEntropy(torch.autograd.Function):
                     "overwritten: use inplace=False with retain_graph=True"
                 )
             ctx.consumed = True
+        logits, teacher_logits, labels = ctx.saved_tensors
         out = logits if spec.inplace else torch.empty_like(logits)
         upstream = grad_loss.double()
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -169,6 +174,9 @@ class _QTargetCrossEntropy(torch.autograd.Function):
             residual_scale=scaled(ctx.residual_scale),
             out=out.detach(),
         )
+        if spec.inplace:
+            # The native kernels write behind autograd's back: whoever saved the logits too must hear of it.
+            torch.autograd.graph.increment_version(out)
         return out, None, None, None
 
 
@@ -193,7 +201,8 @@ def _evaluate(
     stats.residual_mass = sum(residual_masses, zero)
     stats.trust = per_token(stats.label_mass / stats.total_mass)
     # A NaN statistic must reach the loss even where an objective's own guards would hide it.
-    loss = torch.where(stats.log_p.isnan(), stats.log_p, loss)
+    for statistic in (stats.log_p, *(residual.mean_logit for residual in stats.residuals)):
+        loss = torch.where(statistic.isnan(), statistic, loss)
     return per_token(loss), residual_masses
 
 

@@ -1,0 +1,62 @@
+"""Tiny random models of every family, made by transformers, for the checkpoint tests."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+VOCAB, PADDED = 131, 144  # odd vocabulary; the padded one divides by 1, 2, 3 and 4
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=12,
+    max_position_embeddings=64,
+)
+# head_dim 6 is not hidden_size / heads = 4. With 1 or 3 groups a rank's share cuts through a group.
+CASES = {
+    "llama-tied": ("Llama", dict(num_key_value_heads=6, tie_word_embeddings=True)),
+    "llama": ("Llama", dict(num_key_value_heads=6)),
+    "llama-biases": (
+        "Llama",
+        dict(num_key_value_heads=12, attention_bias=True, mlp_bias=True),
+    ),
+    "mistral": ("Mistral", dict(num_key_value_heads=3, sliding_window=None)),
+    "mistral-tied": (
+        "Mistral",
+        dict(num_key_value_heads=3, tie_word_embeddings=True),
+    ),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=12)),
+    "qwen2-tied": ("Qwen2", dict(num_key_value_heads=6, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=1, head_dim=6)),
+    "qwen3-tied": (
+        "Qwen3",
+        dict(num_key_value_heads=3, head_dim=6, attention_bias=True, tie_word_embeddings=True),
+    ),
+}
+
+
+def make_model(case: str, dtype=torch.bfloat16):
+    prefix, extra = CASES[case]
+    config = getattr(transformers, f"{prefix}Config")(**SIZES, **extra)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).to(dtype).eval()
+    generator = torch.Generator().manual_seed(sum(map(ord, case)))
+    with torch.no_grad():  # norms start at one and biases at zero: a mix-up would not show
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Set entries of a JSON file; None stays null, Ellipsis removes."""
+    value = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in value.items() if v is not ...}))
+
+
+def assert_same_bits(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name

@@ -1,0 +1,222 @@
+"""What config.json says, against what transformers makes of the same file."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from qtarget_megatron.checkpoint import Architecture, RopeScaling
+
+SHAPE = dict(
+    vocab_size=131,
+    hidden_size=768,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=96,
+)
+LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", **SHAPE)
+QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SHAPE)
+LLAMA3_ROPE = dict(
+    factor=8.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=512
+)
+
+
+def write(tmp_path, config: dict):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def both(tmp_path, config: dict):
+    """(ours, transformers' own reading) of one config."""
+    write(tmp_path, config)
+    return Architecture.from_hf(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+
+
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},  # everything optional left out: transformers' defaults
+        dict(
+            num_key_value_heads=8,
+            head_dim=16,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            torch_dtype="float16",
+            bos_token_id=5,
+            eos_token_id=[7, 8],
+            rope_theta=500000,
+            attention_bias=True,
+            mlp_bias=True,
+            sliding_window=None,
+        ),
+        dict(dtype="float32", torch_dtype="float16", num_key_value_heads=None, eos_token_id=3),
+    ],
+    ids=["minimal", "explicit", "both-dtypes"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fields_are_what_transformers_reads(tmp_path, family, extra):
+    if family == "mistral" and "num_key_value_heads" in extra:
+        extra = extra | dict(num_key_value_heads=8)  # its config class takes no null here
+    ours, theirs = both(
+        tmp_path, dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE, **extra)
+    )
+    with torch.device("meta"):
+        names = set(transformers.AutoModelForCausalLM.from_config(theirs).state_dict())
+    layer = "model.layers.0."
+    ids = theirs.eos_token_id
+    assert ours == Architecture(
+        family=family,
+        num_layers=theirs.num_hidden_layers,
+        hidden_size=theirs.hidden_size,
+        ffn_hidden_size=theirs.intermediate_size,
+        num_attention_heads=theirs.num_attention_heads,
+        num_query_groups=theirs.num_key_value_heads,
+        head_dim=getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads),
+        vocab_size=theirs.vocab_size,
+        max_position_embeddings=theirs.max_position_embeddings,
+        norm_epsilon=theirs.rms_norm_eps,
+        tied=theirs.tie_word_embeddings,
+        qkv_bias=layer + "self_attn.q_proj.bias" in names,
+        output_bias=layer + "self_attn.o_proj.bias" in names,
+        mlp_bias=layer + "mlp.up_proj.bias" in names,
+        qk_norm=layer + "self_attn.q_norm.weight" in names,
+        rope_base=theirs.rope_parameters["rope_theta"],
+        rope_scaling=None,
+        sliding_window=getattr(theirs, "sliding_window", None),
+        dtype=theirs.dtype or torch.bfloat16,
+        eos_token_ids=() if ids is None else tuple(ids) if isinstance(ids, list) else (ids,),
+        bos_token_id=theirs.bos_token_id,
+    )
+
+
+ROPES = {
+    "default": {},
+    "old-base": dict(rope_theta=500000, rope_scaling=None),
+    "new-base": dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "inner-base-wins": dict(rope_theta=5e5, rope_parameters=dict(rope_theta=1e6)),
+    "outer-base": dict(rope_theta=5e5, rope_scaling=dict(type="linear", factor=2)),
+    "linear-old": dict(rope_scaling=dict(type="linear", factor=4.0)),
+    "linear-new": dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e6)),
+    "llama3-old": dict(rope_theta=500000.0, rope_scaling=dict(rope_type="llama3", **LLAMA3_ROPE)),
+    "llama3-new": dict(rope_parameters=dict(rope_type="llama3", rope_theta=5e5, **LLAMA3_ROPE)),
+    "both-spellings": dict(
+        rope_scaling=dict(rope_type="llama3", **LLAMA3_ROPE),
+        rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e6),
+    ),
+    "llama3-length-from-positions": dict(
+        max_position_embeddings=1024,
+        rope_scaling=dict(
+            rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0
+        ),
+    ),
+    "llama3-length-outside": dict(
+        original_max_position_embeddings=2048,
+        rope_scaling=dict(rope_type="llama3", **LLAMA3_ROPE),
+    ),
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inverse_frequencies_are_the_bits_of_transformers(tmp_path, family, rope):
+    config = dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE)
+    config |= dict(num_attention_heads=12, num_key_value_heads=12, head_dim=64) | ROPES[rope]
+    ours, theirs = both(tmp_path, config)
+    small = dict(vocab_size=2, hidden_size=12, intermediate_size=2, num_hidden_layers=1)
+    for key, value in small.items():  # the rotary module depends on none of these
+        setattr(theirs, key, value)
+    model = transformers.AutoModelForCausalLM.from_config(theirs)
+    actual = ours.inverse_frequencies()
+    assert actual.dtype == torch.float32 and actual.shape == (32,)
+    assert torch.equal(actual, model.model.rotary_emb.inv_freq)
+    assert ours.rope_base == theirs.rope_parameters["rope_theta"]
+
+
+def test_each_llama3_parameter_changes_the_frequencies(tmp_path):
+    seen = []
+    for change in ({}, *({k: v * 2} for k, v in LLAMA3_ROPE.items() if k != "low_freq_factor")):
+        rope = LLAMA3_ROPE | change
+        write(tmp_path, LLAMA | dict(head_dim=64, rope_scaling=dict(type="llama3", **rope)))
+        arch = Architecture.from_hf(tmp_path)
+        assert arch.rope_scaling == RopeScaling(type="llama3", **rope)
+        seen.append(tuple(arch.inverse_frequencies().tolist()))
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize(
+    ("extra", "window"),
+    [
+        (dict(use_sliding_window=False, sliding_window=131072, max_window_layers=1), None),
+        (dict(use_sliding_window=True, sliding_window=64, max_window_layers=0), 64),
+        (dict(use_sliding_window=True, sliding_window=64, max_window_layers=28), None),
+        (dict(use_sliding_window=True, sliding_window=None), None),
+        (dict(use_sliding_window=True, layer_types=["sliding_attention"] * 2), 4096),
+    ],
+)
+def test_a_qwen_window_counts_only_where_a_layer_uses_it(tmp_path, extra, window):
+    ours, theirs = both(tmp_path, QWEN2 | extra)
+    assert ours.sliding_window == window
+    used = theirs.sliding_window is not None and "sliding_attention" in theirs.layer_types
+    assert used == (window is not None)
+
+
+def test_remote_code_entries_are_ignored_not_run(tmp_path):
+    marker = tmp_path / "ran"
+    (tmp_path / "modeling.py").write_text(f"open({str(marker)!r}, 'w')")
+    write(tmp_path, LLAMA | dict(auto_map=dict(AutoModelForCausalLM="modeling.Model")))
+    assert Architecture.from_hf(tmp_path).family == "llama"
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (dict(architectures=["GPT2LMHeadModel"]), "LlamaForCausalLM, MistralForCausalLM, Qwen2"),
+        (dict(architectures=["LlamaModel"]), "got \\['LlamaModel'\\]"),
+        (dict(architectures=None), "got None"),
+        (dict(architectures=[{}]), "expected architectures"),
+        (dict(quantization_config=dict(quant_method="fp8")), "dequantise"),
+        (dict(hidden_act="gelu"), "hidden_act 'silu'.*'gelu'"),
+        (dict(hidden_size=None), "hidden_size to be a positive integer, got None"),
+        (dict(num_hidden_layers=2.0), "num_hidden_layers to be a positive integer, got 2.0"),
+        (dict(vocab_size=True), "vocab_size to be a positive integer"),
+        (dict(num_key_value_heads=5), "multiple of num_key_value_heads"),
+        (dict(hidden_size=769), "multiple of num_attention_heads"),
+        (dict(head_dim=7), "even head_dim"),
+        (dict(rms_norm_eps=0), "rms_norm_eps to be a positive number"),
+        (dict(tie_word_embeddings="yes"), "tie_word_embeddings to be true or false"),
+        (dict(dtype="int8"), "dtype to be one of"),
+        (dict(dtype={}, torch_dtype=["float32"]), "dtype to be one of"),
+        (dict(eos_token_id="</s>"), "eos_token_id to be an integer"),
+        (dict(rope_scaling=dict(type="yarn", factor=4.0)), "'default', 'linear', 'llama3'.*'yarn'"),
+        (dict(rope_scaling=dict(type="dynamic", factor=4.0)), "got 'dynamic'"),
+        (dict(rope_scaling=dict(type="linear")), "factor to be a positive number, got None"),
+        (dict(rope_scaling=dict(type="llama3", factor=8.0)), "low_freq_factor"),
+        (
+            dict(rope_scaling=dict(type="llama3", **LLAMA3_ROPE) | dict(high_freq_factor=1.0)),
+            "high_freq_factor above low_freq_factor",
+        ),
+        (dict(rope_parameters=dict(full_attention={})), "one flat set"),
+        (dict(rope_theta=-1), "rope_theta to be a positive number"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor 1"),
+        (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor 1"),
+        (QWEN2 | dict(use_sliding_window=True, max_window_layers=1), "mix full and sliding"),
+        (QWEN2 | dict(use_sliding_window=True, layer_types=["full_attention"]), "list 2 layers"),
+    ],
+)
+def test_configs_that_cannot_be_reproduced_are_refused_in_one_line(tmp_path, extra, message):
+    write(tmp_path, LLAMA | extra)
+    with pytest.raises(ValueError, match=message) as error:
+        Architecture.from_hf(tmp_path)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}/config.json: expected ")

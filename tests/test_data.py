@@ -1,0 +1,290 @@
+"""Files of records, tokenizers, and which sample is drawn when."""
+
+import json
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from small_tokenizers import CHATML, byte_tokenizer, chat
+
+from qtarget_megatron.data import (
+    JsonlFile,
+    SampleStatus,
+    SupervisedDataset,
+    compare_tokenizers,
+    encode,
+    inspect_samples,
+    load_tokenizer,
+)
+
+
+def write_lines(path, lines):
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
+    return JsonlFile(path)
+
+
+# ---- truncation, shift, padding
+
+
+def test_labels_are_the_next_tokens_where_supervised(tmp_path):
+    tokenizer = byte_tokenizer(size=256, special=["</s>"])
+    file = write_lines(tmp_path / "d.jsonl", [{"prompt": "abc", "completion": "xy"}])
+    item = dataset(file, tokenizer, 8, num_samples=1, pad_id=7)[0]
+    a, b, c, x, y, end = tokenizer.convert_tokens_to_ids(["a", "b", "c", "x", "y", "</s>"])
+    assert item["tokens"].tolist() == [a, b, c, x, y, end, 7, 7]
+    assert item["labels"].tolist() == [-100, -100, x, y, end, -100, -100, -100]
+    assert item["position_ids"].tolist() == list(range(8))
+    assert item["sample"].shape == () and item["sample"] == 0
+    assert {value.dtype for value in item.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "status", "labels"),
+    [
+        (5, SampleStatus.OK, "..xy$"),  # inputs abcxy, labels bcxy$: the last id is a label only
+        (4, SampleStatus.TRUNCATED, "..xy"),
+        (3, SampleStatus.TRUNCATED, "..x"),
+        (2, SampleStatus.SKIPPED, None),
+    ],
+)
+def test_truncation_keeps_one_label_beyond_the_inputs(tmp_path, seq_length, status, labels):
+    tokenizer = byte_tokenizer(size=256, special=["</s>"])
+    file = write_lines(tmp_path / "d.jsonl", [{"prompt": "abc", "completion": "xy"}])
+    statuses = inspect_samples(file, tokenizer, seq_length, [0])
+    assert statuses.dtype == np.uint8 and statuses.tolist() == [status]
+    if labels:
+        names = {"x": "x", "y": "y", "$": "</s>"}
+        want = [tokenizer.convert_tokens_to_ids(names[k]) if k in names else -100 for k in labels]
+        item = SupervisedDataset(
+            file, tokenizer, seq_length, status=statuses, num_samples=1, seed=0, pad_id=0
+        )[0]
+        assert item["labels"].tolist() == want
+        assert len(item["tokens"]) == seq_length
+
+
+# ---- order
+
+
+def dataset(file, tokenizer, seq_length=16, *, status=None, **keywords):
+    status = np.zeros(len(file), np.uint8) if status is None else status
+    return SupervisedDataset(
+        file, tokenizer, seq_length, status=status, **{"seed": 0, "pad_id": 0, **keywords}
+    )
+
+
+@pytest.fixture
+def twenty(tmp_path):
+    return write_lines(
+        tmp_path / "d.jsonl", [{"prompt": "p", "completion": str(i)} for i in range(20)]
+    )
+
+
+def order(data):
+    return [int(data[i]["sample"]) for i in range(len(data))]
+
+
+def test_every_epoch_holds_each_kept_sample_once_in_a_new_order(twenty):
+    status = np.zeros(20, np.uint8)
+    status[[3, 11]] = SampleStatus.SKIPPED
+    status[5] = SampleStatus.TRUNCATED
+    drawn = order(dataset(twenty, byte_tokenizer(), status=status, num_samples=45))
+    kept = [i for i in range(20) if i not in (3, 11)]
+    first, second, rest = drawn[:18], drawn[18:36], drawn[36:]
+    assert sorted(first) == kept and sorted(second) == kept
+    assert len(rest) == 9 and max(Counter(rest).values()) == 1
+    assert first != second and first != kept
+
+
+def test_order_depends_on_seed_and_position_alone(twenty):
+    tokenizer = byte_tokenizer()
+    data = dataset(twenty, tokenizer, num_samples=60, seed=4)
+    drawn = order(data)
+    again = dataset(twenty, tokenizer, num_samples=1000, seed=4)
+    # another rank asks for other items, in another order, and for more of them
+    assert {i: int(again[i]["sample"]) for i in (59, 0, 41, 20, 19)} == {
+        i: drawn[i] for i in (59, 0, 41, 20, 19)
+    }
+    assert order(dataset(twenty, tokenizer, num_samples=60, seed=5)) != drawn
+    assert order(dataset(twenty, tokenizer, num_samples=25, shuffle=False)) == [
+        *range(20),
+        *range(5),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_items_are_the_same_in_worker_processes(twenty):
+    data = dataset(twenty, byte_tokenizer(), num_samples=40)
+    here = order(data)  # opens the file before the workers are forked
+    loader = torch.utils.data.DataLoader(data, batch_size=5, num_workers=2)
+    batches = list(loader)
+    assert torch.cat([batch["sample"] for batch in batches]).tolist() == here
+    first = torch.stack([data[i]["labels"] for i in range(5)])
+    assert torch.equal(batches[0]["labels"], first)
+    assert order(pickle.loads(pickle.dumps(data))) == here
+
+
+def test_order_of_an_epoch_is_drawn_once(twenty, monkeypatch):
+    seeds = []
+    original = np.random.PCG64
+    monkeypatch.setattr(np.random, "PCG64", lambda seed: seeds.append(seed) or original(seed))
+    order(dataset(twenty, byte_tokenizer(), num_samples=50, seed=9))
+    assert seeds == [[9, 0], [9, 1], [9, 2]]
+
+
+def test_items_outside_the_dataset_are_refused(twenty):
+    data = dataset(twenty, byte_tokenizer(), num_samples=3)
+    assert len(data) == 3
+    for item in (3, -1):
+        with pytest.raises(IndexError, match="of 3"):
+            data[item]
+
+
+def test_dataset_that_cannot_serve_says_why(tmp_path, twenty):
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match="all 20 samples of .* are skipped"):
+        dataset(twenty, tokenizer, status=np.full(20, SampleStatus.SKIPPED), num_samples=1)
+    with pytest.raises(ValueError, match="holds no records"):
+        dataset(write_lines(tmp_path / "empty.jsonl", ["\n", "  \n"]), tokenizer, num_samples=1)
+    with pytest.raises(ValueError, match=r"expected shape \(20,\) as the file, got \(3,\)"):
+        dataset(twenty, tokenizer, status=np.zeros(3), num_samples=1)
+    with pytest.raises(ValueError, match="expected 0 or more, got -1, 1"):
+        dataset(twenty, tokenizer, seed=-1, num_samples=1)
+
+
+# ---- files
+
+
+def test_records_are_found_around_blank_lines_and_without_a_last_newline(tmp_path):
+    path = tmp_path / "d.jsonl"
+    records = [{"prompt": "é👧\u2028", "completion": str(i)} for i in range(3)]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_bytes(("\ufeff" + lines[0] + "\r\n\n   \n" + lines[1] + "\n\n" + lines[2]).encode())
+    file = JsonlFile(path)
+    assert len(file) == 3
+    assert [file.record(i) for i in (2, 0, 1)] == [records[2], records[0], records[1]]
+    assert file.where(1) == f"{path}:4"
+    with pytest.raises(IndexError):
+        file.record(3)
+
+
+GOOD = '{"prompt": "a", "completion": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a",', "expected JSON, got .* at column"),
+        ("[1]", "record: expected an object, got a list"),
+        (
+            '{"text": "x", "id": 3}',
+            'expected "messages", or "prompt" and "completion", got "text", "id"',
+        ),
+        ('{"prompt": "a"}', 'expected "messages", or "prompt" and "completion", got "prompt"'),
+        ('{"prompt": "a", "completion": 3}', '"completion": expected a string, got 3'),
+        ('{"messages": [], "prompt": "a"}', "got both"),
+        ('{"messages": []}', '"messages": expected at least one message, got none'),
+        ('{"messages": {"role": "user"}}', '"messages": expected a list, got an object'),
+        ('{"messages": ["hi"]}', "message 0: expected an object, got a string"),
+        (
+            '{"messages": [{"role": "user"}]}',
+            'message 0: expected "role" and "content", got no "content"',
+        ),
+        (
+            '{"messages": [{"role": "user", "content": null}]}',
+            'message 0, "content": expected a string, got null',
+        ),
+        (
+            '{"messages": [{"role": "bot", "content": "x"}]}',
+            "message 0: expected role system, .*; got 'bot'",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x"}], "tools": {}}',
+            '"tools": expected a list, got an object',
+        ),
+    ],
+)
+def test_malformed_lines_are_named_with_their_number(tmp_path, line, message):
+    file = write_lines(tmp_path / "bad.jsonl", [GOOD + "\n", "\n", line + "\n"])
+    assert file.record(0)["prompt"] == "a"
+    with pytest.raises(ValueError, match=r"bad\.jsonl:3: .*" + message) as caught:
+        file.record(1)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "\xff", "completion": ""}\n')
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: expected UTF-8"):
+        JsonlFile(tmp_path / "d.jsonl").record(0)
+
+
+def test_missing_or_changed_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="No such file"):
+        JsonlFile(tmp_path / "none.jsonl")
+    file = write_lines(tmp_path / "d.jsonl", [GOOD + "\n"])
+    (tmp_path / "d.jsonl").write_text("\n" + GOOD + "\n")
+    with pytest.raises(ValueError, match="changed: it had 35 bytes, now 36"):
+        file.record(0)
+
+
+# ---- tokenizers
+
+
+def test_encoding_errors_in_a_file_name_the_line(tmp_path):
+    file = write_lines(tmp_path / "d.jsonl", ["\n", chat("u:Hi", "a:One")])
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: the tokenizer has no chat template"):
+        inspect_samples(file, byte_tokenizer(), 8, [0])
+
+
+def test_tokenizer_survives_saving_and_loading(tmp_path):
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.save_pretrained(tmp_path)
+    record = chat("u:Hi 👧", "a:One")
+    loaded = load_tokenizer(tmp_path)
+    assert (
+        encode(loaded, record, 64).input_ids.tolist()
+        == encode(tokenizer, record, 64).input_ids.tolist()
+    )
+    compare_tokenizers(loaded, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no tokenizer can be loaded from"),
+        # transformers makes up a tokenizer of one token here
+        ({"config.json": '{"model_type": "qwen3"}'}, "expected tokenizer.json, got no vocabulary"),
+        ({"tokenizer.json": "{"}, "no tokenizer can be loaded from"),
+        (
+            {
+                "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["x.Y", null]}}',
+                "x.py": "raise SystemExit('code from the directory was run')",
+            },
+            "no tokenizer can be loaded from",
+        ),
+    ],
+    ids=["empty", "model-only", "broken", "remote-code"],
+)
+def test_directories_without_a_tokenizer_are_refused(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="expected a directory"):
+        load_tokenizer(tmp_path / "none")
+
+
+def test_teacher_with_other_ids_is_named_token_by_token():
+    ours = byte_tokenizer(size=256, special=["<a>", "<b>", "<c>"], eos=None)
+    base = len(ours) - 3
+    compare_tokenizers(ours, byte_tokenizer(size=256, special=["<a>", "<b>", "<c>"], eos=None))
+    with pytest.raises(
+        ValueError, match=rf"in 2 ids \(id {base}: '<a>' here, '<b>' there; id {base + 1}: "
+    ):
+        compare_tokenizers(ours, byte_tokenizer(size=256, special=["<b>", "<a>", "<c>"], eos=None))
+    with pytest.raises(ValueError, match=rf"\(id {base + 2}: '<c>' here, no token there\)"):
+        compare_tokenizers(ours, byte_tokenizer(size=256, special=["<a>", "<b>"], eos=None))
