@@ -19,6 +19,9 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import Architecture, HFReader, check_output_directory, check_tensors
 from qtarget_megatron.data import JsonlFile, compare_tokenizers, load_tokenizer
@@ -128,8 +131,6 @@ def _check_models(args: argparse.Namespace, student: Architecture, objective: ob
 
 def _train(args, student, teacher, objective, tokenizer) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
-    import torch.distributed as dist
-
     from qtarget_megatron.megatron.datasets import DatasetProvider
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
     from qtarget_megatron.megatron.model import ModelProvider
@@ -152,13 +153,9 @@ def _train(args, student, teacher, objective, tokenizer) -> None:
         if args.rank == 0:
             print(f"qtarget_megatron: exported the model to {args.save_hf}", flush=True)
     _report_peak_memory(args.rank)
-    dist.destroy_process_group()
 
 
 def _report_peak_memory(rank: int) -> None:
-    import torch
-    import torch.distributed as dist
-
     peaks = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, torch.cuda.max_memory_allocated())
     if rank == 0:
@@ -172,4 +169,7 @@ def _raised_by_this_package(error: BaseException) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)

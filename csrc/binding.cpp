@@ -1,0 +1,173 @@
+// The Python module qtarget_megatron._C: addresses and sizes in, nothing checked here that needs a
+// tensor. qtarget_megatron/kernels/native.py is its only caller and checks shapes, dtypes, devices
+// and strides.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "core.h"
+#include "cpu/dispatch.h"
+#if defined(QTARGET_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+using MatrixTuple = std::tuple<Address, int, int64_t>;  // data, dtype, row stride in elements
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+qtarget::MatrixView matrix(const MatrixTuple& tuple) {
+    const int dtype = std::get<1>(tuple);
+    if (dtype < 0 || dtype > 2)
+        throw std::invalid_argument("dtype must be 0, 1 or 2, got " + std::to_string(dtype));
+    return {pointer<void>(std::get<0>(tuple)), static_cast<qtarget::Dtype>(dtype),
+            std::get<2>(tuple)};
+}
+
+qtarget::ShardArgs shard_args(const MatrixTuple& logits, const MatrixTuple& teacher, Address labels,
+                              int64_t rows, int64_t valid_columns, int64_t vocab_start,
+                              int64_t ignore_index,
+                              const std::vector<std::pair<double, double>>& residuals) {
+    if (residuals.size() > static_cast<size_t>(qtarget::kMaxResiduals)) {
+        throw std::invalid_argument("at most 2 residuals, got " + std::to_string(residuals.size()));
+    }
+    qtarget::ShardArgs shard{};
+    shard.logits = matrix(logits);
+    shard.teacher = matrix(teacher);
+    shard.labels = pointer<const int64_t>(labels);
+    shard.rows = rows;
+    shard.valid_columns = valid_columns;
+    shard.vocab_start = vocab_start;
+    shard.ignore_index = ignore_index;
+    for (const auto& [a, b] : residuals) {
+        shard.residuals[shard.num_residuals++] = {static_cast<float>(a), static_cast<float>(b)};
+    }
+    return shard;
+}
+
+qtarget::StatisticsArgs statistics_args(const MatrixTuple& logits, const MatrixTuple& teacher,
+                                        Address labels, int64_t rows, int64_t valid_columns,
+                                        int64_t vocab_start, int64_t ignore_index,
+                                        const std::vector<std::pair<double, double>>& residuals,
+                                        Address out) {
+    return {shard_args(logits, teacher, labels, rows, valid_columns, vocab_start, ignore_index,
+                       residuals),
+            pointer<float>(out)};
+}
+
+qtarget::GradientArgs gradient_args(const MatrixTuple& logits, const MatrixTuple& teacher,
+                                    Address labels, int64_t rows, int64_t valid_columns,
+                                    int64_t vocab_start, int64_t ignore_index,
+                                    const std::vector<std::pair<double, double>>& residuals,
+                                    int64_t columns, const std::vector<Address>& scales,
+                                    const MatrixTuple& out) {
+    if (scales.size() != 5) throw std::invalid_argument("scales must hold 5 addresses");
+    return {shard_args(logits, teacher, labels, rows, valid_columns, vocab_start, ignore_index,
+                       residuals),
+            columns,
+            pointer<const float>(scales[0]),
+            pointer<const float>(scales[1]),
+            pointer<const float>(scales[2]),
+            pointer<const float>(scales[3]),
+            pointer<const float>(scales[4]),
+            matrix(out)};
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["cpu"] = qtarget::compiled_isas();
+    info["compiler"] = __VERSION__;
+#if defined(QTARGET_WITH_CUDA)
+    info["cuda"] = true;
+    info["cuda_archs"] = QTARGET_CUDA_ARCHS;
+    info["nvcc"] = QTARGET_NVCC_VERSION;
+#else
+    info["cuda"] = false;
+#endif
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    using namespace pybind11::literals;
+    module.doc() = "Native kernels of qtarget_megatron; use qtarget_megatron.kernels.native.";
+    module.def("build_info", &build_info,
+               "What this binary was built with: cpu, compiler, cuda, cuda_archs, nvcc.");
+    module.def("cpu_isa", &qtarget::cpu_isa,
+               "Instruction set in use on the CPU: 'scalar' or 'avx2'.");
+    module.def("set_cpu_isa", &qtarget::set_cpu_isa, "name"_a,
+               "Force 'scalar' or 'avx2'; 'auto' takes it back.");
+
+    module.def(
+        "cpu_partial_statistics",
+        [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
+           int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
+           std::vector<std::pair<double, double>> residuals, Address out, int num_threads) {
+            qtarget::cpu_partial_statistics(
+                statistics_args(logits, teacher, labels, rows, valid_columns, vocab_start,
+                                ignore_index, residuals, out),
+                num_threads);
+        },
+        py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
+        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "out"_a, "num_threads"_a,
+        py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "cpu_logit_gradient",
+        [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
+           int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
+           std::vector<std::pair<double, double>> residuals, int64_t columns,
+           std::vector<Address> scales, MatrixTuple out, int num_threads) {
+            qtarget::cpu_logit_gradient(
+                gradient_args(logits, teacher, labels, rows, valid_columns, vocab_start,
+                              ignore_index, residuals, columns, scales, out),
+                num_threads);
+        },
+        py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
+        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "columns"_a, "scales"_a, "out"_a,
+        "num_threads"_a, py::call_guard<py::gil_scoped_release>());
+
+#if defined(QTARGET_WITH_CUDA)
+    module.def(
+        "cuda_partial_statistics",
+        [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
+           int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
+           std::vector<std::pair<double, double>> residuals, Address out, int device,
+           Address stream) {
+            qtarget::cuda_partial_statistics(
+                statistics_args(logits, teacher, labels, rows, valid_columns, vocab_start,
+                                ignore_index, residuals, out),
+                device, stream);
+        },
+        py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
+        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "out"_a, "device"_a, "stream"_a,
+        py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "cuda_logit_gradient",
+        [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
+           int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
+           std::vector<std::pair<double, double>> residuals, int64_t columns,
+           std::vector<Address> scales, MatrixTuple out, int device, Address stream) {
+            qtarget::cuda_logit_gradient(
+                gradient_args(logits, teacher, labels, rows, valid_columns, vocab_start,
+                              ignore_index, residuals, columns, scales, out),
+                device, stream);
+        },
+        py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
+        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "columns"_a, "scales"_a, "out"_a,
+        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
+#endif
+}

@@ -1,0 +1,106 @@
+#include "dispatch.h"
+
+#include <omp.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "variants.h"
+
+namespace qtarget {
+namespace {
+
+struct Isa {
+    const char* name;
+    const RowFunctions* rows;
+};
+
+constexpr int64_t kSerialElements = 1 << 15;  // below this a thread team costs more than it saves
+
+bool processor_has_avx2() {
+#if defined(QTARGET_WITH_AVX2)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
+}
+
+const Isa kScalar = {"scalar", &kScalarRows};
+#if defined(QTARGET_WITH_AVX2)
+const Isa kAvx2 = {"avx2", &kAvx2Rows};
+#endif
+
+const Isa* find_isa(const std::string& name, const char* source) {
+    if (name == "scalar") return &kScalar;
+    if (name == "avx2") {
+#if defined(QTARGET_WITH_AVX2)
+        if (processor_has_avx2()) return &kAvx2;
+#endif
+        throw std::invalid_argument(std::string(source) +
+                                    "avx2: this processor or this build has no AVX2, use scalar");
+    }
+    throw std::invalid_argument(std::string(source) + name +
+                                ": unknown instruction set, expected scalar or avx2");
+}
+
+const Isa* default_isa() {
+    if (const char* const name = std::getenv("QTARGET_CPU_ISA"))
+        return find_isa(name, "QTARGET_CPU_ISA=");
+#if defined(QTARGET_WITH_AVX2)
+    if (processor_has_avx2()) return &kAvx2;
+#endif
+    return &kScalar;
+}
+
+std::atomic<const Isa*> chosen{nullptr};
+
+const Isa& current_isa() {
+    const Isa* isa = chosen.load();
+    if (isa == nullptr) {
+        isa = default_isa();
+        chosen.store(isa);
+    }
+    return *isa;
+}
+
+// Rows go out one at a time: ignored rows cost nothing and lie together (prompts), so equal shares
+// would be unequal.
+template <class Args>
+void for_rows(void (*function)(const Args&, int64_t), const Args& args, int num_threads) {
+    const int64_t rows = args.shard.rows;
+    const bool parallel =
+        num_threads > 1 && rows > 1 && rows * args.shard.valid_columns > kSerialElements;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (parallel)
+    for (int64_t row = 0; row < rows; ++row) function(args, row);
+}
+
+}  // namespace
+
+std::vector<std::string> compiled_isas() {
+#if defined(QTARGET_WITH_AVX2)
+    return {"scalar", "avx2"};
+#else
+    return {"scalar"};
+#endif
+}
+
+std::string cpu_isa() {
+    return current_isa().name;
+}
+
+void set_cpu_isa(const std::string& name) {
+    chosen.store(name == "auto" ? default_isa() : find_isa(name, ""));
+}
+
+void cpu_partial_statistics(const StatisticsArgs& args, int num_threads) {
+    for_rows(current_isa().rows->statistics[args.shard.num_residuals], args, num_threads);
+}
+
+void cpu_logit_gradient(const GradientArgs& args, int num_threads) {
+    for_rows(current_isa().rows->gradient, args, num_threads);
+}
+
+}  // namespace qtarget

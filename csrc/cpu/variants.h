@@ -1,0 +1,20 @@
+// The row functions of every instruction set; this file's declarations are all that the dispatcher
+// knows of them.
+#pragma once
+
+#include "../core.h"
+
+namespace qtarget {
+
+struct RowFunctions {
+    void (*statistics[kMaxResiduals + 1])(const StatisticsArgs&,
+                                          int64_t row);  // index: number of residuals
+    void (*gradient)(const GradientArgs&, int64_t row);
+};
+
+extern const RowFunctions kScalarRows;
+#if defined(QTARGET_WITH_AVX2)
+extern const RowFunctions kAvx2Rows;
+#endif
+
+}  // namespace qtarget

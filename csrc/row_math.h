@@ -1,0 +1,163 @@
+// The formulas of one row, shared by the CPU and the CUDA kernels.
+//
+// A row's sums are held centred on a running maximum and can be moved to a higher one, so a row may
+// be visited block by block, lane by lane, or warp by warp, and the parts added at the end:
+//
+//   m = max z    s = sum exp(z - m)          e = sum exp(z - m) (z - m)
+//   per residual u = a z + b t:
+//   m = max u    s = sum exp(u - m)          x = sum exp(u - m) (z - max z)      h = sum exp(u - m)
+//   (u - m)
+//
+// Maxima never hold NaN (comparisons with NaN are false); a NaN or +inf shows in s instead.
+#pragma once
+
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define QTARGET_FN static __host__ __device__ __forceinline__
+#else
+// Internal linkage: files compiled for different instruction sets must not share one copy.
+#define QTARGET_FN static inline __attribute__((always_inline))
+#endif
+
+namespace qtarget {
+
+constexpr int kMaxResiduals = 2;
+constexpr int kBaseWidth = 4;
+constexpr int kResidualWidth = 4;
+
+template <class Real>
+struct ResidualSums {
+    Real m, s, x, h;
+};
+
+template <class Real, int R>
+struct RowSums {
+    Real m, s, e;
+    ResidualSums<Real> residual[R > 0 ? R : 1];
+};
+
+template <class Real>
+QTARGET_FN Real lowest() {
+    return static_cast<Real>(-INFINITY);
+}
+
+template <class Real>
+QTARGET_FN Real larger(Real candidate, Real current) {
+    return candidate > current ? candidate : current;
+}
+
+// Sums are centred on this: without a finite logit the centre is 0, so that -inf - centre is -inf
+// and not NaN.
+template <class Real>
+QTARGET_FN Real centre(Real maximum) {
+    return maximum == lowest<Real>() ? Real(0) : maximum;
+}
+
+// weight * value, where a weight of 0 removes the value (0 * -inf is 0 here).
+template <class Real>
+QTARGET_FN Real weighted(Real weight, Real value) {
+    return weight == Real(0) ? Real(0) : weight * value;
+}
+
+// Hardware exponential on the GPU: relative error about 1e-7 + |x| 1e-7; exactly 0 at -inf, NaN at
+// NaN.
+QTARGET_FN float exp_float(float x) {
+#if defined(__CUDA_ARCH__)
+    return __expf(x);
+#else
+    return expf(x);
+#endif
+}
+
+QTARGET_FN float residual_logit(float a, float b, float z, float t) {
+    const float u = a != 0.0f ? a * z : 0.0f;
+    return b != 0.0f ? fmaf(b, t, u) : u;
+}
+
+template <class Real, int R>
+QTARGET_FN void clear(RowSums<Real, R>& sums) {
+    sums.m = lowest<Real>();
+    sums.s = sums.e = Real(0);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        sums.residual[r].m = lowest<Real>();
+        sums.residual[r].s = sums.residual[r].x = sums.residual[r].h = Real(0);
+    }
+}
+
+// Moves the base sums, and the cross sums that share their centre, to a maximum that is not below
+// the present one.
+template <class Real, int R>
+QTARGET_FN void raise_base(RowSums<Real, R>& sums, Real maximum) {
+    if (!(maximum > sums.m)) return;
+    const Real offset = centre(sums.m) - maximum;
+    const Real factor = exp(sums.m - maximum);
+    sums.e = weighted(factor, sums.e + sums.s * offset);
+    sums.s = factor * sums.s;
+    sums.m = maximum;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        sums.residual[r].x += weighted(sums.residual[r].s, offset);
+    }
+}
+
+template <class Real>
+QTARGET_FN void raise_residual(ResidualSums<Real>& sums, Real maximum) {
+    if (!(maximum > sums.m)) return;
+    const Real offset = centre(sums.m) - maximum;
+    const Real factor = exp(sums.m - maximum);
+    sums.h = weighted(factor, sums.h + sums.s * offset);
+    sums.x = weighted(factor, sums.x);
+    sums.s = factor * sums.s;
+    sums.m = maximum;
+}
+
+// Adds two parts of one row, each with its own maxima.
+template <class Real, int R>
+QTARGET_FN void add(RowSums<Real, R>& sums, RowSums<Real, R> other) {
+    raise_base(sums, other.m);
+    raise_base(other, sums.m);
+    sums.s += other.s;
+    sums.e += other.e;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        raise_residual(sums.residual[r], other.residual[r].m);
+        raise_residual(other.residual[r], sums.residual[r].m);
+        sums.residual[r].s += other.residual[r].s;
+        sums.residual[r].x += other.residual[r].x;
+        sums.residual[r].h += other.residual[r].h;
+    }
+}
+
+// Writes a row of the partial: m, s, e, z_y, then m, s, x, h of each residual.
+template <class Real, int R>
+QTARGET_FN void write_partial(const RowSums<Real, R>& sums, float label_logit, float* out) {
+    out[0] = static_cast<float>(sums.m);
+    out[1] = static_cast<float>(sums.s);
+    out[2] = static_cast<float>(sums.e);
+    out[3] = label_logit;
+    const bool has_centre = sums.m != lowest<Real>();
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        float* const part = out + kBaseWidth + kResidualWidth * r;
+        part[0] = static_cast<float>(sums.residual[r].m);
+        part[1] = static_cast<float>(sums.residual[r].s);
+        // Without a finite logit there is no centre that x could refer to; the merge adds the
+        // offset.
+        part[2] = has_centre ? static_cast<float>(sums.residual[r].x) : 0.0f;
+        part[3] = static_cast<float>(sums.residual[r].h);
+    }
+}
+
+// One term of the gradient: the softmax probability times its mass, from the unnormalised logit.
+// Never fused into the subtraction of another term: equal terms cancel to exactly 0.
+QTARGET_FN float softmax_term(float value, float maximum, float scale) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(exp_float(value - maximum), scale);
+#else
+    return exp_float(value - maximum) * scale;
+#endif
+}
+
+}  // namespace qtarget

@@ -1,0 +1,221 @@
+"""The kernels in C++ (CPU tensors) and CUDA (CUDA tensors), through ``qtarget_megatron._C``.
+
+Same functions and same numbers as qtarget_megatron.kernels.reference, for float32, bfloat16 and
+float16. The extension sees addresses, sizes and strides only: tensors are checked here.
+"""
+
+from __future__ import annotations
+
+import torch  # before the extension: both must share one OpenMP runtime
+from torch import Tensor
+
+from qtarget_megatron.statistics import Residuals, partial_width
+
+try:
+    from qtarget_megatron import _C
+except ImportError as error:
+    raise ImportError(
+        f"qtarget_megatron._C is not built ({error}): "
+        "run `pip install .` or `python setup.py build_ext --inplace`"
+    ) from error
+
+MAX_RESIDUALS = 2
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NO_MATRIX = (0, 0, 0)
+
+
+def has_cuda() -> bool:
+    """Whether the extension was built with the CUDA kernels."""
+    return _C.build_info()["cuda"]
+
+
+def partial_statistics(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    residuals: Residuals,
+    vocab_start: int,
+    valid_columns: int,
+    ignore_index: int,
+) -> Tensor:
+    """Reduce this rank's shard to float32 ``[N, 4 + 4R]``, in the layout of statistics.py.
+
+    logits, teacher_logits: ``[N, V_local]`` float32, bfloat16 or float16 (not necessarily the
+        same), columns adjacent, any row stride. The teacher is read only where a residual (a, b)
+        has b != 0; columns from valid_columns on are never read.
+    labels: ``[N]`` int64 global ids. Rows labelled ignore_index are 0; their logits are not read.
+
+    A NaN or +inf among the logits (or in u = a*z + b*t) makes that row's s (or s_u) NaN; its
+    maximum may be finite.
+    Raises ValueError for any other dtype, device, shape or stride.
+    """
+    shard = _shard(
+        logits, teacher_logits, labels, residuals, vocab_start, valid_columns, ignore_index
+    )
+    out = torch.empty(
+        logits.shape[0], partial_width(len(residuals)), dtype=torch.float32, device=logits.device
+    )
+    _function("partial_statistics", logits)(**shard, out=out.data_ptr(), **_execution(logits))
+    return out
+
+
+def logit_gradient(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    residuals: Residuals,
+    vocab_start: int,
+    valid_columns: int,
+    ignore_index: int,
+    max_: Tensor,
+    scale: Tensor,
+    label_scale: Tensor,
+    residual_max: Tensor,
+    residual_scale: Tensor,
+    out: Tensor,
+) -> None:
+    """Write the gradient of every row into ``out``.
+
+        out_k = exp(z_k - max_) scale - [k = y] label_scale
+                - sum_r exp(u_rk - residual_max_r) residual_scale_r
+
+    max_, scale, label_scale: float32 ``[N]``. residual_max, residual_scale: float32 ``[R, N]``,
+        ignored for R = 0. The maxima are over the whole vocabulary: no z or u lies above them.
+    out: shape and dtype of logits, columns adjacent, any row stride. It may be ``logits`` itself,
+        and shares memory with the inputs in no other way.
+
+    Padding columns, ignored rows and rows whose scales are all 0 are written as exact zeros, and
+    the logits of such rows are not read.
+
+    Raises ValueError for any other dtype, device, shape or stride.
+    """
+    shard = _shard(
+        logits, teacher_logits, labels, residuals, vocab_start, valid_columns, ignore_index
+    )
+    rows, columns = logits.shape
+    _check_matrix("out", out, logits)
+    if out.dtype != logits.dtype:
+        raise ValueError(f"out must have the dtype of logits, {logits.dtype}, got {out.dtype}")
+    if rows > 1 and out.stride(0) < columns:
+        raise ValueError(
+            f"rows of out overlap: its row stride is {out.stride(0)}, expected at least {columns}"
+        )
+    if out.data_ptr() == logits.data_ptr() and rows > 1 and out.stride(0) != logits.stride(0):
+        raise ValueError(
+            f"out shares memory with logits but has row stride {out.stride(0)}, "
+            f"not {logits.stride(0)}: pass logits itself or a separate tensor"
+        )
+    vectors = {"max_": max_, "scale": scale, "label_scale": label_scale}
+    per_row = [_check_scale(name, vector, (rows,), logits) for name, vector in vectors.items()]
+    if residuals:
+        shape = (len(residuals), rows)
+        per_row.append(_check_scale("residual_max", residual_max, shape, logits))
+        per_row.append(_check_scale("residual_scale", residual_scale, shape, logits))
+    addresses = [vector.data_ptr() for vector in per_row] + [0] * (5 - len(per_row))
+    _function("logit_gradient", logits)(
+        **shard, columns=columns, scales=addresses, out=_matrix(out), **_execution(logits)
+    )
+
+
+def _shard(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    residuals: Residuals,
+    vocab_start: int,
+    valid_columns: int,
+    ignore_index: int,
+) -> dict:
+    """The checked arguments that both kernels share."""
+    if len(residuals) > MAX_RESIDUALS:
+        raise ValueError(
+            f"the native kernels take at most {MAX_RESIDUALS} residuals, got {len(residuals)}"
+        )
+    _check_matrix("logits", logits, logits)
+    rows, columns = logits.shape
+    if not 0 <= valid_columns <= columns:
+        raise ValueError(
+            f"valid_columns must be in 0..{columns} (the columns of logits), got {valid_columns}"
+        )
+    if labels.dtype != torch.int64 or labels.shape != (rows,) or labels.device != logits.device:
+        raise ValueError(
+            f"labels must be int64 of shape ({rows},) on {logits.device}, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
+        )
+    if not labels.is_contiguous():
+        raise ValueError(
+            f"labels must be contiguous, got stride {labels.stride(0)}: call .contiguous()"
+        )
+    teacher = _NO_MATRIX
+    if any(b != 0 for _, b in residuals):
+        if teacher_logits is None:
+            raise ValueError(
+                f"residuals {residuals} read teacher_logits: expected a tensor, got None"
+            )
+        _check_matrix("teacher_logits", teacher_logits, logits)
+        teacher = _matrix(teacher_logits)
+    return dict(
+        logits=_matrix(logits),
+        teacher=teacher,
+        labels=labels.data_ptr(),
+        rows=rows,
+        valid_columns=valid_columns,
+        vocab_start=vocab_start,
+        ignore_index=ignore_index,
+        residuals=list(residuals),
+    )
+
+
+def _check_matrix(name: str, matrix: Tensor, logits: Tensor) -> None:
+    if matrix.dtype not in _DTYPE_CODES:
+        raise ValueError(
+            f"{name} must be float32, bfloat16 or float16, got {matrix.dtype}: "
+            "use backend='reference'"
+        )
+    if matrix.device.type not in ("cpu", "cuda") or matrix.device != logits.device:
+        expected = logits.device if logits.device.type in ("cpu", "cuda") else "cpu or cuda"
+        raise ValueError(f"{name} must be on {expected}, got {matrix.device}")
+    if matrix.dim() != 2 or matrix.shape != logits.shape:
+        expected = tuple(logits.shape) if logits.dim() == 2 else "[N, V_local]"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(matrix.shape)}")
+    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+        raise ValueError(
+            f"{name} must have adjacent columns, got column stride {matrix.stride(1)}: "
+            "call .contiguous()"
+        )
+
+
+def _check_scale(name: str, vector: Tensor, shape: tuple[int, ...], logits: Tensor) -> Tensor:
+    if vector.dtype != torch.float32 or vector.shape != shape or vector.device != logits.device:
+        raise ValueError(
+            f"{name} must be float32 of shape {shape} on {logits.device}, "
+            f"got {vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
+        )
+    if not vector.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, got strides {vector.stride()}: call .contiguous()"
+        )
+    return vector
+
+
+def _matrix(matrix: Tensor) -> tuple[int, int, int]:
+    return matrix.data_ptr(), _DTYPE_CODES[matrix.dtype], matrix.stride(0)
+
+
+def _function(name: str, logits: Tensor):
+    if logits.device.type == "cuda" and not has_cuda():
+        raise ValueError(
+            "qtarget_megatron._C was built without CUDA: rebuild it where nvcc is found"
+        )
+    return getattr(_C, f"{logits.device.type}_{name}")
+
+
+def _execution(logits: Tensor) -> dict:
+    if logits.device.type == "cpu":
+        return dict(num_threads=torch.get_num_threads())
+    return dict(
+        device=logits.device.index, stream=torch.cuda.current_stream(logits.device).cuda_stream
+    )

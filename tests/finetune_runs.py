@@ -1,0 +1,107 @@
+"""Fine-tuning runs for tests: a student, a teacher and data on disk, and many runs in one launch of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from small_tokenizers import CHATML, byte_tokenizer
+
+SEQ_LENGTH, TRAIN_ITERS = 32, 4
+COMMON = [
+    *("--seq-length", SEQ_LENGTH, "--micro-batch-size", 1, "--global-batch-size", 8),
+    *("--train-iters", TRAIN_ITERS, "--lr", 1e-3, "--min-lr", 1e-3, "--lr-decay-style", "constant"),
+    *("--clip-grad", 1.0, "--log-interval", 1, "--seed", 7, "--distributed-timeout-minutes", 3),
+]
+
+
+def write_models(folder: Path) -> None:
+    """untied: a Llama; tied: a Qwen3 with qk norms and 2 key/value heads; teacher: another width, depth and tie."""
+    tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
+    # A vocabulary that no tensor-parallel size divides, so that every layout pads.
+    sizes = dict(vocab_size=len(tokenizer) + 5 | 1, max_position_embeddings=64, num_attention_heads=4)
+    models = {
+        "untied": ("Llama", dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4)),
+        "tied": (
+            "Qwen3",
+            dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2, head_dim=16)
+            | dict(tie_word_embeddings=True),
+        ),
+        "teacher": (
+            "Llama",
+            dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, tie_word_embeddings=True),
+        ),
+    }
+    generator = torch.Generator().manual_seed(11)
+    for name, (family, extra) in models.items():
+        config = getattr(transformers, f"{family}Config")(**sizes, **extra)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * 0.15 if parameter.dim() > 1 else 1 + noise * 0.1)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def write_data(path: Path, count: int, seed: int) -> None:
+    """Conversations of uneven length, so that ranks and micro-batches hold different numbers of supervised tokens."""
+    draw = random.Random(seed)
+    words = "what is the capital of France Paris 1 + 2 = 3 user".split()
+    with path.open("w") as file:
+        for _ in range(count):
+            turns = [
+                {"role": "user", "content": " ".join(draw.choices(words, k=draw.randint(1, 3)))},
+                {"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(1, 5)))},
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def run_all(runs: dict[str, list], folder: str) -> dict[str, dict]:
+    """Fine-tune once for each entry, in this process group; called on every rank (by launching.run_ranks).
+
+    Returns for each run its exit code, what was printed, and the TensorBoard scalars {tag: [value of each step]} (on
+    the last rank, which writes them).
+    """
+    from qtarget_megatron import finetune
+
+    results = {}
+    for name, words in runs.items():
+        board = Path(folder) / f"board-{name}"
+        argv = [*map(str, COMMON), "--tensorboard-dir", str(board), *map(str, words)]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                code = finetune.main(argv)
+            except SystemExit as stop:  # argparse, and Megatron's --exit-interval
+                code = stop.code
+        # Megatron's last rank writes them.
+        written = scalars(board) if dist.get_rank() == dist.get_world_size() - 1 else {}
+        results[name] = {"code": code, "printed": printed.getvalue(), "scalars": written}
+        reset()
+    return results
+
+
+def reset() -> None:
+    """Forget Megatron's global state, so that the same processes can run another layout."""
+    from megatron.training.global_vars import get_tensorboard_writer
+    from megatron.training.training import destroy_global_state
+
+    with contextlib.suppress(AssertionError):
+        writer = get_tensorboard_writer()
+        if writer is not None:
+            writer.close()
+    destroy_global_state()
+
+
+def scalars(board: Path) -> dict[str, list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(board)).Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

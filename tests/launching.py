@@ -1,0 +1,183 @@
+"""Starting several ranks from a test, so that none of them outlives it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_GRACE_SECONDS = 10.0
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], args: Sequence = (), timeout: float = 120.0
+) -> list[Any]:
+    """Call ``function(*args)`` in world_size processes joined by gloo; the results, in rank order.
+
+    function and args are pickled, so function is a module-level one. It finds the default process
+    group initialised, and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+
+    Raises RuntimeError with the traceback of the first rank that fails, TimeoutError after timeout
+    seconds. No rank is left running in any case.
+    """
+    context = multiprocessing.get_context("spawn")
+    # Held here, on a port the store finds itself: no rank can lose a race for it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes, connections = [], []
+    try:
+        for rank in range(world_size):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rank_main,
+                args=(rank, world_size, store.port, timeout, sender, function, tuple(args)),
+                daemon=True,
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            connections.append(receiver)
+        return _collect(connections, time.monotonic() + timeout, timeout)
+    finally:
+        for process in processes:
+            process.join(_GRACE_SECONDS if sys.exc_info()[0] is None else 0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(connections: list[Connection], deadline: float, timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(connections):
+        waiting = [c for rank, c in enumerate(connections) if rank not in results]
+        ready = wait(waiting, max(deadline - time.monotonic(), 0))
+        if not ready:
+            missing = [rank for rank in range(len(connections)) if rank not in results]
+            raise TimeoutError(f"rank(s) {missing} did not finish within {timeout} s")
+        for connection in ready:
+            rank = connections.index(connection)
+            try:
+                succeeded, value = connection.recv()
+            except EOFError:
+                raise RuntimeError(f"rank {rank} ended without a result") from None
+            if not succeeded:
+                raise RuntimeError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(connections))]
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout: float,
+    sender: Connection,
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        # The store runs in the parent: every rank is a client of it.
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        result = function(*args)
+        dist.barrier()
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
+        raise SystemExit(1) from None
+    sender.send((True, result))
+    dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    # A rank that waits in a collective does not notice that the test run was killed.
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def run_torchrun(
+    nproc: int,
+    module_args: Sequence[str],
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess:
+    """Run ``torchrun --nproc-per-node nproc -m <module_args>`` from the repository root.
+
+    module_args: the module and its arguments; env: added to this process's environment.
+    The result's stdout holds the output of all ranks, both streams; a failure is its returncode.
+    Raises TimeoutError with the end of the output after timeout seconds, when every process that
+    it started has been ended.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(nproc), "-m", *map(str, module_args)]
+    variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ, **(env or {})}
+    # A file, not a pipe: a process that escaped could hold a pipe open for ever.
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            returncode = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            _end_tree(process)
+            tail = _text(output)[-4000:]
+            raise TimeoutError(f"{command} ran for more than {timeout} s:\n{tail}") from None
+        except BaseException:
+            _end_tree(process)
+            raise
+        return subprocess.CompletedProcess(command, returncode, stdout=_text(output))
+
+
+def _end_tree(process: subprocess.Popen) -> None:
+    """End the launcher's process group and its ranks, which torchrun puts into groups of their own."""
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    for victim in descendants:
+        if victim.is_running():  # False where the process id has been reused since
+            victim.kill()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    psutil.wait_procs(descendants, timeout=_GRACE_SECONDS)
+
+
+def _text(output) -> str:
+    output.seek(0)
+    return output.read().decode(errors="replace")

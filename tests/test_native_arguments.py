@@ -1,0 +1,85 @@
+"""What the native kernels refuse, and how the instruction set is chosen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qtarget_megatron.kernels import native
+
+IGNORE = -100
+MIXED = (0.5, 0.5)
+
+
+def call(**changes):
+    arguments = dict(residuals=(MIXED,), vocab_start=0, valid_columns=8, ignore_index=IGNORE)
+    arguments |= dict(
+        logits=torch.zeros(2, 8), teacher_logits=torch.zeros(2, 8), labels=torch.zeros(2).long()
+    )
+    arguments |= dict(
+        max_=torch.zeros(2), scale=torch.ones(2), label_scale=torch.ones(2), out=torch.zeros(2, 8)
+    )
+    arguments |= dict(residual_max=torch.zeros(1, 2), residual_scale=torch.ones(1, 2))
+    native.logit_gradient(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(logits=torch.zeros(2, 8).double()), "logits must be float32"),
+        (dict(logits=torch.zeros(2, 8, device="meta")), "logits must be on cpu or cuda"),
+        (dict(logits=torch.zeros(2, 2, 8)), r"shape \[N, V_local\]"),
+        (dict(logits=torch.zeros(8, 2).T), r"column stride 2: call \.contiguous\(\)"),
+        (dict(teacher_logits=None), "expected a tensor, got None"),
+        (
+            dict(teacher_logits=torch.zeros(2, 7)),
+            r"teacher_logits must have shape \(2, 8\), got \(2, 7\)",
+        ),
+        (dict(teacher_logits=torch.zeros(2, 8).double()), "teacher_logits must be float32"),
+        (dict(labels=torch.zeros(2).int()), "labels must be int64"),
+        (dict(labels=torch.zeros(3).long()), r"shape \(2,\)"),
+        (dict(labels=torch.zeros(4).long()[::2]), "labels must be contiguous"),
+        (dict(valid_columns=9), r"valid_columns must be in 0\.\.8"),
+        (dict(residuals=(MIXED,) * 3), "at most 2 residuals, got 3"),
+        (dict(scale=torch.ones(2).double()), "scale must be float32"),
+        (dict(max_=torch.ones(4)[::2]), "max_ must be contiguous"),
+        (
+            dict(residual_scale=torch.ones(2, 2)),
+            r"residual_scale must be float32 of shape \(1, 2\)",
+        ),
+        (dict(out=torch.zeros(2, 8).half()), "out must have the dtype of logits"),
+        (dict(out=torch.zeros(1, 8).expand(2, 8)), "rows of out overlap"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(changes, message):
+    call()
+    with pytest.raises(ValueError, match=message) as error:
+        call(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_in_place_with_another_row_stride_is_refused():
+    buffer = torch.zeros(40)
+    with pytest.raises(ValueError, match="shares memory with logits"):
+        call(logits=buffer.as_strided((2, 8), (8, 1)), out=buffer.as_strided((2, 8), (12, 1)))
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "sse9"])
+def test_environment_chooses_the_instruction_set(isa):
+    code = "import torch; from qtarget_megatron import _C; print(_C.cpu_isa())"
+    environment = os.environ | {"QTARGET_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    if isa == "sse9":
+        assert done.returncode != 0
+        assert (
+            "ValueError: QTARGET_CPU_ISA=sse9: unknown instruction set, expected scalar or avx2"
+            in done.stderr
+        )
+    else:
+        assert done.stdout.strip() == isa
