@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from functools import partial
 from pathlib import Path
@@ -45,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         # Bad input is one line; a fault inside Megatron or torch keeps its traceback.
         if not _raised_by_this_package(error):
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"finetune: error: {error}", file=sys.stderr, flush=True)
+        _print_error(error, int(os.environ.get("RANK", "0")))
         return 2
     return 0
 
@@ -119,6 +119,13 @@ def _check_models(args: argparse.Namespace, student: Architecture, objective: ob
         return tokenizer, None
     teacher = Architecture.from_hf(args.teacher_hf)
     check_layout(args, teacher, "teacher")
+    uneven = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout")
+    given = [f"--{key.replace('_', '-')}" for key in uneven if getattr(args, key) is not None]
+    if given and teacher.num_layers != student.num_layers:
+        raise ValueError(
+            f"{given[0]} would cut the teacher's {teacher.num_layers} layers as the student's {student.num_layers}: drop "
+            "it, or use a teacher with as many layers"
+        )
     check_tensors(HFReader(args.teacher_hf), teacher)
     compare_tokenizers(tokenizer, load_tokenizer(args.teacher_hf))
     if teacher.vocab_size != student.vocab_size:
@@ -161,6 +168,15 @@ def _report_peak_memory(rank: int) -> None:
     if rank == 0:
         text = " ".join(f"{peak / 2**30:.2f}" for peak in peaks)
         print(f"qtarget_megatron: peak memory per rank (GiB): {text}", flush=True)
+
+
+def _print_error(error: ValueError, rank: int) -> None:
+    """One line from rank 0. Another rank speaks up only if it is still there a moment later: where all fail alike, the
+    launcher has ended it by then."""
+    if rank != 0:
+        time.sleep(5)
+    where = f" on rank {rank}" if rank != 0 else ""
+    print(f"finetune: error{where}: {error}", file=sys.stderr, flush=True)
 
 
 def _raised_by_this_package(error: BaseException) -> bool:

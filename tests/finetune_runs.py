@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from megatron_reset import reset
 from small_tokenizers import CHATML, byte_tokenizer
 
 SEQ_LENGTH, TRAIN_ITERS = 32, 4
@@ -82,22 +83,11 @@ def run_all(runs: dict[str, list], folder: str) -> dict[str, dict]:
             except SystemExit as stop:  # argparse, and Megatron's --exit-interval
                 code = stop.code
         # Megatron's last rank writes them.
-        written = scalars(board) if dist.get_rank() == dist.get_world_size() - 1 else {}
+        last = dist.get_rank() == dist.get_world_size() - 1
+        written = scalars(board) if last and board.exists() else {}
         results[name] = {"code": code, "printed": printed.getvalue(), "scalars": written}
         reset()
     return results
-
-
-def reset() -> None:
-    """Forget Megatron's global state, so that the same processes can run another layout."""
-    from megatron.training.global_vars import get_tensorboard_writer
-    from megatron.training.training import destroy_global_state
-
-    with contextlib.suppress(AssertionError):
-        writer = get_tensorboard_writer()
-        if writer is not None:
-            writer.close()
-    destroy_global_state()
 
 
 def scalars(board: Path) -> dict[str, list[float]]:

@@ -54,7 +54,7 @@ def run_ranks(
             process = context.Process(
                 target=_rank_main,
                 args=(rank, world_size, store.port, timeout, sender, function, tuple(args)),
-                daemon=True,
+                # Not a daemon: Megatron's checkpoint saving starts processes of its own.
             )
             process.start()
             sender.close()
@@ -65,6 +65,7 @@ def run_ranks(
         for process in processes:
             process.join(_GRACE_SECONDS if sys.exc_info()[0] is None else 0)
             if process.is_alive():
+                _end_descendants(process.pid)
                 process.kill()
                 process.join()
 
@@ -167,15 +168,20 @@ def run_torchrun(
 
 
 def _end_tree(process: subprocess.Popen) -> None:
-    """End the launcher's process group and its ranks, which torchrun puts into groups of their own."""
-    descendants = psutil.Process(process.pid).children(recursive=True)
-    for victim in descendants:
-        if victim.is_running():  # False where the process id has been reused since
-            victim.kill()
+    """End the launcher's process group, and the ranks: torchrun gives each a group of its own."""
+    descendants = _end_descendants(process.pid)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     psutil.wait_procs(descendants, timeout=_GRACE_SECONDS)
+
+
+def _end_descendants(pid: int) -> list[psutil.Process]:
+    descendants = psutil.Process(pid).children(recursive=True)
+    for victim in descendants:
+        if victim.is_running():  # False where the process id has been reused since
+            victim.kill()
+    return descendants
 
 
 def _text(output) -> str:

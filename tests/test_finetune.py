@@ -9,7 +9,7 @@ from finetune_runs import TRAIN_ITERS, run_all, write_data, write_models
 from launching import run_ranks
 from safetensors import safe_open
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # float32 sums in another order: per-step losses were within 2e-7 and gradient norms within 3e-6 of one process.
 TOLERANCE = 1e-5

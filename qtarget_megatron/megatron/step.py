@@ -12,12 +12,11 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from torch import Tensor
 
+from qtarget_megatron.data import IGNORE_INDEX
 from qtarget_megatron.loss import qtarget_cross_entropy
 from qtarget_megatron.megatron.teacher import OutputHead
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.statistics import TokenStatistics
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,132 @@
+"""Bad input to finetune: one clear line, exit code 2, and nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from finetune_runs import run_all, write_data, write_models
+from launching import REPOSITORY, run_ranks
+from small_tokenizers import CHATML, byte_tokenizer
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("errors")
+    write_models(folder)
+    write_data(folder / "train.jsonl", 12, seed=1)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "no-json.jsonl").write_text("\n".join([*lines[:6], "{'role': 1}", *lines[6:]]))
+    (folder / "no-keys.jsonl").write_text("\n".join([*lines[:3], '{"text": "hello"}']))
+    (folder / "full").mkdir()
+    (folder / "full" / "precious.txt").write_text("keep me")
+
+    variant(folder, "unknown", architectures=["MambaForCausalLM"], model_type="mamba")
+    variant(folder, "heads12", num_attention_heads=12, num_key_value_heads=4, hidden_size=48, head_dim=4)
+    variant(folder, "larger-vocabulary", source="teacher", vocab_size=400)
+    shard = folder / variant(folder, "truncated") / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (folder / variant(folder, "no-weights") / "model.safetensors").unlink()
+    shutil.copytree(folder / "teacher", folder / "other-tokenizer")
+    byte_tokenizer(CHATML, eos="<|im_end|>", size=320).save_pretrained(folder / "other-tokenizer")
+    return folder
+
+
+def variant(folder, name, source="untied", **changes):
+    shutil.copytree(folder / source, folder / name)
+    path = folder / name / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return name
+
+
+# name: (changes of a correct command line; None drops a flag), pieces of the message: expected, actual, what to do.
+CASES = {
+    "unknown objective": ({"--objective": "sftt"}, ["'sftt'", "target-sft"]),
+    "unknown objective argument": ({"--objective": "dft", "--objective-args": "eta=1"}, ["'eta'", "dft", "none"]),
+    "objective argument out of range": ({"--objective-args": "lam=1.5"}, ["lam", "[0.0, 1.0]", "1.5"]),
+    "objective argument without value": ({"--objective-args": "lam"}, ["KEY=VALUE", "'lam'"]),
+    "teacher missing": ({"--objective": "kd", "--objective-args": None}, ["kd", "--teacher-hf"]),
+    "teacher superfluous": ({"--teacher-hf": "teacher"}, ["label-smoothing", "drop --teacher-hf"]),
+    "teacher with another tokenizer": (
+        {"--objective": "kd", "--objective-args": None, "--teacher-hf": "other-tokenizer"},
+        ["tokenizer"],
+    ),
+    "teacher with another vocabulary": (
+        {"--objective": "kd", "--objective-args": None, "--teacher-hf": "larger-vocabulary"},
+        ["400"],
+    ),
+    "TP that does not divide the heads": ({"--tensor-model-parallel-size": 3}, ["3", "4 attention heads", "[1, 2, 4]"]),
+    "TP that does not fit the key/value heads": (
+        {"--hf-model": "heads12", "--tensor-model-parallel-size": 6},
+        ["6", "4 key/value heads", "[1, 2, 4, 12]"],
+    ),
+    "PP that does not divide the layers": ({"--pipeline-model-parallel-size": 3}, ["3", "4 layers"]),
+    "sequence longer than the positions": ({"--seq-length": 4096}, ["4096", "64 positions"]),
+    "flag that the model decides": ({"--num-layers": 2}, ["--num-layers", "--hf-model"]),
+    "Megatron's data path": ({"--data-path": "x"}, ["--data-path", "--sft-train"]),
+    "no training data": ({"--sft-train": None}, ["--sft-train"]),
+    "training data absent": ({"--sft-train": "absent.jsonl"}, ["absent.jsonl"]),
+    "line that is no JSON": ({"--sft-train": "no-json.jsonl"}, ["no-json.jsonl:7", "JSON"]),
+    "line without the keys": ({"--sft-train": "no-keys.jsonl"}, ["no-keys.jsonl:4", "messages"]),
+    "model directory absent": ({"--hf-model": "absent"}, ["absent"]),
+    "model directory without weights": ({"--hf-model": "no-weights"}, ["no-weights", "safetensors"]),
+    "truncated shard": ({"--hf-model": "truncated"}, ["model.safetensors", "bytes"]),
+    "unsupported architecture": ({"--hf-model": "unknown"}, ["MambaForCausalLM", "LlamaForCausalLM"]),
+    "output directory not empty": ({"--save-hf": "full"}, ["full", "empty"]),
+    "checkpoint absent": ({"--load": "absent"}, ["--load", "absent", "drop"]),
+}
+PATHS = ("--hf-model", "--teacher-hf", "--sft-train", "--save-hf", "--load")
+
+
+def command_line(workspace, changes):
+    flags = {
+        "--hf-model": "untied",
+        "--sft-train": "train.jsonl",
+        "--objective": "label-smoothing",
+        "--objective-args": "lam=0.1",
+        "--save": "checkpoint",
+        "--save-hf": "exported",
+    } | changes
+    words = []
+    for flag, value in flags.items():
+        if value is not None:
+            words += [flag, str(workspace / value) if flag in (*PATHS, "--save") else str(value)]
+    return words
+
+
+@pytest.fixture(scope="module")
+def outcomes(workspace):
+    runs = {name: command_line(workspace, changes) for name, (changes, _) in CASES.items()}
+    return run_ranks(1, run_all, (runs, str(workspace)), timeout=240)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_clear_line(outcomes, workspace, name):
+    result = outcomes[name]
+    assert result["code"] == 2, result["printed"][-2000:]
+    errors = [line for line in result["printed"].splitlines() if line.startswith("finetune: error: ")]
+    assert len(errors) == 1, result["printed"][-2000:]
+    for piece in CASES[name][1]:
+        assert piece in errors[0], errors[0]
+    assert "Traceback" not in result["printed"]
+    assert not (workspace / "checkpoint").exists() and not (workspace / "exported").exists()
+    assert [path.name for path in (workspace / "full").iterdir()] == ["precious.txt"]
+
+
+def test_the_command_exits_with_2_and_prints_the_line(workspace):
+    words = command_line(workspace, {"--objective": "nonsense"})
+    command = [sys.executable, "-m", "qtarget_megatron.finetune", *words]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "finetune: error: unknown objective 'nonsense'" in result.stderr
+
+
+def test_help_explains_the_arguments_without_a_model():
+    command = [sys.executable, "-m", "qtarget_megatron.finetune", "--help"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    for flag in ("--hf-model", "--objective", "--teacher-hf", "--save-hf", "--help-megatron", "torchrun"):
+        assert flag in result.stdout

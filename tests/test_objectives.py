@@ -1,0 +1,363 @@
+"""Every objective against float64 autograd of its definition; identities; registry."""
+
+import math
+
+import pytest
+import torch
+from loss_definitions import CASES, Case, assert_close_to_truth, constant, kd, truth
+
+from qtarget_megatron import Objective, objectives, qtarget_cross_entropy
+
+BACKENDS = ["reference", "cpp"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def draw(rows=24, columns=211, scale=3.0, dtype=torch.float32):
+    """Logits, labels, teacher, upstream gradient; the teacher agrees with the student in part."""
+    logits = scale * torch.randn(rows, columns)
+    teacher = 0.5 * logits + scale * torch.randn(rows, columns)
+    labels = torch.randint(columns, (rows,))
+    # Half of the labels are likely tokens, as in fine-tuning.
+    labels[::2] = logits[::2].argmax(-1)
+    return logits.to(dtype), labels, teacher.to(dtype), torch.randn(rows)
+
+
+def run(case, logits, labels, teacher, upstream=None, **keywords):
+    """Loss and logit gradient of the package."""
+    leaf = logits.clone().requires_grad_()
+    loss = qtarget_cross_entropy(
+        leaf,
+        labels,
+        objective=case.objective,
+        teacher_logits=case.teacher(teacher),
+        **keywords,
+    )
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    (gradient,) = torch.autograd.grad(loss, leaf, upstream)
+    return loss.detach(), gradient
+
+
+def check(case, logits, labels, teacher, upstream, backend, exponent_rounding=0.0):
+    loss, gradient = run(case, logits, labels, teacher, upstream, backend=backend)
+    assert gradient.dtype == logits.dtype
+    expected = truth(case, logits, labels, teacher, upstream)
+    assert_close_to_truth(loss, gradient, expected, exponent_rounding)
+    return loss, gradient
+
+
+# ---- definitions
+
+
+def test_every_objective_has_a_definition_here():
+    catalogue = {name for name in objectives.names() if hasattr(objectives, name.replace("-", "_"))}
+    assert catalogue == {case.objective.name for case in CASES.values()}
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_case
+def test_loss_and_gradient_are_the_definition(case, dtype, backend):
+    check(case, *draw(dtype=dtype), backend)
+
+
+@every_case
+def test_reference_in_float64_is_the_definition_to_1e12(case):
+    check(case, *draw(dtype=torch.float64), "reference")
+
+
+@every_backend
+@every_case
+def test_peaked_and_flat_rows_are_the_definition(case, backend):
+    logits, labels, teacher, upstream = draw(rows=12)
+    logits[:4] *= 10
+    logits[4:8] *= 1e-3
+    # 0.7 z + 0.3 t reaches 128: half a step of float32 there, for each product and for the sum.
+    rounding = 3 * 128 * 2**-24 if case.name == "target-sft" else 0.0
+    check(case, logits, labels, teacher, upstream, backend, rounding)
+
+
+@every_backend
+@pytest.mark.parametrize("temperature", [0.25, 0.7, 3.0, 10.0])
+def test_kd_at_other_temperatures_is_the_definition(temperature, backend):
+    objective = objectives.kd(temperature=temperature)
+    case = Case("kd", objective, kd(temperature), constant(temperature), temperature**2)
+    check(case, *draw(), backend)
+
+
+# ---- identities
+
+
+@every_backend
+@every_case
+def test_gradient_rows_sum_to_zero(case, backend):
+    logits, labels, teacher, upstream = draw()
+    _, gradient = run(case, logits, labels, teacher, upstream, backend=backend)
+    # 211 elements with float32 rounding errors of either sign.
+    mass = case.mass(logits.double(), labels) * upstream.abs()
+    assert (gradient.double().sum(-1).abs() <= 1e-6 * mass).all()
+    assert (gradient != 0).any(-1).all()
+
+
+@every_backend
+def test_target_sft_without_a_teacher_has_the_gradient_of_dft(backend):
+    case = CASES["target-sft-eta0"]
+    assert not case.objective.needs_teacher
+    logits, labels, teacher, _ = draw()
+    gradient = run(case, logits, labels, teacher, backend=backend)[1].double()
+    dft = run(CASES["dft"], logits, labels, teacher, backend=backend)[1].double()
+    # p - (1 - p_y) p is a difference of terms of mass 1, p_y p is not.
+    error, size = (gradient - dft).norm(dim=-1), dft.norm(dim=-1)
+    assert (error <= 1e-5 * size + 2**-22).all() and (size > 0).all()
+
+
+@every_backend
+def test_label_smoothing_of_nothing_is_sft(backend):
+    drawn = draw()
+    smoothed = Case("", objectives.label_smoothing(lam=0), None)
+    ours = run(smoothed, *drawn, backend=backend)
+    sft = run(CASES["sft"], *drawn, backend=backend)
+    assert torch.equal(ours[0], sft[0]) and torch.equal(ours[1], sft[1])
+
+
+@every_backend
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_kd_from_the_student_itself_has_no_gradient(temperature, backend):
+    logits, labels, _, upstream = draw()
+    case = Case("", objectives.kd(temperature=temperature), None)
+    loss, gradient = run(case, logits, labels, logits, upstream, backend=backend)
+    # Equal terms cancel; the loss is the difference of two entropies of about 5 nats, times T^2.
+    assert gradient.abs().max() <= 1e-7 * upstream.abs().max()
+    assert loss.abs().max() <= 1e-5
+
+
+@every_backend
+def test_target_sft_at_eta_1_pulls_towards_the_plain_teacher(backend):
+    logits, labels, teacher, _ = draw()
+    gradient = run(CASES["target-sft-eta1"], logits, labels, teacher, backend=backend)[1].double()
+    p, q = torch.softmax(logits.double(), -1), torch.softmax(teacher.double(), -1)
+    rows = torch.arange(len(labels))
+    p_y = p[rows, labels]
+    residual = p - gradient
+    residual[rows, labels] -= p_y
+    torch.testing.assert_close(residual, (1 - p_y)[:, None] * q, rtol=0, atol=1e-6)
+
+
+@every_backend
+def test_kd_at_a_temperature_is_kd_of_scaled_logits(backend):
+    logits, labels, teacher, _ = draw()
+    loss, gradient = run(CASES["kd-T2"], logits, labels, teacher, backend=backend)
+    half_loss, half_gradient = run(CASES["kd"], logits / 2, labels, teacher / 2, backend=backend)
+    # T^2 KL of the halved logits; the chain rule leaves T^2 / T = T of the gradient.
+    torch.testing.assert_close(loss, 4 * half_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, 2 * half_gradient, rtol=1e-4, atol=1e-7)
+
+
+@every_backend
+def test_dft_weight_is_detached(backend):
+    # A differentiated -p log p would change the sign of its gradient at p = 1/e.
+    logits = torch.tensor([[0.0, -3.0], [0.0, 3.0]])
+    _, gradient = run(CASES["dft"], logits, torch.tensor([0, 0]), logits, backend=backend)
+    assert (gradient[:, 0] < 0).all() and (gradient[:, 1] > 0).all()
+
+
+# ---- extreme logits
+
+
+@every_backend
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+@every_case
+def test_large_offsets_cost_no_more_than_the_rounding_of_the_logits(case, offset, backend):
+    logits, labels, teacher, upstream = draw()
+    # Exactly representable at 1e4, where float32 has steps of 2^-10.
+    logits = (logits * 128).round() / 128 + offset
+    teacher = (teacher * 128).round() / 128 - offset
+    # 0.7 z + 0.3 t: half a step of float32, at up to 1e4, for each product and for the sum.
+    # Multiplication by 1 or 1/2 is exact.
+    rounding = 3 * 1e4 * 2**-24 if case.name == "target-sft" else 0.0
+    check(case, logits, labels, teacher, upstream, backend, rounding)
+
+
+@every_backend
+@every_case
+def test_labels_down_to_e_to_the_minus_80_keep_their_precision(case, backend):
+    logits, _, teacher, upstream = draw(rows=5)
+    labels = torch.tensor([0, 3, 100, 209, 210])
+    top = torch.logsumexp(logits, -1)
+    logits[torch.arange(5), labels] = top - torch.tensor([10.0, 30.0, 50.0, 70.0, 80.0])
+    loss, gradient = check(case, logits, labels, teacher, upstream, backend)
+    assert loss.isfinite().all() and (gradient[torch.arange(5), labels] != 0).all()
+
+
+@every_backend
+@every_case
+def test_logits_of_minus_infinity_have_no_mass(case, backend):
+    logits, _, teacher, upstream = draw(rows=6)
+    logits[:, 20:60] = -torch.inf
+    logits[0, :100] = -torch.inf
+    teacher[:, 20:60] = -torch.inf
+    teacher[1, :100] = -torch.inf
+    labels = torch.tensor([150, 0, 100, 110, 210, 160])
+    if case.name == "label-smoothing":
+        # The uniform target keeps mass where p is 0: the loss is infinite, the gradient is not.
+        loss, gradient = run(case, logits, labels, teacher, upstream, backend=backend)
+        assert (loss == torch.inf).all()
+        expected = torch.softmax(logits.double(), -1) - 0.1 / 211
+        expected[torch.arange(6), labels] -= 0.9
+        expected *= upstream[:, None]
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
+        return
+    if case.name in ("kd", "kd-T2", "target-sft-eta1"):
+        # Row 0: the teacher has mass where the student has none.
+        loss, gradient = run(case, logits, labels, teacher, upstream, backend=backend)
+        assert loss[0] == torch.inf and gradient.isfinite().all()
+        logits, labels, teacher, upstream = logits[1:], labels[1:], teacher[1:], upstream[1:]
+    loss, gradient = check(case, logits, labels, teacher, upstream, backend)
+    assert loss.isfinite().all()
+    assert (gradient[:, 20:60] == 0).all()
+
+
+@every_backend
+@pytest.mark.parametrize(("name", "expected"), [("sft", torch.inf), ("dft", 0.0)])
+def test_a_label_of_probability_zero(name, expected, backend):
+    logits = torch.tensor([[0.0, -torch.inf, 1.0]])
+    loss, gradient = run(CASES[name], logits, torch.tensor([1]), logits, backend=backend)
+    assert loss.item() == expected
+    p = torch.softmax(logits, -1)
+    weighted = p - torch.tensor([[0.0, 1.0, 0.0]]) if name == "sft" else torch.zeros(1, 3)
+    torch.testing.assert_close(gradient, weighted)
+
+
+@every_backend
+@every_case
+def test_a_certain_label_gives_a_finite_result(case, backend):
+    logits, _, teacher, upstream = draw(rows=4)
+    labels = torch.tensor([0, 1, 2, 3])
+    logits[torch.arange(4), labels] = 200.0
+    loss, gradient = check(case, logits, labels, teacher, upstream, backend)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+
+
+# ---- registry
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """Registrations of one test only."""
+    monkeypatch.setattr(objectives, "_REGISTRY", dict(objectives._REGISTRY))
+
+
+def test_names_treat_dashes_underscores_and_case_alike():
+    expected = str(objectives.target_sft(eta=0.25))
+    for name in ("target-sft", "target_sft", "Target-SFT"):
+        assert str(objectives.get(name, eta=0.25)) == expected == "target-sft(eta=0.25)"
+    assert objectives.names() == sorted(objectives.names())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("nll", {}, r"unknown objective 'nll'.*dft.*kd.*label-smoothing.*sft.*target-sft"),
+        ("target-sft", {"etta": 1}, r"'target-sft' has no parameter 'etta'.*eta"),
+        ("sft", {"lam": 1}, r"'sft' has no parameter 'lam'.*none"),
+        ("label-smoothing", {"lam": 1.5}, r"lam must be a number in \[0, 1\], got 1.5"),
+        ("label-smoothing", {"lam": -0.1}, r"lam must be a number in \[0, 1\], got -0.1"),
+        ("target-sft", {"eta": "half"}, r"eta must be a number in \[0, 1\], got 'half'"),
+        ("target-sft", {"eta": math.nan}, r"eta must be .* got nan"),
+        ("target-sft", {"eta": True}, r"eta must be .* got True"),
+        ("kd", {"temperature": 0}, r"temperature must be a number in \(0, inf\), got 0"),
+        ("kd", {"temperature": math.inf}, r"temperature must be .* got inf"),
+    ],
+)
+def test_wrong_parameters_are_refused_by_name(name, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.get(name, **parameters)
+
+
+def test_a_missing_parameter_is_named(registry):
+    @objectives.register("power")
+    def power(alpha: float) -> Objective:
+        return objectives.sft()
+
+    with pytest.raises(ValueError, match="'power' needs the parameter 'alpha'.*alpha=VALUE"):
+        objectives.get("power")
+    assert objectives.get("power", alpha=2.0).parameters == (("alpha", 2.0),)
+
+
+def test_command_line_words_become_parameters(registry):
+    assert objectives.from_arguments("target-sft", ["eta=0.25"]).residuals == ((0.75, 0.25),)
+    assert objectives.from_arguments("dft", []).name == "dft"
+    received = {}
+
+    @objectives.register("literal")
+    def literal(number: int = 0, flag: bool = False, text: str = "") -> Objective:
+        received.update(number=number, flag=flag, text=text)
+        return objectives.sft()
+
+    objectives.from_arguments("literal", ["number=3", "flag=True", "text=a=b"])
+    assert received == {"number": 3, "flag": True, "text": "a=b"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eta"], "KEY=VALUE, got 'eta'"),
+        (["=0.5"], "KEY=VALUE, got '=0.5'"),
+        (["eta=0.5", "eta=0.6"], "'eta' is given twice"),
+        (["eta=__import__('os')"], "eta must be a number .* got"),
+        (["etta=1"], "has no parameter 'etta'"),
+    ],
+)
+def test_wrong_command_line_words_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.from_arguments("target-sft", words)
+
+
+def test_a_name_is_registered_once(registry):
+    with pytest.raises(ValueError, match="'target-sft' is registered already"):
+        objectives.register("target_sft")(lambda: objectives.sft())
+
+
+@pytest.mark.parametrize(
+    ("residuals", "message"),
+    [
+        (((1.0, 0.0),) * 3, "at most 2 residuals, got 3"),
+        (((1.0,),), "pair of finite numbers"),
+        (((math.inf, 0.0),), "pair of finite numbers"),
+    ],
+)
+def test_wrong_residuals_are_refused(residuals, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(lambda stats, inputs: None, residuals=residuals)
+
+
+@every_backend
+def test_a_users_objective_works_through_the_loss(registry, backend):
+    @objectives.register("focal")
+    def focal(gamma: float = 2.0) -> Objective:
+        """(1 - p)^gamma (-log p); the weight is minus p dL/dp."""
+
+        def evaluate(stats, inputs):
+            rest = -torch.expm1(stats.log_p)
+            weight = rest**gamma - gamma * stats.p * rest ** (gamma - 1) * stats.log_p
+            return rest**gamma * -stats.log_p, weight, ()
+
+        return Objective(evaluate)
+
+    def definition(z, y, t):
+        log_p = torch.log_softmax(z, -1).gather(-1, y[:, None])[:, 0]
+        return (1 - log_p.exp()) ** 2 * -log_p
+
+    case = Case("focal", objectives.get("focal", gamma=2.0), definition)
+    # Scale 1: for p close to 1 the definition itself loses digits in 1 - p.
+    check(case, *draw(scale=1.0), backend)
+
+
+def test_an_objective_with_the_wrong_number_of_masses_is_named():
+    def evaluate(stats, inputs):
+        return stats.log_p, stats.p, ()
+
+    objective = Objective(evaluate, residuals=((0.0, 0.0),))
+    with pytest.raises(ValueError, match="has 1 residual.* returned 0 residual mass"):
+        qtarget_cross_entropy(torch.zeros(1, 3), torch.tensor([0]), objective=objective)
