@@ -73,6 +73,7 @@ def run(argv: list[str]) -> None:
     check_flags(argv, arch_flags)
     args = launch.parse_arguments([*arch_flags, *implementation_flags(on_cpu=on_cpu), *argv], add_arguments)
     objective = objectives.from_arguments(args.objective, args.objective_args)
+    _fill_in(args, student)
     _check(args, student, objective)
     tokenizer, teacher = _check_models(args, student, objective)
 
@@ -81,6 +82,20 @@ def run(argv: list[str]) -> None:
     args.padded_vocab_size = padded_vocab_size(student.vocab_size, args)
     launch.initialize(args)
     _train(args, student, teacher, objective, tokenizer)
+
+
+def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
+    """Values that Megatron insists on, where the user left them out."""
+    for key in () if args.skip_train else ("train_iters", "lr"):
+        if getattr(args, key) is None and (key != "train_iters" or args.train_samples is None):
+            raise ValueError(f"--{key.replace('_', '-')} is missing: give it")
+    args.micro_batch_size = args.micro_batch_size or 1
+    args.seq_length = args.seq_length or min(4096, student.max_position_embeddings)
+    args.save_interval = args.save_interval or 500
+    # Once, at the end.
+    args.eval_interval = args.eval_interval or args.train_iters or 1
+    if args.sft_valid is None:
+        args.eval_iters = 0
 
 
 def _check(args: argparse.Namespace, student: Architecture, objective: objectives.Objective) -> None:
@@ -97,11 +112,6 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
     for path in (args.sft_train, args.sft_valid):
         if path is not None:
             JsonlFile(path)
-    if args.sft_valid is None:
-        args.eval_iters = 0
-    if args.eval_interval is None:
-        # Megatron divides by it. Evaluating once, at the end, is what was asked for.
-        args.eval_interval = args.train_iters or 1
     if args.save_hf is not None:
         check_output_directory(args.save_hf)
     if args.load is not None and args.load != args.save and not launch.has_checkpoint(args.load):

@@ -64,7 +64,7 @@ def write_data(path: Path, count: int, seed: int) -> None:
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
-def run_all(runs: dict[str, list], folder: str) -> dict[str, dict]:
+def run_all(runs: dict[str, list], folder: str, common=COMMON) -> dict[str, dict]:
     """Fine-tune once for each entry, in this process group; called on every rank (by launching.run_ranks).
 
     Returns for each run its exit code, what was printed, and the TensorBoard scalars {tag: [value of each step]} (on
@@ -75,7 +75,7 @@ def run_all(runs: dict[str, list], folder: str) -> dict[str, dict]:
     results = {}
     for name, words in runs.items():
         board = Path(folder) / f"board-{name}"
-        argv = [*map(str, COMMON), "--tensorboard-dir", str(board), *map(str, words)]
+        argv = [*map(str, common), "--tensorboard-dir", str(board), *map(str, words)]
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from finetune_runs import run_all, write_data, write_models
+from finetune_runs import COMMON, run_all, write_data, write_models
 from launching import REPOSITORY, run_ranks
-from small_tokenizers import CHATML, byte_tokenizer
+from small_tokenizers import CHATML, SPECIAL, byte_tokenizer
 
 pytestmark = pytest.mark.distributed
 
@@ -31,7 +31,7 @@ def workspace(tmp_path_factory):
     shard.write_bytes(shard.read_bytes()[:-100])
     (folder / variant(folder, "no-weights") / "model.safetensors").unlink()
     shutil.copytree(folder / "teacher", folder / "other-tokenizer")
-    byte_tokenizer(CHATML, eos="<|im_end|>", size=320).save_pretrained(folder / "other-tokenizer")
+    byte_tokenizer(CHATML, eos="<|im_end|>", special=SPECIAL[::-1]).save_pretrained(folder / "other-tokenizer")
     return folder
 
 
@@ -46,13 +46,13 @@ def variant(folder, name, source="untied", **changes):
 CASES = {
     "unknown objective": ({"--objective": "sftt"}, ["'sftt'", "target-sft"]),
     "unknown objective argument": ({"--objective": "dft", "--objective-args": "eta=1"}, ["'eta'", "dft", "none"]),
-    "objective argument out of range": ({"--objective-args": "lam=1.5"}, ["lam", "[0.0, 1.0]", "1.5"]),
+    "objective argument out of range": ({"--objective-args": "lam=1.5"}, ["lam", "[0, 1]", "1.5"]),
     "objective argument without value": ({"--objective-args": "lam"}, ["KEY=VALUE", "'lam'"]),
     "teacher missing": ({"--objective": "kd", "--objective-args": None}, ["kd", "--teacher-hf"]),
     "teacher superfluous": ({"--teacher-hf": "teacher"}, ["label-smoothing", "drop --teacher-hf"]),
     "teacher with another tokenizer": (
         {"--objective": "kd", "--objective-args": None, "--teacher-hf": "other-tokenizer"},
-        ["tokenizer"],
+        ["vocabularies differ", "id 304"],
     ),
     "teacher with another vocabulary": (
         {"--objective": "kd", "--objective-args": None, "--teacher-hf": "larger-vocabulary"},
@@ -67,6 +67,8 @@ CASES = {
     "sequence longer than the positions": ({"--seq-length": 4096}, ["4096", "64 positions"]),
     "flag that the model decides": ({"--num-layers": 2}, ["--num-layers", "--hf-model"]),
     "Megatron's data path": ({"--data-path": "x"}, ["--data-path", "--sft-train"]),
+    "learning rate missing": ({"--lr": None}, ["--lr", "missing"]),
+    "flags that Megatron refuses": ({"--pipeline-model-parallel-size": 2}, ["Megatron", "world size (1)"]),
     "no training data": ({"--sft-train": None}, ["--sft-train"]),
     "training data absent": ({"--sft-train": "absent.jsonl"}, ["absent.jsonl"]),
     "line that is no JSON": ({"--sft-train": "no-json.jsonl"}, ["no-json.jsonl:7", "JSON"]),
@@ -82,7 +84,7 @@ PATHS = ("--hf-model", "--teacher-hf", "--sft-train", "--save-hf", "--load")
 
 
 def command_line(workspace, changes):
-    flags = {
+    flags = dict(zip(COMMON[::2], COMMON[1::2], strict=True)) | {
         "--hf-model": "untied",
         "--sft-train": "train.jsonl",
         "--objective": "label-smoothing",
@@ -100,7 +102,7 @@ def command_line(workspace, changes):
 @pytest.fixture(scope="module")
 def outcomes(workspace):
     runs = {name: command_line(workspace, changes) for name, (changes, _) in CASES.items()}
-    return run_ranks(1, run_all, (runs, str(workspace)), timeout=240)[0]
+    return run_ranks(1, run_all, (runs, str(workspace), []), timeout=240)[0]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 SUPPORTED = "megatron-core >= 0.19.2, < 0.20"
@@ -35,13 +36,17 @@ def parse_arguments(argv: list[str], add_arguments: Callable) -> argparse.Namesp
 
 
 def initialize(args: argparse.Namespace) -> None:
-    """Megatron's validation of args, and its global state."""
+    """Megatron's validation of args, and its global state. ValueError for flags that Megatron refuses."""
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
     # Megatron insists on it for tensor parallelism on GPUs before Blackwell.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    validate_args(args)
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these flags: {reason}") from error
     set_global_variables(args)
 
 
