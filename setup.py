@@ -81,9 +81,7 @@ def cuda_library_dir(nvcc: str) -> str:
     for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         if (home / folder / "libcudart_static.a").exists():
             return str(home / folder)
-    raise SystemExit(
-        f"no libcudart_static.a under {home}: install the CUDA runtime's static library"
-    )
+    raise SystemExit(f"no libcudart_static.a under {home}: install the CUDA runtime's static library")
 
 
 class BuildNative(build_ext):
@@ -107,9 +105,7 @@ class BuildNative(build_ext):
             list(pool.map(run, commands.values()))
         self.link(ext, list(commands), cuda)
 
-    def compile_commands(
-        self, objects: Path, cuda: Cuda | None, avx2: bool
-    ) -> dict[Path, list[str]]:
+    def compile_commands(self, objects: Path, cuda: Cuda | None, avx2: bool) -> dict[Path, list[str]]:
         includes = [f"-I{pybind11.get_include()}", *(f"-I{path}" for path in self.include_dirs)]
         defines = ["-DQTARGET_WITH_AVX2"] if avx2 else []
         if cuda is not None:

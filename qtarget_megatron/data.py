@@ -42,9 +42,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(f"no tokenizer can be loaded from {path!r}: {_one_line(error)}") from error
     if not tokenizer.is_fast:
@@ -68,8 +66,7 @@ def compare_tokenizers(student: Any, teacher: Any, *, limit: int = 3) -> None:
     differing = sorted(i for i in here.keys() | there.keys() if here.get(i) != there.get(i))
     if differing:
         shown = "; ".join(
-            f"id {i}: {here.get(i, 'no token')} here, {there.get(i, 'no token')} there"
-            for i in differing[:limit]
+            f"id {i}: {here.get(i, 'no token')} here, {there.get(i, 'no token')} there" for i in differing[:limit]
         )
         raise ValueError(
             f"student and teacher vocabularies differ in {len(differing)} ids ({shown}); "
@@ -166,9 +163,7 @@ class JsonlFile:
             handle = open(self.path, "rb", buffering=0)
             if (size := os.fstat(handle.fileno()).st_size) != self._size:
                 handle.close()
-                raise ValueError(
-                    f"data file {self.path!r} changed: it had {self._size} bytes, now {size}"
-                )
+                raise ValueError(f"data file {self.path!r} changed: it had {self._size} bytes, now {size}")
             self._handle = handle
         start, length, _ = self._index[index].tolist()
         # pread, not seek and read: forked workers share one file position.
@@ -241,9 +236,7 @@ def _encode_completion(tokenizer: Any, record: dict[str, Any]) -> tuple[list[int
     return prompt + completion, supervised
 
 
-def _encode_messages(
-    tokenizer: Any, record: dict[str, Any], limit: int
-) -> tuple[list[int], np.ndarray]:
+def _encode_messages(tokenizer: Any, record: dict[str, Any], limit: int) -> tuple[list[int], np.ndarray]:
     """All ids of a conversation; targets are sought among the first ``limit`` only."""
     messages = [{k: v for k, v in m.items() if v is not None} for m in record["messages"]]
     tools = record.get("tools")
@@ -251,19 +244,14 @@ def _encode_messages(
         template = tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
         raise ValueError(
-            "the tokenizer has no chat template: use prompt/completion records "
-            "or a tokenizer with a template"
+            "the tokenizer has no chat template: use prompt/completion records or a tokenizer with a template"
         ) from error
 
     def render(part: list[dict[str, Any]], generation_prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            part, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
-        )
+        return tokenizer.apply_chat_template(part, tools=tools, tokenize=False, add_generation_prompt=generation_prompt)
 
     def tokenise(text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-        encoding = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:limit]
         return encoding["input_ids"], offsets[:, 0], offsets[:, 1]
 
@@ -301,9 +289,7 @@ def _encode_messages(
     return ids, supervised
 
 
-def _locate_contents(
-    render: Callable[..., str], messages: list[dict[str, Any]], text: str
-) -> list[tuple[int, int]]:
+def _locate_contents(render: Callable[..., str], messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
     """Spans of ``text`` that hold the assistant contents, thinking included.
 
     A content begins where the conversation before it, rendered with the generation prompt, ends. It
@@ -373,9 +359,7 @@ def _content_ends(
     }
 
 
-def _turn_end(
-    text: str, end: int, starts: np.ndarray, ends: np.ndarray, special: np.ndarray
-) -> int:
+def _turn_end(text: str, end: int, starts: np.ndarray, ends: np.ndarray, special: np.ndarray) -> int:
     """A content's ``end``, moved behind the special token that follows after spaces at most."""
     position = end
     while text.startswith(" ", position):
@@ -402,9 +386,7 @@ def _encode_at(file: JsonlFile, tokenizer: Any, seq_length: int, index: int) -> 
         raise ValueError(f"{file.where(index)}: {error}") from error
 
 
-def inspect_samples(
-    file: JsonlFile, tokenizer: Any, seq_length: int, indices: Iterable[int]
-) -> np.ndarray:
+def inspect_samples(file: JsonlFile, tokenizer: Any, seq_length: int, indices: Iterable[int]) -> np.ndarray:
     """SampleStatus of the records at ``indices``, uint8; ValueError names the first bad line."""
     statuses = []
     for index in indices:

@@ -24,7 +24,12 @@ import torch
 import torch.distributed as dist
 
 from qtarget_megatron import objectives
-from qtarget_megatron.checkpoint import Architecture, HFReader, check_output_directory, check_tensors
+from qtarget_megatron.checkpoint import (
+    Architecture,
+    HFReader,
+    check_output_directory,
+    check_tensors,
+)
 from qtarget_megatron.data import JsonlFile, compare_tokenizers, load_tokenizer
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.arguments import (
@@ -129,7 +134,11 @@ def _check_models(args: argparse.Namespace, student: Architecture, objective: ob
         return tokenizer, None
     teacher = Architecture.from_hf(args.teacher_hf)
     check_layout(args, teacher, "teacher")
-    uneven = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout")
+    uneven = (
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+        "pipeline_model_parallel_layout",
+    )
     given = [f"--{key.replace('_', '-')}" for key in uneven if getattr(args, key) is not None]
     if given and teacher.num_layers != student.num_layers:
         raise ValueError(

@@ -133,7 +133,8 @@ class _QTargetCrossEntropy(torch.autograd.Function):
         ctx.label_scale = stats.label_mass
         ctx.residual_max = _stack([r.max for r in stats.residuals], like=stats.max)
         ctx.residual_scale = _stack(
-            [mass / r.sum_exp for mass, r in zip(residual_masses, stats.residuals, strict=True)], like=stats.max
+            [mass / r.sum_exp for mass, r in zip(residual_masses, stats.residuals, strict=True)],
+            like=stats.max,
         )
         return loss.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
 

@@ -94,7 +94,11 @@ def register(name: str) -> Callable[[Callable[..., Objective]], Callable[..., Ob
             bound.apply_defaults()
             return replace(factory(*args, **kwargs), name=key, parameters=tuple(bound.arguments.items()))
 
-        build.__name__, build.__doc__, build.__signature__ = factory.__name__, factory.__doc__, signature
+        build.__name__, build.__doc__, build.__signature__ = (
+            factory.__name__,
+            factory.__doc__,
+            signature,
+        )
         _REGISTRY[key] = build
         return build
 

@@ -133,9 +133,7 @@ def merge(partials: Tensor, supervised: Tensor, num_residuals: int) -> TokenStat
         z_offset = torch.where(s_u == 0, torch.zeros_like(m), m - shift.max)
         mean_logit = shift_u.total(x_u + z_offset * s_u) / sum_exp_u + shift.max
         entropy_u = sum_exp_u.log() - shift_u.total(h_u + shift_u.offset * s_u) / sum_exp_u
-        residuals.append(
-            ResidualStatistics(keep(shift_u.max), keep(sum_exp_u, 1.0), keep(mean_logit), keep(entropy_u))
-        )
+        residuals.append(ResidualStatistics(keep(shift_u.max), keep(sum_exp_u, 1.0), keep(mean_logit), keep(entropy_u)))
 
     return TokenStatistics(
         supervised=supervised,

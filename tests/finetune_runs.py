@@ -31,7 +31,13 @@ def write_models(folder: Path) -> None:
         "untied": ("Llama", dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4)),
         "tied": (
             "Qwen3",
-            dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2, head_dim=16)
+            dict(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_key_value_heads=2,
+                head_dim=16,
+            )
             | dict(tie_word_embeddings=True),
         ),
         "teacher": (
@@ -59,7 +65,10 @@ def write_data(path: Path, count: int, seed: int) -> None:
         for _ in range(count):
             turns = [
                 {"role": "user", "content": " ".join(draw.choices(words, k=draw.randint(1, 3)))},
-                {"role": "assistant", "content": " ".join(draw.choices(words, k=draw.randint(1, 5)))},
+                {
+                    "role": "assistant",
+                    "content": " ".join(draw.choices(words, k=draw.randint(1, 5))),
+                },
             ]
             file.write(json.dumps({"messages": turns}) + "\n")
 

@@ -33,9 +33,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(
-    world_size: int, function: Callable[..., Any], args: Sequence = (), timeout: float = 120.0
-) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], args: Sequence = (), timeout: float = 120.0) -> list[Any]:
     """Call ``function(*args)`` in world_size processes joined by gloo; the results, in rank order.
 
     function and args are pickled, so function is a module-level one. It finds the default process

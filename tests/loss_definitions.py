@@ -150,9 +150,7 @@ def truth(
     )
 
 
-def assert_close_to_truth(
-    loss: Tensor, gradient: Tensor, expected: Truth, exponent_rounding: float = 0.0
-) -> None:
+def assert_close_to_truth(loss: Tensor, gradient: Tensor, expected: Truth, exponent_rounding: float = 0.0) -> None:
     """Bounds by the logits' dtype.
 
     Loss: local sums are float32 and so is the result: 1e-6 of the loss, or of 1 nat where a

@@ -63,9 +63,7 @@ LINES = [
 ]
 
 
-def byte_tokenizer(
-    template=None, *, bos=None, eos="</s>", trim=False, special=SPECIAL, size=330, append_eos=False
-):
+def byte_tokenizer(template=None, *, bos=None, eos="</s>", trim=False, special=SPECIAL, size=330, append_eos=False):
     """A byte-level BPE; most emoji are split between several tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,18 +72,14 @@ def byte_tokenizer(
         vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(LINES, trainer)
-    backend.add_special_tokens(
-        [token if isinstance(token, AddedToken) else AddedToken(token) for token in special]
-    )
+    backend.add_special_tokens([token if isinstance(token, AddedToken) else AddedToken(token) for token in special])
     steps = [processors.ByteLevel(trim_offsets=trim)]
     if bos or append_eos:
         single = [bos] * bool(bos) + ["$A"] + [eos] * append_eos
         used = [(token, backend.token_to_id(token)) for token in single if token != "$A"]
         steps.append(processors.TemplateProcessing(single=single, special_tokens=used))
     backend.post_processor = processors.Sequence(steps)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=bos, eos_token=eos, chat_template=template
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, chat_template=template)
 
 
 def metaspace_tokenizer(template):

@@ -232,9 +232,7 @@ def test_wrong_layers_sizes_and_shards_are_refused(llama):
     with pytest.raises(ValueError, match="at least 131 entries, got 128"):
         load_all_ranks(reader, arch, "output_layer.weight", 2, padded=128)
     with pytest.raises(ValueError, match="rank in"):
-        load_parameter(
-            reader, arch, qkv, layer_offset=0, tp_rank=2, tp_size=2, padded_vocab_size=PADDED
-        )
+        load_parameter(reader, arch, qkv, layer_offset=0, tp_rank=2, tp_size=2, padded_vocab_size=PADDED)
     for name in (proj, qkv):
         shards = load_all_ranks(reader, arch, name, 2)
         for wrong in ([], shards[:1], [*shards, shards[0]]):

@@ -17,9 +17,7 @@ SHAPE = dict(
 )
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", **SHAPE)
 QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SHAPE)
-LLAMA3_ROPE = dict(
-    factor=8.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=512
-)
+LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=512)
 
 
 def write(tmp_path, config: dict):
@@ -67,9 +65,7 @@ FAMILIES = {
 def test_fields_are_what_transformers_reads(tmp_path, family, extra):
     if family == "mistral" and "num_key_value_heads" in extra:
         extra = extra | dict(num_key_value_heads=8)  # its config class takes no null here
-    ours, theirs = both(
-        tmp_path, dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE, **extra)
-    )
+    ours, theirs = both(tmp_path, dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE, **extra))
     with torch.device("meta"):
         names = set(transformers.AutoModelForCausalLM.from_config(theirs).state_dict())
     layer = "model.layers.0."
@@ -115,9 +111,7 @@ ROPES = {
     ),
     "llama3-length-from-positions": dict(
         max_position_embeddings=1024,
-        rope_scaling=dict(
-            rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0
-        ),
+        rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0),
     ),
     "llama3-length-outside": dict(
         original_max_position_embeddings=2048,

@@ -74,9 +74,7 @@ def run_export(source: Path, out: Path, *, dtype=None, **keywords):
     export.begin()
     with HFReader(source) as reader:
         for file, names in plan:
-            export.write_shard(
-                file, {n: reader.read(n).to(dtype or reader.dtype(n)) for n in names}
-            )
+            export.write_shard(file, {n: reader.read(n).to(dtype or reader.dtype(n)) for n in names})
     assert not out.exists() or not list(out.iterdir())
     export.finish()
     assert not export.temporary_dir.exists()
@@ -94,9 +92,7 @@ def test_export_is_the_source_bit_for_bit_and_transformers_loads_it(tmp_path, ca
     source = make_source(tmp_path / "source", case, max_shard_size="20KB")
     arch, out = Architecture.from_hf(source), tmp_path / "out"
     stages = None if layout == "one-file" else two_stages(arch)
-    plan = run_export(
-        source, out, stages=stages, max_shard_bytes=20_000 if layout == "many" else 5e9
-    )
+    plan = run_export(source, out, stages=stages, max_shard_bytes=20_000 if layout == "many" else 5e9)
 
     weights = {file for file, _ in plan}
     index = set() if layout == "one-file" else {"model.safetensors.index.json"}
@@ -132,9 +128,7 @@ def test_plan_fills_shards_up_to_the_limit_within_a_stage(llama):
     shapes = hf_tensor_shapes(arch)
     stages = two_stages(arch)
     plan = plan_shards(arch, torch.float32, stages=stages, max_shard_bytes=20_000)
-    assert [file for file, _ in plan] == [
-        f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))
-    ]
+    assert [file for file, _ in plan] == [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
     assert [name for _, names in plan for name in names] == stages[0] + stages[1]
     sizes = [[4 * torch.Size(shapes[n]).numel() for n in names] for _, names in plan]
     for (_, names), size, following in zip(plan, sizes, sizes[1:] + [[]], strict=True):
@@ -144,9 +138,7 @@ def test_plan_fills_shards_up_to_the_limit_within_a_stage(llama):
         assert last_of_stage or sum(size) + following[0] > 20_000
     # half the bytes per value, fewer files
     assert len(plan_shards(arch, torch.bfloat16, stages=stages, max_shard_bytes=20_000)) < len(plan)
-    assert plan_shards(arch, torch.float32, stages=[list(shapes), []]) == [
-        ("model.safetensors", list(shapes))
-    ]
+    assert plan_shards(arch, torch.float32, stages=[list(shapes), []]) == [("model.safetensors", list(shapes))]
 
 
 @pytest.mark.parametrize(

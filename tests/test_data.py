@@ -21,9 +21,7 @@ from qtarget_megatron.data import (
 
 
 def write_lines(path, lines):
-    path.write_text(
-        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
-    )
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
     return JsonlFile(path)
 
 
@@ -59,9 +57,7 @@ def test_truncation_keeps_one_label_beyond_the_inputs(tmp_path, seq_length, stat
     if labels:
         names = {"x": "x", "y": "y", "$": "</s>"}
         want = [tokenizer.convert_tokens_to_ids(names[k]) if k in names else -100 for k in labels]
-        item = SupervisedDataset(
-            file, tokenizer, seq_length, status=statuses, num_samples=1, seed=0, pad_id=0
-        )[0]
+        item = SupervisedDataset(file, tokenizer, seq_length, status=statuses, num_samples=1, seed=0, pad_id=0)[0]
         assert item["labels"].tolist() == want
         assert len(item["tokens"]) == seq_length
 
@@ -71,16 +67,12 @@ def test_truncation_keeps_one_label_beyond_the_inputs(tmp_path, seq_length, stat
 
 def dataset(file, tokenizer, seq_length=16, *, status=None, **keywords):
     status = np.zeros(len(file), np.uint8) if status is None else status
-    return SupervisedDataset(
-        file, tokenizer, seq_length, status=status, **{"seed": 0, "pad_id": 0, **keywords}
-    )
+    return SupervisedDataset(file, tokenizer, seq_length, status=status, **{"seed": 0, "pad_id": 0, **keywords})
 
 
 @pytest.fixture
 def twenty(tmp_path):
-    return write_lines(
-        tmp_path / "d.jsonl", [{"prompt": "p", "completion": str(i)} for i in range(20)]
-    )
+    return write_lines(tmp_path / "d.jsonl", [{"prompt": "p", "completion": str(i)} for i in range(20)])
 
 
 def order(data):
@@ -105,9 +97,7 @@ def test_order_depends_on_seed_and_position_alone(twenty):
     drawn = order(data)
     again = dataset(twenty, tokenizer, num_samples=1000, seed=4)
     # another rank asks for other items, in another order, and for more of them
-    assert {i: int(again[i]["sample"]) for i in (59, 0, 41, 20, 19)} == {
-        i: drawn[i] for i in (59, 0, 41, 20, 19)
-    }
+    assert {i: int(again[i]["sample"]) for i in (59, 0, 41, 20, 19)} == {i: drawn[i] for i in (59, 0, 41, 20, 19)}
     assert order(dataset(twenty, tokenizer, num_samples=60, seed=5)) != drawn
     assert order(dataset(twenty, tokenizer, num_samples=25, shuffle=False)) == [
         *range(20),
@@ -244,10 +234,7 @@ def test_tokenizer_survives_saving_and_loading(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     record = chat("u:Hi 👧", "a:One")
     loaded = load_tokenizer(tmp_path)
-    assert (
-        encode(loaded, record, 64).input_ids.tolist()
-        == encode(tokenizer, record, 64).input_ids.tolist()
-    )
+    assert encode(loaded, record, 64).input_ids.tolist() == encode(tokenizer, record, 64).input_ids.tolist()
     compare_tokenizers(loaded, tokenizer)
 
 
@@ -282,9 +269,7 @@ def test_teacher_with_other_ids_is_named_token_by_token():
     ours = byte_tokenizer(size=256, special=["<a>", "<b>", "<c>"], eos=None)
     base = len(ours) - 3
     compare_tokenizers(ours, byte_tokenizer(size=256, special=["<a>", "<b>", "<c>"], eos=None))
-    with pytest.raises(
-        ValueError, match=rf"in 2 ids \(id {base}: '<a>' here, '<b>' there; id {base + 1}: "
-    ):
+    with pytest.raises(ValueError, match=rf"in 2 ids \(id {base}: '<a>' here, '<b>' there; id {base + 1}: "):
         compare_tokenizers(ours, byte_tokenizer(size=256, special=["<b>", "<a>", "<c>"], eos=None))
     with pytest.raises(ValueError, match=rf"\(id {base + 2}: '<c>' here, no token there\)"):
         compare_tokenizers(ours, byte_tokenizer(size=256, special=["<a>", "<b>"], eos=None))

@@ -97,13 +97,9 @@ def test_generation_prompt_inside_a_question_does_not_start_an_answer():
 def test_thinking_template_supervises_what_it_writes_in_each_turn():
     tokenizer = byte_tokenizer(THINKING)
     thought = "<think>\nTwo? Two.\n</think>\n\n"
-    assert supervised_runs(tokenizer, chat("u:1+1", "a:Two")) == [
-        "<think>\n\n</think>\n\nTwo<|im_end|>"
-    ]
+    assert supervised_runs(tokenizer, chat("u:1+1", "a:Two")) == ["<think>\n\n</think>\n\nTwo<|im_end|>"]
     # the answer is quoted in its own thinking: the span must reach the real one
-    assert supervised_runs(tokenizer, chat("u:1+1", f"a:{thought}Two")) == [
-        thought + "Two<|im_end|>"
-    ]
+    assert supervised_runs(tokenizer, chat("u:1+1", f"a:{thought}Two")) == [thought + "Two<|im_end|>"]
     several = chat("u:1+1", "a:<think>hm</think>Two", "u:sure?", "a:<think>yes</think>Yes")
     assert supervised_runs(tokenizer, several) == [
         "Two<|im_end|>",
@@ -130,9 +126,7 @@ def test_empty_answers_are_no_targets():
     assert supervised_runs(tokenizer, chat("u:Hi")) == []
 
 
-@pytest.mark.parametrize(
-    "text", ["👩‍👩‍👧 naïve café 你好", "é", "🇫🇷🇫🇷", "\u200b x \ue000\ue001", "ﬁ\u0301\r\n\t"]
-)
+@pytest.mark.parametrize("text", ["👩‍👩‍👧 naïve café 你好", "é", "🇫🇷🇫🇷", "\u200b x \ue000\ue001", "ﬁ\u0301\r\n\t"])
 @pytest.mark.parametrize("template", [CHATML, MISTRAL, LLAMA3])
 def test_characters_spread_over_several_tokens_stay_whole(template, text):
     tokenizer = byte_tokenizer(template)
@@ -179,18 +173,14 @@ def test_generation_blocks_agree_with_the_tokenizers_own_mask():
     record = chat("s:S", "u:Hi", "a:One 👧", "u:And?", "a:Two")
     assert supervised_runs(tokenizer, record) == ["One 👧<|im_end|>", "Two<|im_end|>"]
     record["messages"][1]["name"] = None  # as exported by many tools: the same as no name
-    own = tokenizer.apply_chat_template(
-        record["messages"], return_dict=True, return_assistant_tokens_mask=True
-    )
+    own = tokenizer.apply_chat_template(record["messages"], return_dict=True, return_assistant_tokens_mask=True)
     sample = encode(tokenizer, record, 4096)
     assert sample.input_ids.tolist() == own["input_ids"]
     assert sample.supervised.tolist() == [bool(x) for x in own["assistant_masks"]]
 
 
 def test_generation_block_ending_in_a_blank_does_not_run_into_the_next_turn():
-    template = GENERATION.replace(
-        "{{ m.content }}<|im_end|>{% endgeneration", "{{ m.content }} {% endgeneration"
-    )
+    template = GENERATION.replace("{{ m.content }}<|im_end|>{% endgeneration", "{{ m.content }} {% endgeneration")
     tokenizer = byte_tokenizer(template, trim=True)
     assert supervised_runs(tokenizer, chat("u:Hi", "a:123", "u:Secret", "a:Two")) == [
         "123 ",
@@ -210,17 +200,13 @@ def test_long_conversations_are_not_rendered_once_per_answer(monkeypatch):
     tokenizer = byte_tokenizer(CHATML)
     calls = []
     original = tokenizer.apply_chat_template
-    monkeypatch.setattr(
-        tokenizer, "apply_chat_template", lambda *a, **k: calls.append(1) or original(*a, **k)
-    )
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(1) or original(*a, **k))
     record = chat(*[turn for i in range(50) for turn in (f"u:Q{i}", f"a:A{i}")])
     assert supervised_runs(tokenizer, record) == [f"A{i}<|im_end|>" for i in range(50)]
     assert len(calls) <= 4
 
 
-plain = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=12
-)
+plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=12)
 solid = plain.map(str.strip).filter(bool)
 
 
@@ -235,9 +221,7 @@ solid = plain.map(str.strip).filter(bool)
 )
 def test_supervised_text_is_the_answers_and_their_end_of_turns(random_tokenizers, turns, form):
     messages, expected = [], ""
-    before, after = {"mistral": (" ", "</s>"), "llama3": ("", "<|eot|>")}.get(
-        form, ("", "<|im_end|>")
-    )
+    before, after = {"mistral": (" ", "</s>"), "llama3": ("", "<|eot|>")}.get(form, ("", "<|im_end|>"))
     for role, question, answers in turns:
         messages += chat(f"{role}:{question}")["messages"]
         for answer in answers:
@@ -261,9 +245,7 @@ def test_completion_and_end_of_sequence_are_targets_and_the_prompt_is_as_in_infe
     sample = encode(tokenizer, {"prompt": "1 + 1 =", "completion": " 2"}, 64)
     inference = byte_tokenizer(bos="<|bos|>")("1 + 1 =").input_ids
     assert sample.input_ids[: len(inference)].tolist() == inference
-    assert (
-        not sample.supervised[: len(inference)].any() and sample.supervised[len(inference) :].all()
-    )
+    assert not sample.supervised[: len(inference)].any() and sample.supervised[len(inference) :].all()
     assert tokenizer.decode(sample.input_ids[len(inference) :]) == " 2</s>"
 
 
@@ -306,9 +288,7 @@ def refusal(tokenizer, record):
 def test_unusable_templates_and_conversations_are_refused():
     talk = chat("s:S", "u:Hi", "a:One", "u:And?", "a:Two")
     assert "has no chat template: use prompt/completion" in refusal(byte_tokenizer(), talk)
-    assert "message 2: this chat template rewrites earlier turns" in refusal(
-        byte_tokenizer(SYSTEM_LAST), talk
-    )
+    assert "message 2: this chat template rewrites earlier turns" in refusal(byte_tokenizer(SYSTEM_LAST), talk)
     shouting = byte_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content[:2] }}"))
     assert "does not write every assistant message" in refusal(shouting, talk)
     doubling = byte_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"))
@@ -325,8 +305,6 @@ def test_unusable_templates_and_conversations_are_refused():
 
 def test_template_that_examines_user_contents_still_works():
     # as tool results in thinking templates: a mark behind the content changes what is written
-    template = CHATML.replace(
-        "{{ m.role }}", "{{ 'tool' if m.content.endswith('</r>') else m.role }}"
-    )
+    template = CHATML.replace("{{ m.role }}", "{{ 'tool' if m.content.endswith('</r>') else m.role }}")
     record = chat("u:Hi", "a:One", "u:<r>1</r>", "a:Two")
     assert supervised_runs(byte_tokenizer(template), record) == ["One<|im_end|>", "Two<|im_end|>"]

@@ -47,7 +47,13 @@ def models(workspace):
         "tied target-sft": [*tied, *target],
         "untied sft": [*untied, "--objective", "sft"],
         "untied dft": [*untied, "--objective", "dft"],
-        "tied label-smoothing": [*tied, "--objective", "label-smoothing", "--objective-args", "lam=0.2"],
+        "tied label-smoothing": [
+            *tied,
+            "--objective",
+            "label-smoothing",
+            "--objective-args",
+            "lam=0.2",
+        ],
         "tied kd": [*tied, "--objective", "kd", "--objective-args", "temperature=2", *teacher],
     }
 
@@ -66,7 +72,14 @@ def launch(world_size, runs, workspace, timeout):
 def single(workspace, models):
     """One process: what every layout has to reproduce."""
     runs = dict(models)
-    export = ["--sft-valid", workspace / "valid.jsonl", "--eval-iters", 1, "--save-hf", workspace / "single-hf"]
+    export = [
+        "--sft-valid",
+        workspace / "valid.jsonl",
+        "--eval-iters",
+        1,
+        "--save-hf",
+        workspace / "single-hf",
+    ]
     runs["untied target-sft"] = [*runs["untied target-sft"], *export]
     return launch(1, runs, workspace, timeout=240)
 
@@ -102,7 +115,11 @@ def test_two_ranks_train_like_one_process(workspace, models, single):
     runs = {
         "untied target-sft at TP2": [*models["untied target-sft"], *tp(2)],
         "untied target-sft at PP2": [*models["untied target-sft"], *pp(2)],
-        "tied target-sft at TP2 with sequence parallelism": [*models["tied target-sft"], *tp(2), *SEQUENCE_PARALLEL],
+        "tied target-sft at TP2 with sequence parallelism": [
+            *models["tied target-sft"],
+            *tp(2),
+            *SEQUENCE_PARALLEL,
+        ],
         "tied target-sft at PP2": [*models["tied target-sft"], *pp(2)],
         "untied sft at DP2": models["untied sft"],
         "tied label-smoothing at DP2 with the distributed optimizer": [
@@ -116,7 +133,14 @@ def test_two_ranks_train_like_one_process(workspace, models, single):
 def test_four_ranks_train_every_objective_like_one_process(workspace, models, single):
     layout = [*tp(2), *pp(2)]
     runs = {f"{kind} at TP2PP2": [*words, *layout] for kind, words in models.items()}
-    export = ["--sft-valid", workspace / "valid.jsonl", "--eval-iters", 1, "--save-hf", workspace / "sharded-hf"]
+    export = [
+        "--sft-valid",
+        workspace / "valid.jsonl",
+        "--eval-iters",
+        1,
+        "--save-hf",
+        workspace / "sharded-hf",
+    ]
     runs["untied target-sft at TP2PP2"] += export
     runs["untied target-sft at TP4"] = [*models["untied target-sft"], *tp(4)]
     runs["tied kd at TP4, more ranks than key/value heads"] = [*models["tied kd"], *tp(4)]
@@ -124,7 +148,10 @@ def test_four_ranks_train_every_objective_like_one_process(workspace, models, si
     assert_layouts(results, single)
 
     tag = "lm loss validation"
-    held_out, expected = results["untied target-sft at TP2PP2"]["scalars"][tag], single["untied target-sft"]["scalars"]
+    held_out, expected = (
+        results["untied target-sft at TP2PP2"]["scalars"][tag],
+        single["untied target-sft"]["scalars"],
+    )
     assert held_out == pytest.approx(expected[tag], rel=TOLERANCE)
     compare_exports(workspace / "sharded-hf", workspace / "single-hf", workspace / "untied")
 

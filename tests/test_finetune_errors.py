@@ -45,7 +45,10 @@ def variant(folder, name, source="untied", **changes):
 # name: (changes of a correct command line; None drops a flag), pieces of the message: expected, actual, what to do.
 CASES = {
     "unknown objective": ({"--objective": "sftt"}, ["'sftt'", "target-sft"]),
-    "unknown objective argument": ({"--objective": "dft", "--objective-args": "eta=1"}, ["'eta'", "dft", "none"]),
+    "unknown objective argument": (
+        {"--objective": "dft", "--objective-args": "eta=1"},
+        ["'eta'", "dft", "none"],
+    ),
     "objective argument out of range": ({"--objective-args": "lam=1.5"}, ["lam", "[0, 1]", "1.5"]),
     "objective argument without value": ({"--objective-args": "lam"}, ["KEY=VALUE", "'lam'"]),
     "teacher missing": ({"--objective": "kd", "--objective-args": None}, ["kd", "--teacher-hf"]),
@@ -58,25 +61,40 @@ CASES = {
         {"--objective": "kd", "--objective-args": None, "--teacher-hf": "larger-vocabulary"},
         ["400"],
     ),
-    "TP that does not divide the heads": ({"--tensor-model-parallel-size": 3}, ["3", "4 attention heads", "[1, 2, 4]"]),
+    "TP that does not divide the heads": (
+        {"--tensor-model-parallel-size": 3},
+        ["3", "4 attention heads", "[1, 2, 4]"],
+    ),
     "TP that does not fit the key/value heads": (
         {"--hf-model": "heads12", "--tensor-model-parallel-size": 6},
         ["6", "4 key/value heads", "[1, 2, 4, 12]"],
     ),
-    "PP that does not divide the layers": ({"--pipeline-model-parallel-size": 3}, ["3", "4 layers"]),
+    "PP that does not divide the layers": (
+        {"--pipeline-model-parallel-size": 3},
+        ["3", "4 layers"],
+    ),
     "sequence longer than the positions": ({"--seq-length": 4096}, ["4096", "64 positions"]),
     "flag that the model decides": ({"--num-layers": 2}, ["--num-layers", "--hf-model"]),
     "Megatron's data path": ({"--data-path": "x"}, ["--data-path", "--sft-train"]),
     "learning rate missing": ({"--lr": None}, ["--lr", "missing"]),
-    "flags that Megatron refuses": ({"--pipeline-model-parallel-size": 2}, ["Megatron", "world size (1)"]),
+    "flags that Megatron refuses": (
+        {"--pipeline-model-parallel-size": 2},
+        ["Megatron", "world size (1)"],
+    ),
     "no training data": ({"--sft-train": None}, ["--sft-train"]),
     "training data absent": ({"--sft-train": "absent.jsonl"}, ["absent.jsonl"]),
     "line that is no JSON": ({"--sft-train": "no-json.jsonl"}, ["no-json.jsonl:7", "JSON"]),
     "line without the keys": ({"--sft-train": "no-keys.jsonl"}, ["no-keys.jsonl:4", "messages"]),
     "model directory absent": ({"--hf-model": "absent"}, ["absent"]),
-    "model directory without weights": ({"--hf-model": "no-weights"}, ["no-weights", "safetensors"]),
+    "model directory without weights": (
+        {"--hf-model": "no-weights"},
+        ["no-weights", "safetensors"],
+    ),
     "truncated shard": ({"--hf-model": "truncated"}, ["model.safetensors", "bytes"]),
-    "unsupported architecture": ({"--hf-model": "unknown"}, ["MambaForCausalLM", "LlamaForCausalLM"]),
+    "unsupported architecture": (
+        {"--hf-model": "unknown"},
+        ["MambaForCausalLM", "LlamaForCausalLM"],
+    ),
     "output directory not empty": ({"--save-hf": "full"}, ["full", "empty"]),
     "checkpoint absent": ({"--load": "absent"}, ["--load", "absent", "drop"]),
 }
@@ -84,14 +102,18 @@ PATHS = ("--hf-model", "--teacher-hf", "--sft-train", "--save-hf", "--load")
 
 
 def command_line(workspace, changes):
-    flags = dict(zip(COMMON[::2], COMMON[1::2], strict=True)) | {
-        "--hf-model": "untied",
-        "--sft-train": "train.jsonl",
-        "--objective": "label-smoothing",
-        "--objective-args": "lam=0.1",
-        "--save": "checkpoint",
-        "--save-hf": "exported",
-    } | changes
+    flags = (
+        dict(zip(COMMON[::2], COMMON[1::2], strict=True))
+        | {
+            "--hf-model": "untied",
+            "--sft-train": "train.jsonl",
+            "--objective": "label-smoothing",
+            "--objective-args": "lam=0.1",
+            "--save": "checkpoint",
+            "--save-hf": "exported",
+        }
+        | changes
+    )
     words = []
     for flag, value in flags.items():
         if value is not None:
@@ -130,5 +152,12 @@ def test_help_explains_the_arguments_without_a_model():
     command = [sys.executable, "-m", "qtarget_megatron.finetune", "--help"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0
-    for flag in ("--hf-model", "--objective", "--teacher-hf", "--save-hf", "--help-megatron", "torchrun"):
+    for flag in (
+        "--hf-model",
+        "--objective",
+        "--teacher-hf",
+        "--save-hf",
+        "--help-megatron",
+        "torchrun",
+    ):
         assert flag in result.stdout

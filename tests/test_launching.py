@@ -72,9 +72,7 @@ def worker(tmp_path):
 
 @pytest.mark.parametrize("status", [0, 7])
 def test_torchrun_returns_the_output_of_all_ranks(worker, status):
-    result = run_torchrun(
-        2, ["worker_of_a_test", "work", "1"], 100, {**worker, "STATUS": str(status)}
-    )
+    result = run_torchrun(2, ["worker_of_a_test", "work", "1"], 100, {**worker, "STATUS": str(status)})
     assert (result.returncode == 0) == (status == 0)
     # torchrun ends the other rank as soon as one has failed, maybe before it has said anything.
     seen = [f"rank {rank} of 2 ['work', '1']" in result.stdout for rank in (0, 1)]

@@ -164,9 +164,7 @@ def test_ignored_tokens_are_exact_zeros_whatever_their_logits(case, junk, ignore
 def test_a_batch_without_supervision(backend):
     logits, labels, teacher, upstream = draw()
     for case in TYPICAL.values():
-        loss, gradient = run(
-            case, logits, torch.full_like(labels, -100), teacher, upstream, backend=backend
-        )
+        loss, gradient = run(case, logits, torch.full_like(labels, -100), teacher, upstream, backend=backend)
         assert not loss.any() and not gradient.any()
 
 
@@ -281,9 +279,7 @@ def test_autograd_notices_that_others_needed_the_overwritten_logits(backend):
     logits, labels, teacher, upstream = draw()
     logits = logits.requires_grad_() * 1
     square = logits.square()  # keeps the logits for its own backward
-    call(CASES["sft"], logits, labels, teacher, backend=backend, inplace=True).backward(
-        upstream, retain_graph=True
-    )
+    call(CASES["sft"], logits, labels, teacher, backend=backend, inplace=True).backward(upstream, retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.sum().backward()
 
@@ -363,15 +359,12 @@ def test_statistics_of_target_sft(backend):
 def test_trust_is_nan_where_there_is_no_mass(backend):
     logits, labels, teacher, _ = draw()
     labels[0] = -100
-    _, statistics = call(
-        CASES["kd-T2"], logits, labels, teacher, backend=backend, return_statistics=True
-    )
+    _, statistics = call(CASES["kd-T2"], logits, labels, teacher, backend=backend, return_statistics=True)
     assert torch.equal(statistics.total_mass, torch.zeros(6, dtype=torch.float64))
     assert statistics.trust[1:].isnan().all() and statistics.trust[0] == 0
     first, second = statistics.residuals
     expected = [
-        -(torch.softmax(x.double() / 2, -1) * torch.log_softmax(x.double() / 2, -1)).sum(-1)
-        for x in (logits, teacher)
+        -(torch.softmax(x.double() / 2, -1) * torch.log_softmax(x.double() / 2, -1)).sum(-1) for x in (logits, teacher)
     ]
     torch.testing.assert_close(first.entropy[1:], expected[0][1:], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(second.entropy[1:], expected[1][1:], rtol=1e-6, atol=1e-6)
@@ -396,9 +389,7 @@ def test_token_inputs_reach_the_objective(backend):
     logits, labels, _, _ = draw((2, 3))
     leaf = logits.requires_grad_()
     weight = torch.rand(2, 3, requires_grad=True)
-    loss = qtarget_cross_entropy(
-        leaf, labels, objective=weighted, token_inputs={"weight": weight}, backend=backend
-    )
+    loss = qtarget_cross_entropy(leaf, labels, objective=weighted, token_inputs={"weight": weight}, backend=backend)
     loss.sum().backward()
     expected = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none") * weight
     torch.testing.assert_close(loss, expected)

@@ -17,12 +17,8 @@ MIXED = (0.5, 0.5)
 
 def call(**changes):
     arguments = dict(residuals=(MIXED,), vocab_start=0, valid_columns=8, ignore_index=IGNORE)
-    arguments |= dict(
-        logits=torch.zeros(2, 8), teacher_logits=torch.zeros(2, 8), labels=torch.zeros(2).long()
-    )
-    arguments |= dict(
-        max_=torch.zeros(2), scale=torch.ones(2), label_scale=torch.ones(2), out=torch.zeros(2, 8)
-    )
+    arguments |= dict(logits=torch.zeros(2, 8), teacher_logits=torch.zeros(2, 8), labels=torch.zeros(2).long())
+    arguments |= dict(max_=torch.zeros(2), scale=torch.ones(2), label_scale=torch.ones(2), out=torch.zeros(2, 8))
     arguments |= dict(residual_max=torch.zeros(1, 2), residual_scale=torch.ones(1, 2))
     native.logit_gradient(**(arguments | changes))
 
@@ -72,14 +68,9 @@ def test_in_place_with_another_row_stride_is_refused():
 def test_environment_chooses_the_instruction_set(isa):
     code = "import torch; from qtarget_megatron import _C; print(_C.cpu_isa())"
     environment = os.environ | {"QTARGET_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     if isa == "sse9":
         assert done.returncode != 0
-        assert (
-            "ValueError: QTARGET_CPU_ISA=sse9: unknown instruction set, expected scalar or avx2"
-            in done.stderr
-        )
+        assert "ValueError: QTARGET_CPU_ISA=sse9: unknown instruction set, expected scalar or avx2" in done.stderr
     else:
         assert done.stdout.strip() == isa

@@ -136,10 +136,7 @@ def scales_for(partials, device="cpu"):
         "scale": (1.25 / partials[:, 1]).nan_to_num(posinf=0.0).to(device),
         "label_scale": torch.full((len(partials),), 0.75, device=device),
         "residual_max": partials[:, 4::4].T.contiguous().to(device),
-        "residual_scale": (0.5 / partials[:, 5::4].T)
-        .nan_to_num(posinf=0.0)
-        .contiguous()
-        .to(device),
+        "residual_scale": (0.5 / partials[:, 5::4].T).nan_to_num(posinf=0.0).contiguous().to(device),
     }
 
 
@@ -153,10 +150,7 @@ def assert_statistics(got, expected):
         lse = [part[:, 0] + part[:, 1].log() for part in (ours, exact)]
         torch.testing.assert_close(*lse, rtol=3e-7, atol=1e-6)
         for column in (2, 3):
-            means = [
-                torch.where(part[:, 1] == 0, 0.0, part[:, column] / part[:, 1])
-                for part in (ours, exact)
-            ]
+            means = [torch.where(part[:, 1] == 0, 0.0, part[:, column] / part[:, 1]) for part in (ours, exact)]
             torch.testing.assert_close(*means, rtol=2e-6, atol=3e-6)
 
 
@@ -172,9 +166,7 @@ def assert_gradient(got, expected, dtype):
 @pytest.mark.parametrize("residuals", RESIDUALS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 3, 8, 33, 1000, 1031, 2061])
-def test_both_kernels_match_float64_for_every_width_dtype_and_residual(
-    device, columns, dtype, residuals
-):
+def test_both_kernels_match_float64_for_every_width_dtype_and_residual(device, columns, dtype, residuals):
     z, t = draw(3, columns, dtype, device), draw(3, columns, dtype, device, seed=1)
     labels = draw_labels(3, columns, device)
     exact = exact_statistics(z, t, labels, residuals, 0, columns)
@@ -204,9 +196,7 @@ def test_strided_and_unaligned_rows_never_touch_their_surroundings(device, dtype
     columns, valid, residuals = 1103, 1050, (MIXED, UNIFORM)
 
     def embed(matrix, margin, row_gap):
-        wide = torch.full(
-            (matrix.shape[0], columns + row_gap), garbage, dtype=matrix.dtype, device=device
-        )
+        wide = torch.full((matrix.shape[0], columns + row_gap), garbage, dtype=matrix.dtype, device=device)
         wide[:, margin : margin + columns] = matrix
         wide[:, margin + valid : margin + columns] = garbage  # padding columns
         return wide, wide[:, margin : margin + columns]
@@ -267,9 +257,7 @@ def test_residual_of_scale_zero_is_left_out(device):
     labels = draw_labels(2, 77, device)
     scales = scales_for(statistics(z, None, labels, ()), device)
     alone = gradient(z, None, labels, (), scales)
-    scales |= {
-        name: torch.zeros(1, 2, device=device) for name in ("residual_max", "residual_scale")
-    }
+    scales |= {name: torch.zeros(1, 2, device=device) for name in ("residual_max", "residual_scale")}
     assert torch.equal(gradient(z, t, labels, (TEACHER,), scales), alone)
 
 
@@ -285,9 +273,7 @@ def test_labels_of_other_shards_have_no_logit_and_no_label_term(device, residual
     assert torch.equal(got[:, 3].cpu(), torch.tensor([0, z[1, 0].item(), z[2, 59].item(), 0, 0]))
     scales = scales_for(exact, device)
     expected = exact_gradient(z, t, labels, residuals, start, valid, scales)
-    assert_gradient(
-        gradient(z, t, labels, residuals, scales, vocab_start=start, valid=valid), expected, z.dtype
-    )
+    assert_gradient(gradient(z, t, labels, residuals, scales, vocab_start=start, valid=valid), expected, z.dtype)
 
 
 @pytest.mark.parametrize("columns", [4, 40, 3000])
@@ -309,9 +295,7 @@ def test_minus_infinite_logits_have_no_weight(device, residuals, columns):
 
 
 @pytest.mark.parametrize("residual", [UNIFORM, TEACHER])
-def test_residual_mass_on_a_minus_infinite_logit_makes_the_mean_logit_minus_infinite(
-    device, residual
-):
+def test_residual_mass_on_a_minus_infinite_logit_makes_the_mean_logit_minus_infinite(device, residual):
     for column in (0, 13, 1999):
         z, t = draw(1, 2000, torch.float32, device), draw(1, 2000, torch.float32, device, seed=1)
         z[0, column] = -INF
@@ -391,9 +375,7 @@ def test_loss_and_entropy_at_151936_columns_match_float64(device, spread):
     log_p = torch.log_softmax(z.double().cpu(), -1)
     r = torch.softmax(0.5 * z.double().cpu() + 0.5 * t.double().cpu(), -1)
     nll = got[:, 0] - got[:, 3] + got[:, 1].log()
-    torch.testing.assert_close(
-        nll, -log_p.gather(1, labels.cpu()[:, None])[:, 0], rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(nll, -log_p.gather(1, labels.cpu()[:, None])[:, 0], rtol=1e-6, atol=0)
     entropy = got[:, 1].log() - got[:, 2] / got[:, 1]
     torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1), rtol=1e-6, atol=0)
     cross_entropy = got[:, 1].log() - got[:, 6] / got[:, 5]

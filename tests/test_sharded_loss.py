@@ -243,9 +243,7 @@ def _run(case, inputs: Inputs, columns: slice, group, backend: str, collectives=
     return loss.detach(), gradient, statistics
 
 
-def _compare_with_unsharded(
-    loss, gradient, statistics, whole_loss, whole_gradient, whole_statistics
-) -> None:
+def _compare_with_unsharded(loss, gradient, statistics, whole_loss, whole_gradient, whole_statistics) -> None:
     """Only the order of float32 sums differs: some units in the last place of the loss (1e-6) and
     of the terms of a gradient row (1e-6 of it and 2^-22 of its masses, which are at most 2 here,
     times |upstream| < 4). A bfloat16 element may round to either neighbour (2^-7)."""
@@ -317,9 +315,7 @@ def outcomes():
     return of
 
 
-@pytest.mark.parametrize(
-    ("world_size", "name"), [(size, name) for size in WORLD_SIZES for name in case_names(size)]
-)
+@pytest.mark.parametrize(("world_size", "name"), [(size, name) for size in WORLD_SIZES for name in case_names(size)])
 def test_sharded_is_unsharded(world_size, name, outcomes):
     for rank, outcome in enumerate(outcomes(world_size)):
         assert not outcome[name], f"rank {rank} of {world_size}: {outcome[name]}"

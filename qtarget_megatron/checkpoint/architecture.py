@@ -199,9 +199,7 @@ class Architecture:
         else:
             head_dim = hidden // heads
         if head_dim % 2:
-            raise ValueError(
-                f"config.json: expected an even head_dim for rotary pairs, got {head_dim}"
-            )
+            raise ValueError(f"config.json: expected an even head_dim for rotary pairs, got {head_dim}")
         rope_base, rope_scaling = _read_rope(config, positions)
 
         return cls(
@@ -264,14 +262,11 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """``directory/config.json`` as a dict. ValueError where it is missing or not a JSON object."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(
-            f"{directory}: expected a checkpoint directory, found none; check the path"
-        )
+        raise ValueError(f"{directory}: expected a checkpoint directory, found none; check the path")
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(
-            f"{directory}: expected a config.json, found none; point to the folder that "
-            "save_pretrained wrote"
+            f"{directory}: expected a config.json, found none; point to the folder that save_pretrained wrote"
         )
     return read_json_object(path)
 
@@ -293,9 +288,7 @@ def declared_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     if name is None:
         return None
     if name not in tuple(_DTYPES):
-        raise ValueError(
-            f"config.json: expected dtype to be one of {sorted(_DTYPES)}, got {name!r}"
-        )
+        raise ValueError(f"config.json: expected dtype to be one of {sorted(_DTYPES)}, got {name!r}")
     return _DTYPES[name]
 
 
@@ -347,10 +340,7 @@ def _token_ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
     value = config.get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise ValueError(
-            f"config.json: expected {key} to be an integer, a list of integers or null, got "
-            f"{value!r}"
-        )
+        raise ValueError(f"config.json: expected {key} to be an integer, a list of integers or null, got {value!r}")
     return tuple(ids)
 
 
@@ -369,9 +359,7 @@ def _read_window(config: Mapping[str, Any], family: _Family, num_layers: int) ->
         full = min(_positive_int(config, "max_window_layers") if first != 0 else 0, num_layers)
         kinds = ["full_attention"] * full + ["sliding_attention"] * (num_layers - full)
     if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise ValueError(
-            f"config.json: expected layer_types to list {num_layers} layers, got {kinds!r}"
-        )
+        raise ValueError(f"config.json: expected layer_types to list {num_layers} layers, got {kinds!r}")
     if all(kind == "full_attention" for kind in kinds):
         return None
     if all(kind == "sliding_attention" for kind in kinds):
@@ -391,33 +379,26 @@ def _read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeSc
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(
-            f"config.json: expected one flat set of rotary parameters for all layers, got {rope!r}"
-        )
+        raise ValueError(f"config.json: expected one flat set of rotary parameters for all layers, got {rope!r}")
     rope = {"rope_theta": config.get("rope_theta", 10000.0)} | rope
     base = _positive_number(rope, "rope_theta")
     for partial in (rope.get("partial_rotary_factor"), config.get("partial_rotary_factor")):
         if partial not in (None, 1, 1.0):
             raise ValueError(
-                f"config.json: expected partial_rotary_factor 1 (rotary over the whole head), got "
-                f"{partial!r}"
+                f"config.json: expected partial_rotary_factor 1 (rotary over the whole head), got {partial!r}"
             )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return base, None
     if kind not in _ROPE_TYPES:
-        raise ValueError(
-            f"config.json: expected rope_type to be one of {_ROPE_TYPES}, got {kind!r}"
-        )
+        raise ValueError(f"config.json: expected rope_type to be one of {_ROPE_TYPES}, got {kind!r}")
     values = {name: _positive_number(rope, name) for name in _ROPE_FIELDS[kind]}
     if kind == "llama3":
         lengths = {"original_max_position_embeddings": positions}
         for source in (rope, config):  # like transformers, the outer field wins where both exist
             if source.get("original_max_position_embeddings") is not None:
                 lengths = source
-        values["original_max_position_embeddings"] = _positive_int(
-            lengths, "original_max_position_embeddings"
-        )
+        values["original_max_position_embeddings"] = _positive_int(lengths, "original_max_position_embeddings")
         if values["high_freq_factor"] <= values["low_freq_factor"]:
             raise ValueError(
                 f"config.json: expected high_freq_factor above low_freq_factor, got "

@@ -108,8 +108,7 @@ class HFReader:
             path = self.directory / file
             if not path.is_file():
                 raise ValueError(
-                    f"{self.directory}: expected the shard {file} that {INDEX_FILE} names, found "
-                    "none; fetch it"
+                    f"{self.directory}: expected the shard {file} that {INDEX_FILE} names, found none; fetch it"
                 )
             for name, entry in read_header(path).items():
                 if name in self._entries:
@@ -131,8 +130,7 @@ class HFReader:
         index = self.directory / INDEX_FILE
         if single and index.is_file():
             raise ValueError(
-                f"{self.directory}: expected either {SINGLE_FILE} or {INDEX_FILE}, found both; "
-                "remove the stale one"
+                f"{self.directory}: expected either {SINGLE_FILE} or {INDEX_FILE}, found both; remove the stale one"
             )
         if single:
             return None
@@ -145,21 +143,14 @@ class HFReader:
                     "save_pretrained(safe_serialization=True)"
                 )
             raise ValueError(
-                f"{self.directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither; fetch "
-                "the weights"
+                f"{self.directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither; fetch the weights"
             )
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(
-                f"{index}: expected a weight_map of tensor names to files, got {weight_map!r}"
-            )
+            raise ValueError(f"{index}: expected a weight_map of tensor names to files, got {weight_map!r}")
         for file in weight_map.values():
             # The index is data from elsewhere: it may not point outside the checkpoint.
-            if (
-                not isinstance(file, str)
-                or Path(file).name != file
-                or Path(file).suffix != ".safetensors"
-            ):
+            if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != ".safetensors":
                 raise ValueError(f"{index}: expected plain .safetensors file names, got {file!r}")
         return weight_map
 
@@ -198,8 +189,7 @@ class HFReader:
             size = entry.shape[dim] if dim < len(entry.shape) else -1
             if not 0 <= wanted[0] <= wanted[1] <= size:
                 raise ValueError(
-                    f"{name}: expected a range within shape {list(entry.shape)}, got {wanted} in "
-                    f"dimension {dim}"
+                    f"{name}: expected a range within shape {list(entry.shape)}, got {wanted} in dimension {dim}"
                 )
             index.append(slice(*wanted))
         if entry.file not in self._open:

@@ -45,19 +45,13 @@ def check_output_directory(path: str | Path) -> None:
     """
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ValueError(
-            f"{path}: expected a new or empty directory, got a file or link; choose another"
-        )
+        raise ValueError(f"{path}: expected a new or empty directory, got a file or link; choose another")
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(
-            f"{path}: expected a new or empty directory, got one with files in it; choose another "
-            "or empty it"
+            f"{path}: expected a new or empty directory, got one with files in it; choose another or empty it"
         )
     if not path.absolute().parent.is_dir():
-        raise ValueError(
-            f"{path}: expected its parent to be a directory, found none; create "
-            f"{path.absolute().parent}"
-        )
+        raise ValueError(f"{path}: expected its parent to be a directory, found none; create {path.absolute().parent}")
 
 
 def plan_shards(
@@ -101,10 +95,7 @@ def plan_shards(
             filled += size
     if len(groups) == 1:
         return [(SINGLE_FILE, groups[0])]
-    return [
-        (f"model-{i:05d}-of-{len(groups):05d}.safetensors", group)
-        for i, group in enumerate(groups, 1)
-    ]
+    return [(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
 class HFExport:
@@ -138,10 +129,7 @@ class HFExport:
         self.temporary_dir = self.out_dir.parent / temporary_name
         reserved = ("", ".", "..", self.out_dir.name)
         if temporary_name in reserved or Path(temporary_name).name != temporary_name:
-            raise ValueError(
-                f"expected a plain folder name other than {self.out_dir.name!r}, got "
-                f"{temporary_name!r}"
-            )
+            raise ValueError(f"expected a plain folder name other than {self.out_dir.name!r}, got {temporary_name!r}")
 
     def begin(self) -> None:
         """Create the temporary folder (one process); ValueError if it is already there."""
@@ -163,13 +151,9 @@ class HFExport:
         planned = self._plan.get(file)
         if planned is None:
             raise ValueError(f"expected one of the {len(self._plan)} planned files, got {file!r}")
-        self._compare(
-            file, {n: TensorEntry(file, tuple(t.shape), t.dtype) for n, t in tensors.items()}
-        )
+        self._compare(file, {n: TensorEntry(file, tuple(t.shape), t.dtype) for n, t in tensors.items()})
         path = self.temporary_dir / file
-        save_file(
-            {name: tensors[name].contiguous() for name in planned}, path, metadata={"format": "pt"}
-        )
+        save_file({name: tensors[name].contiguous() for name in planned}, path, metadata={"format": "pt"})
         # safetensors makes the file private to its owner; give it the mode of any other new file.
         path.chmod(0o666 & ~_umask())
         _sync(path)
@@ -184,8 +168,7 @@ class HFExport:
             path = self.temporary_dir / file
             if not path.is_file():
                 raise ValueError(
-                    f"{self.temporary_dir}: expected the shard {file}, found none; its owner did "
-                    "not write it"
+                    f"{self.temporary_dir}: expected the shard {file}, found none; its owner did not write it"
                 )
             self._compare(file, read_header(path))
         if list(self._plan) != [SINGLE_FILE]:
@@ -194,11 +177,7 @@ class HFExport:
         for pattern in _COPIED:
             for source in sorted(self.source_dir.glob(pattern)):
                 relative = source.relative_to(self.source_dir)
-                if (
-                    source.is_file()
-                    and source.name != "config.json"
-                    and ".index." not in source.name
-                ):
+                if source.is_file() and source.name != "config.json" and ".index." not in source.name:
                     self._write(relative, source.read_bytes())
         for folder in {path.parent for path in self.temporary_dir.rglob("*")}:
             _sync(folder)

@@ -224,9 +224,7 @@ def merge_parameter(
             )
         blocks = grouped.split([last - first for _, first, last in segments])
         merged = [
-            torch.cat(
-                [block for block, (part, _, _) in zip(blocks, segments, strict=True) if part == p]
-            )
+            torch.cat([block for block, (part, _, _) in zip(blocks, segments, strict=True) if part == p])
             for p in (0, 1, 2)
         ]
     for source, tensor in zip(sources, merged, strict=True):
@@ -323,10 +321,7 @@ def _is_tied_head(arch: Architecture, name: str) -> bool:
 
 def _share(name: str, size: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
     if size % tp_size:
-        raise ValueError(
-            f"{name}: expected a tensor-parallel size that divides {size}, got {tp_size}; choose "
-            "another"
-        )
+        raise ValueError(f"{name}: expected a tensor-parallel size that divides {size}, got {tp_size}; choose another")
     share = size // tp_size
     return tp_rank * share, (tp_rank + 1) * share
 
@@ -353,10 +348,7 @@ def _load_vocabulary(
     padded_vocab_size: int,
 ) -> torch.Tensor:
     if padded_vocab_size < arch.vocab_size:
-        raise ValueError(
-            f"expected a padded vocabulary of at least {arch.vocab_size} entries, got "
-            f"{padded_vocab_size}"
-        )
+        raise ValueError(f"expected a padded vocabulary of at least {arch.vocab_size} entries, got {padded_vocab_size}")
     start, stop = _share(f"padded vocabulary of {source}", padded_vocab_size, tp_rank, tp_size)
     first, last = (min(edge, arch.vocab_size) for edge in (start, stop))
     if (first, last) == (start, stop):

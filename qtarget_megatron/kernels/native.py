@@ -15,8 +15,7 @@ try:
     from qtarget_megatron import _C
 except ImportError as error:
     raise ImportError(
-        f"qtarget_megatron._C is not built ({error}): "
-        "run `pip install .` or `python setup.py build_ext --inplace`"
+        f"qtarget_megatron._C is not built ({error}): run `pip install .` or `python setup.py build_ext --inplace`"
     ) from error
 
 MAX_RESIDUALS = 2
@@ -51,12 +50,8 @@ def partial_statistics(
     maximum may be finite.
     Raises ValueError for any other dtype, device, shape or stride.
     """
-    shard = _shard(
-        logits, teacher_logits, labels, residuals, vocab_start, valid_columns, ignore_index
-    )
-    out = torch.empty(
-        logits.shape[0], partial_width(len(residuals)), dtype=torch.float32, device=logits.device
-    )
+    shard = _shard(logits, teacher_logits, labels, residuals, vocab_start, valid_columns, ignore_index)
+    out = torch.empty(logits.shape[0], partial_width(len(residuals)), dtype=torch.float32, device=logits.device)
     _function("partial_statistics", logits)(**shard, out=out.data_ptr(), **_execution(logits))
     return out
 
@@ -92,17 +87,13 @@ def logit_gradient(
 
     Raises ValueError for any other dtype, device, shape or stride.
     """
-    shard = _shard(
-        logits, teacher_logits, labels, residuals, vocab_start, valid_columns, ignore_index
-    )
+    shard = _shard(logits, teacher_logits, labels, residuals, vocab_start, valid_columns, ignore_index)
     rows, columns = logits.shape
     _check_matrix("out", out, logits)
     if out.dtype != logits.dtype:
         raise ValueError(f"out must have the dtype of logits, {logits.dtype}, got {out.dtype}")
     if rows > 1 and out.stride(0) < columns:
-        raise ValueError(
-            f"rows of out overlap: its row stride is {out.stride(0)}, expected at least {columns}"
-        )
+        raise ValueError(f"rows of out overlap: its row stride is {out.stride(0)}, expected at least {columns}")
     if out.data_ptr() == logits.data_ptr() and rows > 1 and out.stride(0) != logits.stride(0):
         raise ValueError(
             f"out shares memory with logits but has row stride {out.stride(0)}, "
@@ -131,30 +122,22 @@ def _shard(
 ) -> dict:
     """The checked arguments that both kernels share."""
     if len(residuals) > MAX_RESIDUALS:
-        raise ValueError(
-            f"the native kernels take at most {MAX_RESIDUALS} residuals, got {len(residuals)}"
-        )
+        raise ValueError(f"the native kernels take at most {MAX_RESIDUALS} residuals, got {len(residuals)}")
     _check_matrix("logits", logits, logits)
     rows, columns = logits.shape
     if not 0 <= valid_columns <= columns:
-        raise ValueError(
-            f"valid_columns must be in 0..{columns} (the columns of logits), got {valid_columns}"
-        )
+        raise ValueError(f"valid_columns must be in 0..{columns} (the columns of logits), got {valid_columns}")
     if labels.dtype != torch.int64 or labels.shape != (rows,) or labels.device != logits.device:
         raise ValueError(
             f"labels must be int64 of shape ({rows},) on {logits.device}, "
             f"got {labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
         )
     if not labels.is_contiguous():
-        raise ValueError(
-            f"labels must be contiguous, got stride {labels.stride(0)}: call .contiguous()"
-        )
+        raise ValueError(f"labels must be contiguous, got stride {labels.stride(0)}: call .contiguous()")
     teacher = _NO_MATRIX
     if any(b != 0 for _, b in residuals):
         if teacher_logits is None:
-            raise ValueError(
-                f"residuals {residuals} read teacher_logits: expected a tensor, got None"
-            )
+            raise ValueError(f"residuals {residuals} read teacher_logits: expected a tensor, got None")
         _check_matrix("teacher_logits", teacher_logits, logits)
         teacher = _matrix(teacher_logits)
     return dict(
@@ -171,10 +154,7 @@ def _shard(
 
 def _check_matrix(name: str, matrix: Tensor, logits: Tensor) -> None:
     if matrix.dtype not in _DTYPE_CODES:
-        raise ValueError(
-            f"{name} must be float32, bfloat16 or float16, got {matrix.dtype}: "
-            "use backend='reference'"
-        )
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {matrix.dtype}: use backend='reference'")
     if matrix.device.type not in ("cpu", "cuda") or matrix.device != logits.device:
         expected = logits.device if logits.device.type in ("cpu", "cuda") else "cpu or cuda"
         raise ValueError(f"{name} must be on {expected}, got {matrix.device}")
@@ -182,10 +162,7 @@ def _check_matrix(name: str, matrix: Tensor, logits: Tensor) -> None:
         expected = tuple(logits.shape) if logits.dim() == 2 else "[N, V_local]"
         raise ValueError(f"{name} must have shape {expected}, got {tuple(matrix.shape)}")
     if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-        raise ValueError(
-            f"{name} must have adjacent columns, got column stride {matrix.stride(1)}: "
-            "call .contiguous()"
-        )
+        raise ValueError(f"{name} must have adjacent columns, got column stride {matrix.stride(1)}: call .contiguous()")
 
 
 def _check_scale(name: str, vector: Tensor, shape: tuple[int, ...], logits: Tensor) -> Tensor:
@@ -195,9 +172,7 @@ def _check_scale(name: str, vector: Tensor, shape: tuple[int, ...], logits: Tens
             f"got {vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
         )
     if not vector.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous, got strides {vector.stride()}: call .contiguous()"
-        )
+        raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}: call .contiguous()")
     return vector
 
 
@@ -207,15 +182,11 @@ def _matrix(matrix: Tensor) -> tuple[int, int, int]:
 
 def _function(name: str, logits: Tensor):
     if logits.device.type == "cuda" and not has_cuda():
-        raise ValueError(
-            "qtarget_megatron._C was built without CUDA: rebuild it where nvcc is found"
-        )
+        raise ValueError("qtarget_megatron._C was built without CUDA: rebuild it where nvcc is found")
     return getattr(_C, f"{logits.device.type}_{name}")
 
 
 def _execution(logits: Tensor) -> dict:
     if logits.device.type == "cpu":
         return dict(num_threads=torch.get_num_threads())
-    return dict(
-        device=logits.device.index, stream=torch.cuda.current_stream(logits.device).cuda_stream
-    )
+    return dict(device=logits.device.index, stream=torch.cuda.current_stream(logits.device).cuda_stream)

@@ -15,26 +15,63 @@ from qtarget_megatron.kernels import BACKENDS
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this package's arguments to a parser (Megatron's own, in finetune)."""
     group = parser.add_argument_group("qtarget: fine-tuning with a designed target distribution")
-    group.add_argument("--hf-model", type=Path, required=True, metavar="DIR",
-                       help="Hugging Face directory of the student: architecture from config.json, initial weights from its "
-                       "safetensors, tokenizer. Each rank reads only its slices; nothing is converted beforehand.")  # fmt: skip
-    group.add_argument("--objective", default="sft", metavar="NAME",
-                       help=f"training objective: {', '.join(objectives.names())} (default: sft)")  # fmt: skip
-    group.add_argument("--objective-args", nargs="*", default=[], metavar="KEY=VALUE",
-                       help="parameters of the objective, e.g. eta=0.5")  # fmt: skip
-    group.add_argument("--teacher-hf", type=Path, metavar="DIR",
-                       help="Hugging Face directory of the frozen second model (teacher, reference or base), for the objectives "
-                       "that read one. It is stacked on the student's pipeline stages; same tokenizer, any size.")  # fmt: skip
-    group.add_argument("--sft-train", type=Path, metavar="FILE",
-                       help="training data, JSONL: each line {\"messages\": [...]} or {\"prompt\": ..., \"completion\": ...}")  # fmt: skip
-    group.add_argument("--sft-valid", type=Path, metavar="FILE",
-                       help="held-out data, same format; its first eval-iters * global-batch-size samples are evaluated each time")  # fmt: skip
-    group.add_argument("--save-hf", type=Path, metavar="DIR",
-                       help="export the trained model there as a Hugging Face directory once training is done")  # fmt: skip
-    group.add_argument("--qtarget-backend", default="auto", choices=BACKENDS,
-                       help="kernels of the loss (default: auto, native ones for the device)")  # fmt: skip
-    group.add_argument("--cpu", action="store_true",
-                       help="run on the CPU over gloo; the default where no GPU is found, refused where one is")  # fmt: skip
+    group.add_argument(
+        "--hf-model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Hugging Face directory of the student: architecture from config.json, initial weights from its "
+        "safetensors, tokenizer. Each rank reads only its slices; nothing is converted beforehand.",
+    )
+    group.add_argument(
+        "--objective",
+        default="sft",
+        metavar="NAME",
+        help=f"training objective: {', '.join(objectives.names())} (default: sft)",
+    )
+    group.add_argument(
+        "--objective-args",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="parameters of the objective, e.g. eta=0.5",
+    )
+    group.add_argument(
+        "--teacher-hf",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory of the frozen second model (teacher, reference or base), for the objectives "
+        "that read one. It is stacked on the student's pipeline stages; same tokenizer, any size.",
+    )
+    group.add_argument(
+        "--sft-train",
+        type=Path,
+        metavar="FILE",
+        help='training data, JSONL: each line {"messages": [...]} or {"prompt": ..., "completion": ...}',
+    )
+    group.add_argument(
+        "--sft-valid",
+        type=Path,
+        metavar="FILE",
+        help="held-out data, same format; its first eval-iters * global-batch-size samples are evaluated each time",
+    )
+    group.add_argument(
+        "--save-hf",
+        type=Path,
+        metavar="DIR",
+        help="export the trained model there as a Hugging Face directory once training is done",
+    )
+    group.add_argument(
+        "--qtarget-backend",
+        default="auto",
+        choices=BACKENDS,
+        help="kernels of the loss (default: auto, native ones for the device)",
+    )
+    group.add_argument(
+        "--cpu",
+        action="store_true",
+        help="run on the CPU over gloo; the default where no GPU is found, refused where one is",
+    )
     return parser
 
 
@@ -93,11 +130,18 @@ def implementation_flags(*, on_cpu: bool) -> list[str]:
 
 def check_flags(argv: list[str], arch_flags: list[str]) -> None:
     """Refuse flags that contradict --hf-model or this package's way of counting tokens. Raises ValueError."""
-    fixed = {word for word in arch_flags if word.startswith("--")} - {"--attention-dropout", "--hidden-dropout"}
+    fixed = {word for word in arch_flags if word.startswith("--")} - {
+        "--attention-dropout",
+        "--hidden-dropout",
+    }
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
     if given:
         raise ValueError(f"{', '.join(given)} follow(s) from --hf-model and cannot be given: drop it")
-    for flag, instead in (("--sft", "--sft-train"), ("--data-path", "--sft-train"), ("--mock-data", "--sft-train")):
+    for flag, instead in (
+        ("--sft", "--sft-train"),
+        ("--data-path", "--sft-train"),
+        ("--mock-data", "--sft-train"),
+    ):
         if flag in argv:
             raise ValueError(f"{flag} is Megatron's own data path, this program reads {instead}: drop {flag}")
 

@@ -63,6 +63,8 @@ class _CudaOnCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron's optimizers sort parameters by the name of their CUDA type.
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        if func in (torch.autograd.backward, torch.Tensor.backward):
+            return self._backward(*args, **kwargs)
         if func is torch.Tensor.to:
             args = (args[0], *(_CPU if _names_cuda(a) else a for a in args[1:]))
         if _names_cuda(kwargs.get("device")):
@@ -70,6 +72,36 @@ class _CudaOnCpu(TorchFunctionMode):
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
         return func(*args, **kwargs)
+
+    def _backward(
+        self,
+        tensors,
+        grad_tensors=None,
+        retain_graph=None,
+        create_graph=False,
+        inputs=None,
+        **unused,
+    ):
+        """torch.autograd.backward with this mode on: torch takes a mode off while it handles a call, and Megatron's
+        backward functions name CUDA devices (they run inside this call under activation recomputation)."""
+        tensors, grads = (
+            (value,) if value is None or isinstance(value, torch.Tensor) else tuple(value)
+            for value in (tensors, grad_tensors)
+        )
+        grads = grads if grad_tensors is not None else (None,) * len(tensors)
+        with self:
+            torch.autograd.Variable._execution_engine.run_backward(
+                tensors,
+                tuple(
+                    torch.ones_like(tensor) if grad is None and tensor.numel() == 1 else grad
+                    for tensor, grad in zip(tensors, grads, strict=True)
+                ),
+                bool(create_graph if retain_graph is None else retain_graph),
+                create_graph,
+                tuple(inputs or ()),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
 
 
 _CPU = torch.device("cpu")
@@ -160,7 +192,11 @@ def _memory_stats() -> dict[str, int]:
 def _replace_torch_cuda() -> None:
     stream = _Stream()
     properties = types.SimpleNamespace(
-        name="CPU", major=0, minor=0, multi_processor_count=os.cpu_count() or 1, total_memory=_physical_memory()
+        name="CPU",
+        major=0,
+        minor=0,
+        multi_processor_count=os.cpu_count() or 1,
+        total_memory=_physical_memory(),
     )
 
     def always(value):
@@ -193,7 +229,10 @@ def _replace_torch_cuda() -> None:
         "device_memory_used": measured(_memory_bytes),
         "memory_stats": measured(_memory_stats),
         "reset_peak_memory_stats": always(None),
-        "mem_get_info": lambda *args, **kwargs: (_physical_memory() - _memory_bytes(), _physical_memory()),
+        "mem_get_info": lambda *args, **kwargs: (
+            _physical_memory() - _memory_bytes(),
+            _physical_memory(),
+        ),
         "is_current_stream_capturing": always(False),
         "is_bf16_supported": always(True),
         "Stream": _Stream,

@@ -61,7 +61,10 @@ class DatasetProvider:
             rank, world_size = dist.get_rank(), dist.get_world_size()
             share = np.arange(rank, len(file), world_size)
             try:
-                found, error = inspect_samples(file, self.tokenizer, self.args.seq_length, share), None
+                found, error = (
+                    inspect_samples(file, self.tokenizer, self.args.seq_length, share),
+                    None,
+                )
             except ValueError as problem:
                 found, error = None, str(problem)
             gathered = [None] * world_size

@@ -57,7 +57,13 @@ def has_checkpoint(directory: str | None) -> bool:
     return directory is not None and checkpoint_exists(directory)
 
 
-def run_pretrain(args: argparse.Namespace, *, datasets: Callable, model_provider: Callable, forward_step: Callable):
+def run_pretrain(
+    args: argparse.Namespace,
+    *,
+    datasets: Callable,
+    model_provider: Callable,
+    forward_step: Callable,
+):
     """Megatron's training loop, with this package's data, model and forward step."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

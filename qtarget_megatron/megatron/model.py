@@ -16,7 +16,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.checkpoint import Architecture, HFReader
@@ -57,7 +60,10 @@ def layer_spec(config: TransformerConfig, args: argparse.Namespace, vp_stage: in
         submodules=dataclasses.replace(attention.submodules, q_layernorm=qk_norm, k_layernorm=qk_norm),
     )
     submodules = dataclasses.replace(
-        spec.submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm, self_attention=attention
+        spec.submodules,
+        input_layernorm=RMSNorm,
+        pre_mlp_layernorm=RMSNorm,
+        self_attention=attention,
     )
     layer = ModuleSpec(module=spec.module, params=spec.params, submodules=submodules)
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
@@ -132,9 +138,19 @@ class ModelProvider:
     """
 
     def __init__(
-        self, args: argparse.Namespace, student: Architecture, teacher: Architecture | None, *, load_weights: bool
+        self,
+        args: argparse.Namespace,
+        student: Architecture,
+        teacher: Architecture | None,
+        *,
+        load_weights: bool,
     ):
-        self._args, self._student, self._teacher, self._load_weights = args, student, teacher, load_weights
+        self._args, self._student, self._teacher, self._load_weights = (
+            args,
+            student,
+            teacher,
+            load_weights,
+        )
         self.built: list[GPTModel] = []
 
     def __call__(self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):

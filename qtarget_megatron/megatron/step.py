@@ -38,7 +38,14 @@ class LossContext:
 
 
 def output_processor(
-    *, hidden_states, output_layer, output_weight, labels, context: LossContext, scale_logits, **unused
+    *,
+    hidden_states,
+    output_layer,
+    output_weight,
+    labels,
+    context: LossContext,
+    scale_logits,
+    **unused,
 ) -> Tensor:
     """Replaces Megatron's cross-entropy on the last stage: hidden states to per-token loss ``[b, s]`` float32.
 
@@ -108,7 +115,11 @@ def sum_loss(context: LossContext, labels: Tensor, check_for_nan: bool, token_lo
             fatal=True,
         )
     num_tokens = (labels != IGNORE_INDEX).sum()
-    return loss_sum, num_tokens.to(torch.int), report(context.statistics, loss_sum.detach(), num_tokens)
+    return (
+        loss_sum,
+        num_tokens.to(torch.int),
+        report(context.statistics, loss_sum.detach(), num_tokens),
+    )
 
 
 def report(stats: TokenStatistics, loss_sum: Tensor, num_tokens: Tensor) -> dict[str, Tensor]:

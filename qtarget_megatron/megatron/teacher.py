@@ -56,14 +56,22 @@ class StackedGPTModel(GPTModel):
     def forward(self, input_ids, position_ids, attention_mask, *, output_processor_context=None, **kwargs):
         if self.teacher is None:
             return super().forward(
-                input_ids, position_ids, attention_mask, output_processor_context=output_processor_context, **kwargs
+                input_ids,
+                position_ids,
+                attention_mask,
+                output_processor_context=output_processor_context,
+                **kwargs,
             )
         with torch.no_grad():
             taught = self.teacher(input_ids, position_ids, attention_mask, output_processor=_output_head)
         if self.post_process and output_processor_context is not None:
             output_processor_context.teacher = taught
         hidden = super().forward(
-            input_ids, position_ids, attention_mask, output_processor_context=output_processor_context, **kwargs
+            input_ids,
+            position_ids,
+            attention_mask,
+            output_processor_context=output_processor_context,
+            **kwargs,
         )
         return hidden if self.post_process else torch.cat([hidden, taught], dim=-1)
 
