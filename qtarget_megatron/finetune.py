@@ -1,7 +1,8 @@
 """Fine-tune a Hugging Face model on Megatron with a designed target distribution.
 
     torchrun --nproc-per-node 8 -m qtarget_megatron.finetune \\
-        --hf-model DIR --sft-train train.jsonl --objective target-sft --objective-args eta=0.5 --teacher-hf TEACHER_DIR \\
+        --hf-model DIR --teacher-hf TEACHER_DIR --sft-train train.jsonl \\
+        --objective target-sft --objective-args eta=0.5 \\
         --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel --bf16 \\
         --seq-length 4096 --micro-batch-size 1 --global-batch-size 128 --train-iters 1000 --lr 1e-5 \\
         --save CKPT --save-hf OUT
@@ -64,14 +65,14 @@ def run(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--help-megatron", action="store_true", help="list Megatron's flags as well")
-    ours, _ = add_arguments(parser).parse_known_args(
-        [word for word in argv if word != "--help-megatron"] if "--help-megatron" not in argv else ["--hf-model", "."]
-    )
+    parser.add_argument("--help-megatron", action="store_true", help="list Megatron's flags")
+    if "--help-megatron" in argv:
+        cpu_platform.activate()
+        launch.print_flags()
+        return
+    ours, _ = add_arguments(parser).parse_known_args(argv)
     launch.check_version()
     on_cpu = cpu_platform.activate(requested=ours.cpu)
-    if "--help-megatron" in argv:
-        launch.parse_arguments(["--help"], add_arguments)
 
     student = Architecture.from_hf(ours.hf_model)
     arch_flags = megatron_flags(student)
@@ -142,8 +143,8 @@ def _check_models(args: argparse.Namespace, student: Architecture, objective: ob
     given = [f"--{key.replace('_', '-')}" for key in uneven if getattr(args, key) is not None]
     if given and teacher.num_layers != student.num_layers:
         raise ValueError(
-            f"{given[0]} would cut the teacher's {teacher.num_layers} layers as the student's {student.num_layers}: drop "
-            "it, or use a teacher with as many layers"
+            f"{given[0]} would cut the teacher's {teacher.num_layers} layers as the student's {student.num_layers}: "
+            "drop it, or use a teacher with as many layers"
         )
     check_tensors(HFReader(args.teacher_hf), teacher)
     compare_tokenizers(tokenizer, load_tokenizer(args.teacher_hf))

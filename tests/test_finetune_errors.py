@@ -148,6 +148,14 @@ def test_the_command_exits_with_2_and_prints_the_line(workspace):
     assert "finetune: error: unknown objective 'nonsense'" in result.stderr
 
 
+def test_help_megatron_lists_its_flags():
+    command = [sys.executable, "-m", "qtarget_megatron.finetune", "--help-megatron"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for flag in ("--tensor-model-parallel-size", "--save-interval", "--lr-warmup-iters"):
+        assert flag in result.stdout
+
+
 def test_help_explains_the_arguments_without_a_model():
     command = [sys.executable, "-m", "qtarget_megatron.finetune", "--help"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)

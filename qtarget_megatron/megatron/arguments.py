@@ -157,8 +157,8 @@ def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None
         )
     if groups % tp != 0 and tp % groups != 0:
         raise ValueError(
-            f"--tensor-model-parallel-size {tp} neither divides nor is a multiple of the {groups} key/value heads of the "
-            f"{who}: use one of {[d for d in _divisors(heads) if groups % d == 0 or d % groups == 0]}"
+            f"--tensor-model-parallel-size {tp} neither divides nor is a multiple of the {groups} key/value heads of "
+            f"the {who}: use one of {[d for d in _divisors(heads) if groups % d == 0 or d % groups == 0]}"
         )
     if arch.ffn_hidden_size % tp != 0:
         raise ValueError(
@@ -171,8 +171,8 @@ def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None
     uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
     if arch.num_layers % pp != 0 and not uneven and args.pipeline_model_parallel_layout is None:
         raise ValueError(
-            f"--pipeline-model-parallel-size {pp} does not divide the {arch.num_layers} layers of the {who}: use one of "
-            f"{_divisors(arch.num_layers)}"
+            f"--pipeline-model-parallel-size {pp} does not divide the {arch.num_layers} layers of the {who}: use one "
+            f"of {_divisors(arch.num_layers)}"
         )
     if args.seq_length is not None and args.seq_length > arch.max_position_embeddings:
         raise ValueError(

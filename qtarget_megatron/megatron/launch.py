@@ -35,6 +35,17 @@ def parse_arguments(argv: list[str], add_arguments: Callable) -> argparse.Namesp
         sys.argv = saved
 
 
+def print_flags() -> None:
+    """Print Megatron's command-line flags with their help."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(usage="Megatron's flags:", add_help=False))
+    for action in parser._actions:
+        # Some of Megatron's texts hold a bare %, at which argparse's own formatting gives up.
+        action.help = action.help and action.help.replace("%", "%%")
+    parser.print_help()
+
+
 def initialize(args: argparse.Namespace) -> None:
     """Megatron's validation of args, and its global state. ValueError for flags that Megatron refuses."""
     from megatron.training.arguments import validate_args
