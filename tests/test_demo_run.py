@@ -184,9 +184,7 @@ def test_step_line_gives_every_number():
     assert parsed.values["lm loss"] == 0.987654
     assert parsed.values["p(y)"] == 0.6
     assert parsed.values["number of nan iterations"] == 0
-    assert parsed.compact() == (
-        "step   3/12  lm loss 0.9877  trust 0.6000  p(y) 0.6000  grad norm 2.3450  12.3 s"
-    )
+    assert parsed.compact() == ("step   3/12  lm loss 0.9877  trust 0.6000  p(y) 0.6000  grad norm 2.3450  12.3 s")
 
 
 def test_step_line_with_a_prefix_of_the_launcher_is_still_read():
@@ -237,6 +235,20 @@ def test_missing_scalar_is_named(tmp_path):
     write_events(tmp_path, scalars)
     with pytest.raises(ValueError, match="expected TensorBoard scalars trust, found"):
         report.read_scalars(tmp_path)
+
+
+def test_step_evaluated_twice_counts_once(tmp_path):
+    scalars = synthetic_scalars()
+    scalars["trust validation"] += [(3, 0.625)]
+    write_events(tmp_path, scalars)
+    assert report.read_scalars(tmp_path)["trust validation"] == [(2, 0.5), (3, 0.625)]
+
+
+def test_export_that_is_not_what_was_trained_is_an_error():
+    scalars = {"p(y) validation": [(1, 0.1), (9, 0.6676)]}
+    report.check_export(scalars, HeldOutScore(loss=1.0, trust=0.6678, num_tokens=9))
+    with pytest.raises(ValueError, match="p\\(y\\) was 0.6676 .* finds 0.6334"):
+        report.check_export(scalars, HeldOutScore(loss=1.0, trust=0.6334, num_tokens=9))
 
 
 def synthetic_summary() -> dict:

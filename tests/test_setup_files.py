@@ -121,9 +121,7 @@ def checkout(tmp_path):
 
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    return subprocess.run(
-        ["make", *words], cwd=folder, capture_output=True, text=True, timeout=60, env=env
-    )
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, timeout=60, env=env)
 
 
 def builds(folder: Path) -> int:

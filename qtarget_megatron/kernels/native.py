@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch  # before the extension: both must share one OpenMP runtime
 from torch import Tensor
 
-from qtarget_megatron.statistics import Residuals, partial_width
+from qtarget_megatron.statistics import MAX_RESIDUALS, Residuals, partial_width
 
 try:
     from qtarget_megatron import _C
@@ -17,8 +17,6 @@ except ImportError as error:
     raise ImportError(
         f"qtarget_megatron._C is not built ({error}): run `pip install .` or `python setup.py build_ext --inplace`"
     ) from error
-
-MAX_RESIDUALS = 2
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MATRIX = (0, 0, 0)

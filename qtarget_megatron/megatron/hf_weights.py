@@ -41,15 +41,29 @@ def load_hf_weights(model: GPTModel, reader: HFReader, arch: Architecture) -> No
         )
         if shard.shape != parameter.shape:
             raise ValueError(
-                f"{name} is {list(parameter.shape)} on this rank, but {reader.directory} gives {list(shard.shape)}: the model "
-                "was not built from this directory's config.json"
+                f"{name} is {list(parameter.shape)} on this rank, but {reader.directory} gives {list(shard.shape)}: "
+                "the model was not built from this directory's config.json"
             )
         with torch.no_grad():
             parameter.copy_(shard)
 
 
+def check_complete(models: Sequence[GPTModel], arch: Architecture) -> None:
+    """ValueError unless all pipeline stages together hold every tensor of the architecture, once.
+
+    models: all model chunks of this rank. load_hf_weights fills whatever a chunk has; only all
+    chunks together show that no layer was left out. Collective: one object gather over the
+    pipeline-parallel group.
+    """
+    plan_shards(arch, arch.dtype, stages=_stages(models, arch))
+
+
 def save_hf_weights(
-    models: Sequence[GPTModel], arch: Architecture, source: Path, out: Path, dtype: torch.dtype | None = None
+    models: Sequence[GPTModel],
+    arch: Architecture,
+    source: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Export the model of all ranks as a Hugging Face directory; call it on every rank.
 
@@ -61,9 +75,7 @@ def save_hf_weights(
     Collectives: one all-gather per sharded parameter over the tensor-parallel group; object gathers and barriers.
     """
     dtype = dtype or arch.dtype
-    held = [name for model in models for names in _exported(model, arch) for name in names]
-    stages = _gather(held, parallel_state.get_pipeline_model_parallel_group())
-    plan = plan_shards(arch, dtype, stages=stages)
+    plan = plan_shards(arch, dtype, stages=_stages(models, arch))
     temporary = _broadcast(f".{out.name}.incomplete-{torch.randint(2**62, ()).item():x}")
     export = HFExport(out, source, arch, plan, dtype=dtype, temporary_name=temporary)
     writes = (
@@ -73,7 +85,7 @@ def save_hf_weights(
     if dist.get_rank() == 0:
         export.begin()
     dist.barrier()
-    mine = set(held)
+    mine = set(_held(models, arch))
     tensors = _hf_tensors(models, arch, dtype)
     for file, names in plan:
         if mine.isdisjoint(names):
@@ -105,9 +117,19 @@ def _hf_tensors(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dty
             yield from merge_parameter(arch, name, layer_offset=_layer_offset(model), shards=shards).items()
 
 
-def _exported(model: GPTModel, arch: Architecture) -> Iterator[tuple[str, ...]]:
-    for name, _ in model.named_parameters():
-        yield hf_names(arch, name, layer_offset=_layer_offset(model))
+def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
+    """The Hugging Face tensors behind this rank's chunks."""
+    return [
+        hf_name
+        for model in models
+        for name, _ in model.named_parameters()
+        for hf_name in hf_names(arch, name, layer_offset=_layer_offset(model))
+    ]
+
+
+def _stages(models: Sequence[GPTModel], arch: Architecture) -> list[list[str]]:
+    """The Hugging Face tensors of every pipeline stage, in order."""
+    return _gather(_held(models, arch), parallel_state.get_pipeline_model_parallel_group())
 
 
 def _layer_offset(model: GPTModel) -> int:

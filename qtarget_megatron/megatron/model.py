@@ -24,7 +24,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.checkpoint import Architecture, HFReader
 from qtarget_megatron.megatron.arguments import padded_vocab_size
-from qtarget_megatron.megatron.hf_weights import load_hf_weights
+from qtarget_megatron.megatron.hf_weights import check_complete, load_hf_weights
 from qtarget_megatron.megatron.teacher import StackedGPTModel
 
 
@@ -167,4 +167,9 @@ class ModelProvider:
         if self._load_weights:
             load_hf_weights(model, HFReader(self._args.hf_model), self._student)
         self.built.append(model)
+        if len(self.built) == (self._args.virtual_pipeline_model_parallel_size or 1):
+            # Only now can it be seen that no layer was left out.
+            check_complete(self.built, self._student)
+            if self._teacher is not None:
+                check_complete([chunk.teacher for chunk in self.built], self._teacher)
         return model
