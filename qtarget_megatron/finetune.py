@@ -17,9 +17,7 @@ import argparse
 import os
 import sys
 import time
-import traceback
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -39,7 +37,7 @@ from qtarget_megatron.megatron.arguments import (
     check_layout,
     implementation_flags,
     megatron_flags,
-    padded_vocab_size,
+    record_architecture,
 )
 
 
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         run(argv)
     except ValueError as error:
         # Bad input is one line; a fault inside Megatron or torch keeps its traceback.
-        if not _raised_by_this_package(error):
+        if not launch.is_bad_input(error):
             raise
         _print_error(error, int(os.environ.get("RANK", "0")))
         return 2
@@ -85,7 +83,7 @@ def run(argv: list[str]) -> None:
 
     cpu_platform.repair_megatron_wheel()
     args.calculate_per_token_loss = True
-    args.padded_vocab_size = padded_vocab_size(student.vocab_size, args)
+    record_architecture(args, student)
     launch.initialize(args)
     _train(args, student, teacher, objective, tokenizer)
 
@@ -197,11 +195,6 @@ def _print_error(error: ValueError, rank: int) -> None:
         time.sleep(5)
     where = f" on rank {rank}" if rank != 0 else ""
     print(f"finetune: error{where}: {error}", file=sys.stderr, flush=True)
-
-
-def _raised_by_this_package(error: BaseException) -> bool:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parent)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,9 @@ def implementation_flags(*, on_cpu: bool) -> list[str]:
         flags += ["--distributed-backend", "gloo", "--num-workers", "0"]
     if on_cpu or not transformer_engine:
         flags += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"]
+    else:
+        # Its layers ask for a state of their own, which a checkpoint of local layers does not hold.
+        flags += ["--dist-ckpt-strictness", "log_unexpected"]
     if on_cpu or not (transformer_engine or apex):
         flags += ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
     return flags
@@ -191,6 +194,13 @@ def padded_vocab_size(vocab_size: int, args: argparse.Namespace) -> int:
     """Rows of the embedding matrix: vocab_size rounded up to make-vocab-size-divisible-by * tensor-parallel size."""
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     return math.ceil(vocab_size / multiple) * multiple
+
+
+def record_architecture(args: argparse.Namespace, arch: Architecture) -> None:
+    """Set the arguments that no flag can carry exactly; they are saved with Megatron's checkpoints."""
+    args.padded_vocab_size = padded_vocab_size(arch.vocab_size, args)
+    # The model gets its frequencies directly; plain Megatron reads the base under --use-checkpoint-args.
+    args.rotary_base = int(arch.rope_base) if float(arch.rope_base).is_integer() else arch.rope_base
 
 
 def _divisors(number: int) -> list[int]:

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 SUPPORTED = "megatron-core >= 0.19.2, < 0.20"
 
@@ -59,6 +60,12 @@ def initialize(args: argparse.Namespace) -> None:
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses these flags: {reason}") from error
     set_global_variables(args)
+
+
+def is_bad_input(error: ValueError) -> bool:
+    """True for a ValueError that this package raised; one from inside Megatron or torch is a fault."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent.parent)
 
 
 def has_checkpoint(directory: str | None) -> bool:

@@ -1,0 +1,96 @@
+# `make` alone explains itself. Every target that needs the environment makes it first.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Written last, so that an interrupted installation is never taken for a complete one.
+DEPENDENCIES := $(VENV)/.dependencies-installed
+BUILD := $(VENV)/.package-built
+
+# Everything the compiled module is made from: a change rebuilds it.
+NATIVE_SOURCES := $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+
+# Ranks are processes: more than one thread in each would fight over the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help
+help:
+	@echo 'qtarget_megatron: supervised fine-tuning on Megatron-Core with designed target distributions'
+	@echo
+	@echo '  make demo        fine-tune a real pretrained model on real data with 6 ranks, then export it'
+	@echo '  make test        run every test'
+	@echo '  make test-quick  run the tests that are not marked slow (about two minutes)'
+	@echo '  make lint        check style (ruff)'
+	@echo '  make format      apply the style'
+	@echo '  make install     only make the environment in $(VENV) and build the package'
+	@echo '  make clean       remove what these targets made here (not the demo cache in ~/.cache)'
+	@echo
+	@echo 'Each target installs what it needs first: Python 3.12, a C++ compiler and a package index'
+	@echo 'must be there; a GPU need not. Options:'
+	@echo '  PYTHON=/path/to/python3.12   the interpreter to use'
+	@echo '  PYTEST_ARGS="-k trust -x"    more arguments for pytest'
+	@echo '  DEMO_ARGS="--help"           arguments for the demo'
+	@echo 'By hand: $(PY) -m qtarget_megatron.finetune --help'
+
+.PHONY: install
+install: $(BUILD)
+
+# A fresh environment each time the pins change: nothing stale stays behind.
+$(DEPENDENCIES): pyproject.toml constraints.txt tools/find_python.sh
+	@rm -f $@ $(BUILD)
+	@python=$$(bash tools/find_python.sh); \
+	echo "Installing into $(VENV) with $$python ..."; \
+	if command -v uv >/dev/null && uv --version >/dev/null 2>&1; then \
+	    uv=uv; \
+	else \
+	    uv=.venv-uv/bin/uv; \
+	    "$$python" -m venv --clear .venv-uv; \
+	    .venv-uv/bin/python -m pip install --quiet --constraint constraints.txt uv; \
+	fi; \
+	"$$uv" venv --quiet --clear --no-project --python "$$python" $(VENV); \
+	"$$uv" pip install --quiet --python $(PY) --constraint constraints.txt \
+	    --requirement pyproject.toml --extra demo --extra test --extra dev \
+	    pybind11 setuptools wheel
+	@touch $@
+
+$(BUILD): $(DEPENDENCIES) $(NATIVE_SOURCES)
+	@rm -f $@
+	@command -v "$${CXX:-c++}" >/dev/null || \
+	    { echo 'No C++ compiler was found: install g++ or clang (Debian, Ubuntu: apt-get install g++).' >&2; exit 1; }
+	@echo 'Building the package ...'
+	@$(PY) -m pip install --no-build-isolation --no-deps --verbose --editable . >$(VENV)/build.log 2>&1 || \
+	    { tail -n 40 $(VENV)/build.log >&2; echo 'The build failed; all of it: $(VENV)/build.log' >&2; exit 1; }
+	@touch $@
+
+.PHONY: demo
+demo: $(BUILD)
+	@$(PY) -m examples.demo.run $(DEMO_ARGS)
+
+.PHONY: test
+test: $(BUILD)
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-quick
+test-quick: $(BUILD)
+	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(BUILD)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+.PHONY: format
+format: $(BUILD)
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+.PHONY: clean
+clean:
+	@rm -rf $(VENV) .venv-uv build dist *.egg-info qtarget_megatron/_C*.so demo-output .demo-output.* demo-output-failed.log \
+	    .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

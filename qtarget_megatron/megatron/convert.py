@@ -1,0 +1,294 @@
+"""Whole models between Hugging Face directories and Megatron's distributed checkpoints (torch_dist).
+
+The checkpoints are written and read by Megatron's own save_checkpoint and load_checkpoint, at any
+parallel layout. Imports of Megatron wait until the CPU platform is active, which open_model does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from qtarget_megatron.checkpoint import (
+    Architecture,
+    HFReader,
+    check_output_directory,
+    check_tensors,
+)
+from qtarget_megatron.data import load_tokenizer
+from qtarget_megatron.megatron import cpu_platform, launch
+from qtarget_megatron.megatron.arguments import (
+    check_flags,
+    check_layout,
+    implementation_flags,
+    megatron_flags,
+    record_architecture,
+)
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """This rank's part of a model in Megatron, without optimizer and data.
+
+    chunks: the bare GPT models, one for each virtual pipeline stage. wrapped: the same, as
+    Megatron's loops take them.
+    """
+
+    args: argparse.Namespace
+    arch: Architecture
+    chunks: list[GPTModel]
+    wrapped: list[torch.nn.Module]
+
+
+def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False) -> None:
+    """Hugging Face directory to Megatron checkpoint; call it on every rank.
+
+    words: Megatron flags. The weights keep the widest dtype found in the directory, unless words
+    hold --bf16 or --fp16. The checkpoint is a "release": it starts a training at iteration 0,
+    without optimizer and random state. Its tracker file, which makes it loadable, is written last.
+    ValueError for bad input, before anything is written.
+    """
+    check_output_directory(save)
+    model = open_model(hf_model, words, save=save, dtype=widest_dtype(hf_model), cpu=cpu)
+    from megatron.training.checkpointing import save_checkpoint
+
+    save_checkpoint(0, model.wrapped, None, None, 0, release=True)
+
+
+def export_hf(hf_model: Path, load: Path, save_hf: Path, words: list[str], *, cpu: bool = False) -> None:
+    """Megatron checkpoint to Hugging Face directory; call it on every rank.
+
+    hf_model: config.json says the architecture, tokenizer files are copied; its weights are not
+    read. The tensors keep the checkpoint's dtype, unless words hold --bf16 or --fp16. ValueError
+    for bad input, before anything is written.
+    """
+    check_output_directory(save_hf)
+    model = open_model(hf_model, words, load=load, cpu=cpu)
+    from qtarget_megatron.megatron.hf_weights import save_hf_weights
+
+    save_hf_weights(model.chunks, model.arch, Path(hf_model), Path(save_hf), dtype=model.args.params_dtype)
+
+
+def open_model(
+    hf_model: Path,
+    words: list[str],
+    *,
+    load: Path | None = None,
+    save: Path | None = None,
+    dtype: torch.dtype | None = None,
+    seq_length: int | None = None,
+    cpu: bool = False,
+) -> OpenModel:
+    """Initialise Megatron and build the model of hf_model's config.json; call it on every rank.
+
+    words: Megatron flags, layout above all. load: take the weights from this Megatron checkpoint,
+    not from hf_model. save: where Megatron shall save. dtype: of the parameters, where words hold
+    neither --bf16 nor --fp16; default the checkpoint's, else float32. seq_length: cut to what the
+    model and the layout allow. cpu: insist on the CPU. Runs under torchrun or as a single process.
+    ValueError for bad input. Collectives: those of Megatron's initialisation and loading, and
+    object gathers of tensor names.
+    """
+    launch.check_version()
+    on_cpu = cpu_platform.activate(requested=cpu)
+    arch = Architecture.from_hf(hf_model)
+    arch_flags = megatron_flags(arch)
+    check_flags(words, arch_flags)
+    _refuse(words, "--save", "--load")
+    # Every parameter is filled afterwards, so Megatron need not draw random ones.
+    flags = [*arch_flags, *implementation_flags(on_cpu=on_cpu), "--no-initialization", *words]
+    args = launch.parse_arguments(flags, lambda parser: parser)
+    saved = None
+    if load is not None:
+        args.load, args.finetune, args.exit_on_missing_checkpoint = str(load), True, True
+        saved = _read_checkpoint(args)
+        dtype = dtype or saved.dtype
+    else:
+        check_tensors(HFReader(hf_model), arch)
+    _complete(args, arch, hf_model, save, dtype, seq_length)
+
+    cpu_platform.repair_megatron_wheel()
+    launch.initialize(args)
+    return _build(args, arch, saved)
+
+
+def widest_dtype(hf_model: Path) -> torch.dtype:
+    """The dtype that holds every weight of the directory exactly: the common one, float32 where they differ."""
+    reader = HFReader(hf_model)
+    return _common({reader.dtype(name) for name in reader.names if not name.endswith("rotary_emb.inv_freq")})
+
+
+def _common(dtypes: set[torch.dtype]) -> torch.dtype:
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def text_tokens(hf_model: Path, text: Path | str) -> list[int]:
+    """Token ids of a text, or of a UTF-8 file where text is a Path, by the tokenizer of hf_model.
+
+    ValueError for a file that cannot be read, a text without tokens, and a tokenizer of another
+    model.
+    """
+    if isinstance(text, Path):
+        try:
+            text = text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{text}: expected a UTF-8 text file, got: {error}") from None
+    vocab_size = Architecture.from_hf(hf_model).vocab_size
+    tokens = load_tokenizer(hf_model)(text)["input_ids"]
+    if not tokens:
+        raise ValueError("expected a text with at least one token, got an empty one: give another file")
+    if max(tokens) >= vocab_size:
+        raise ValueError(
+            f"{hf_model}: expected token ids below the vocabulary's {vocab_size}, got {max(tokens)} "
+            "from the tokenizer: config.json and tokenizer do not belong together"
+        )
+    return tokens
+
+
+def _refuse(words: list[str], *flags: str) -> None:
+    given = sorted({word.partition("=")[0] for word in words}.intersection(flags))
+    if given:
+        raise ValueError(f"{', '.join(given)} has no meaning for this command: drop it")
+
+
+def _complete(args: argparse.Namespace, arch: Architecture, hf_model, save, dtype, seq_length) -> None:
+    """Check the layout, and set what Megatron requires and a conversion does not depend on."""
+    if args.ckpt_format != "torch_dist" or args.async_save:
+        raise ValueError("expected --ckpt-format torch_dist without --async-save: drop those flags")
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    ranks = tp * pp * args.context_parallel_size
+    limit = min(arch.max_position_embeddings, arch.sliding_window or arch.max_position_embeddings)
+    length = min(seq_length or limit, args.seq_length or limit)
+    args.seq_length = length - length % tp if args.sequence_parallel else length
+    check_layout(args, arch, "model")
+    if args.world_size % ranks != 0:
+        raise ValueError(
+            f"expected a multiple of {ranks} processes for tensor x pipeline x context parallel = {tp} "
+            f"x {pp} x {args.context_parallel_size}, got {args.world_size}: start with torchrun "
+            f"--nproc-per-node {ranks}"
+        )
+    args.micro_batch_size = args.micro_batch_size or 1
+    record_architecture(args, arch)
+    args.hf_model = str(hf_model)
+    args.save = None if save is None else str(save)
+    args.save_interval = args.save_interval or 1
+    args.no_save_optim = args.no_save_rng = args.no_load_optim = args.no_load_rng = True
+    if not (args.bf16 or args.fp16):
+        args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+
+
+def _build(args: argparse.Namespace, arch: Architecture, saved: _SavedModel | None) -> OpenModel:
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import get_model
+
+    from qtarget_megatron.megatron.model import ModelProvider
+
+    # A single process needs no address to meet the others at.
+    initialize_megatron(store=dist.HashStore() if args.world_size == 1 else None)
+    provider = ModelProvider(args, arch, None, load_weights=saved is None)
+    wrapped = get_model(provider, wrap_with_ddp=False)
+    if saved is not None:
+        saved.check_fits(provider.built, arch, args.hf_model)
+        load_checkpoint(wrapped, None, None)
+    return OpenModel(args, arch, provider.built, wrapped)
+
+
+@dataclass(frozen=True)
+class _SavedModel:
+    """What a Megatron checkpoint holds.
+
+    directory: of its iteration. shapes: of the model's tensors. args: the arguments saved with it.
+    """
+
+    directory: str
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    metadata: dict
+    args: argparse.Namespace
+
+    def check_fits(self, chunks: list[GPTModel], arch: Architecture, hf_model: str) -> None:
+        """ValueError unless checkpoint and model have the same tensors; collective over all ranks.
+
+        Megatron itself ignores tensors that it did not ask for, and cuts or pads a vocabulary of
+        another size.
+        """
+        problems = [
+            f"{ours} {expected} by config.json, {actual} in the checkpoint"
+            for ours, expected, theirs in (
+                ("vocab_size", arch.vocab_size, "vocab_size"),
+                ("rms_norm_eps", arch.norm_epsilon, "layernorm_epsilon"),
+            )
+            if (actual := getattr(self.args, theirs, None)) not in (None, expected)
+        ]
+        wanted = self._wanted(chunks)
+        for key in sorted(wanted.keys() | self.shapes.keys()):
+            if key not in wanted or key not in self.shapes:
+                where = "missing from" if key in wanted else "only in"
+                problems.append(f"{key} {where} the checkpoint")
+                continue
+            ours, theirs = wanted[key], self.shapes[key]
+            if key in _VOCABULARY:
+                # Padded differently at each tensor-parallel size.
+                same = ours[1:] == theirs[1:] and theirs[0] >= arch.vocab_size
+            else:
+                same = ours == theirs
+            if not same:
+                problems.append(f"{key} {list(ours)} by config.json, {list(theirs)} in the checkpoint")
+        if problems:
+            more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
+            raise ValueError(
+                f"--load {self.directory} is not a checkpoint of --hf-model {hf_model}: "
+                f"{'; '.join(problems[:2])}{more}; give the directory that it was imported from"
+            )
+
+    def _wanted(self, chunks: list[GPTModel]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that all ranks together would load, by their name in the checkpoint."""
+        from megatron.core import parallel_state
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        mine = {}
+        for chunk in chunks:
+            state = chunk.sharded_state_dict(metadata={**self.metadata, "dp_cp_group": group})
+            apply_factories(state)
+            mine |= {t.key: tuple(t.global_shape) for t in nested_values(state) if isinstance(t, ShardedTensor)}
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        return {key: shape for shapes in everyone for key, shape in shapes.items()}
+
+
+def _read_checkpoint(args: argparse.Namespace) -> _SavedModel:
+    """Names and shapes only. ValueError where --load has no distributed checkpoint."""
+    from megatron.core import dist_checkpointing
+    from megatron.training.checkpointing import get_load_checkpoint_path_by_args
+
+    directory = get_load_checkpoint_path_by_args(args) if launch.has_checkpoint(args.load) else None
+    if directory is None or not dist_checkpointing.check_is_distributed_checkpoint(directory):
+        raise ValueError(
+            f"--load {args.load}: expected a Megatron checkpoint in torch_dist format "
+            "(latest_checkpointed_iteration.txt and the folder it names), found none: check the path"
+        )
+    common = dist_checkpointing.load_common_state_dict(directory)
+    tensors = {
+        key: tensor
+        for key, tensor in dist_checkpointing.load_tensors_metadata(directory).items()
+        if not key.startswith(("optimizer.", "chained_"))
+    }
+    return _SavedModel(
+        directory=directory,
+        shapes={key: tuple(tensor.global_shape) for key, tensor in tensors.items()},
+        dtype=_common({tensor.dtype for tensor in tensors.values()}),
+        metadata=dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {},
+        args=common.get("args") or argparse.Namespace(),
+    )

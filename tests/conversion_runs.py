@@ -1,0 +1,243 @@
+"""Conversions for tests: models on disk, and many jobs in one launch of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from checkpoint_models import SIZES, VOCAB, edit_json
+from megatron_reset import reset
+from safetensors.torch import load_file, save_file
+
+# No parameter differs from its Hugging Face default by accident: all four of the llama-3 scaling, a
+# base of the rotary embedding that is not 10000, and an epsilon that matters.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 3.0,
+    "low_freq_factor": 0.7,
+    "high_freq_factor": 3.5,
+    "original_max_position_embeddings": 24,
+}
+# With 1 key/value head, two tensor-parallel ranks share one.
+FAMILIES = {
+    "llama2": ("Llama", dict(num_key_value_heads=12)),
+    "llama3": ("Llama", dict(num_key_value_heads=2, rope_parameters=LLAMA3)),
+    "mistral": ("Mistral", dict(num_key_value_heads=2, head_dim=8)),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=2, rms_norm_eps=1e-3)),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=1, head_dim=6)),
+    "biases": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
+}
+
+transformers.utils.logging.disable_progress_bar()
+
+
+def write_model(folder: Path, family: str, *, tied: bool, dtype=torch.float32, **changes) -> Path:
+    """A random model of 4 layers and 131 tokens; norms and biases are random as well."""
+    prefix, extra = FAMILIES[family]
+    sizes = SIZES | dict(num_hidden_layers=4, tie_word_embeddings=tied) | extra | changes
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**sizes))
+    generator = torch.Generator().manual_seed(sum(map(ord, f"{family}{tied}")))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.15 if parameter.dim() > 1 else 1 + noise * 0.3)
+    model.to(dtype).save_pretrained(folder, max_shard_size="30KB")
+    return folder
+
+
+def variant(source: Path, target: Path, *, tensors=None, **config) -> Path:
+    """A copy of a one-file model directory with other config entries, or tensors(weights)."""
+    shutil.copytree(source, target)
+    edit_json(target / "config.json", **config)
+    if tensors is not None:
+        weights = load_file(target / "model.safetensors")
+        tensors(weights)
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def read_tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a directory's safetensors files, without regard to which file holds them."""
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def tokens(count: int) -> list[int]:
+    return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+def run_all(jobs: dict[str, tuple]) -> dict[str, object]:
+    """Run each job, (name of a function below, its arguments...), on every rank of this launch."""
+    results = {}
+    for name, (function, *arguments) in jobs.items():
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                results[name] = globals()[function](*arguments)
+            except BaseException as error:
+                error.add_note(f"in job {name}; printed:\n{printed.getvalue()[-3000:]}")
+                raise
+        reset()
+    return results
+
+
+def convert(*words) -> tuple[int, str]:
+    """tools/convert_hf.py: exit code, and its own lines of the output."""
+    from tools.convert_hf import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main([str(word) for word in words])
+    lines = [line for line in printed.getvalue().splitlines() if "convert_hf:" in line]
+    return code, "\n".join(lines)
+
+
+def logits(directory: str, *words) -> np.ndarray | None:
+    """Logits of the model read straight from the directory, on the one rank that has them.
+
+    An array, as everything that is returned: a tensor travels as a handle that ends with its rank.
+    """
+    from qtarget_megatron.megatron.convert import open_model
+
+    model = open_model(Path(directory), [str(word) for word in words])
+    from qtarget_megatron.megatron.agreement import megatron_logits
+
+    found = megatron_logits(model, tokens(model.args.seq_length))
+    return None if found is None else found.numpy()
+
+
+def bytes_read(directory: str, *words) -> int:
+    """Bytes of safetensors that this rank reads to fill its part of the model."""
+    from qtarget_megatron.checkpoint import HFReader
+    from qtarget_megatron.megatron.convert import open_model
+
+    model = open_model(Path(directory), [str(word) for word in words])
+    from qtarget_megatron.megatron.hf_weights import load_hf_weights
+
+    reader = HFReader(directory)
+    for chunk in model.chunks:
+        load_hf_weights(chunk, reader, model.arch)
+    return reader.bytes_read
+
+
+def agreement(directory: str, reference: str):
+    """(Agreement as a dict, Megatron's logits of the directory)."""
+    from qtarget_megatron.megatron.convert import open_model
+
+    model = open_model(Path(directory), [])
+    from qtarget_megatron.megatron.agreement import compare_with_transformers, megatron_logits
+
+    ids = tokens(model.args.seq_length)
+    found = megatron_logits(model, ids)
+    return vars(compare_with_transformers(model, Path(reference), ids)), found.numpy()
+
+
+def incomplete(directory: str, *words) -> str:
+    """What check_complete says where the last stage's chunks are left out."""
+    from qtarget_megatron.megatron.convert import open_model
+
+    model = open_model(Path(directory), [str(word) for word in words])
+    from qtarget_megatron.megatron.hf_weights import check_complete
+
+    last = dist.get_rank() == dist.get_world_size() - 1
+    try:
+        check_complete(model.chunks[:-1] if last else model.chunks, model.arch)
+    except ValueError as error:
+        return str(error)
+    return "complete"
+
+
+def plain_megatron(directory: str, checkpoint: str) -> np.ndarray:
+    """Logits of Megatron's own GPTModel, own layer spec and own norms, from a checkpoint."""
+    from qtarget_megatron.megatron.convert import open_model
+
+    args = open_model(Path(directory), []).args
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.training.arguments import core_transformer_config_from_args
+    from megatron.training.checkpointing import load_checkpoint
+
+    model = GPTModel(
+        config=core_transformer_config_from_args(args),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=args.rotary_base,
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    # As a user would, without --finetune: an imported checkpoint starts a training.
+    args.load, args.no_load_optim, args.no_load_rng = checkpoint, False, False
+    iteration, _ = load_checkpoint([model], None, None)
+    assert iteration == 0
+    ids = torch.tensor([tokens(args.seq_length)])
+    positions = torch.arange(ids.shape[1]).unsqueeze(0)
+    with torch.no_grad():
+        return model(ids, positions, None)[0, :, :VOCAB].numpy()
+
+
+def layers_with_own_state(directory: str, checkpoint: str) -> list[str]:
+    """How a checkpoint loads into layers that keep an extra state, as Transformer Engine's do.
+
+    For each --dist-ckpt-strictness: "loaded", or the error.
+    """
+    from qtarget_megatron.megatron.convert import open_model
+
+    model = open_model(Path(directory), [])
+    from megatron.training.checkpointing import load_checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from qtarget_megatron.megatron.model import RMSNorm
+
+    expected = {name: p.detach().clone() for name, p in model.chunks[0].named_parameters()}
+    outcomes = []
+    RMSNorm.get_extra_state = lambda norm: torch.empty(0, dtype=torch.uint8)
+    RMSNorm.set_extra_state = lambda norm, state: None
+    try:
+        for strictness in ("assume_ok_unexpected", "log_unexpected"):
+            with torch.no_grad():
+                for parameter in model.chunks[0].parameters():
+                    parameter.zero_()
+            model.args.load, model.args.dist_ckpt_strictness = checkpoint, strictness
+            try:
+                load_checkpoint(model.wrapped, None, None)
+            except CheckpointException as error:
+                outcomes.append(str(error))
+                continue
+            actual = dict(model.chunks[0].named_parameters())
+            same = all(torch.equal(actual[name], value) for name, value in expected.items())
+            outcomes.append("loaded" if same else "different")
+    finally:
+        del RMSNorm.get_extra_state, RMSNorm.set_extra_state
+    return outcomes
+
+
+def finetune(*words) -> tuple[int, str]:
+    """One run of the fine-tuning program: exit code and output."""
+    from qtarget_megatron import finetune as program
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = program.main([str(word) for word in words])
+    return code, printed.getvalue()
+
+
+def checkpoint_names(checkpoint: Path) -> set[str]:
+    """Names of the tensors in a torch_dist checkpoint's metadata."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    release = checkpoint / "release"
+    kind = json.loads((release / "metadata.json").read_text())["sharded_backend"]
+    assert kind == "torch_dist"
+    entries = FileSystemReader(release).read_metadata().state_dict_metadata
+    return {name for name, entry in entries.items() if hasattr(entry, "size")}

@@ -1,0 +1,375 @@
+"""Conversion in both directions at parallel layouts, and the check that it computes the same."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from checkpoint_models import VOCAB, assert_same_bits
+from conversion_runs import (
+    FAMILIES,
+    checkpoint_names,
+    read_tensors,
+    run_all,
+    tokens,
+    variant,
+    write_model,
+)
+from finetune_runs import COMMON, write_data, write_models
+from launching import REPOSITORY, run_ranks, run_torchrun
+
+# The first test of a launch waits for all of its jobs.
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+# float32 sums in another order; the largest difference measured was 4e-6, on logits up to 10.
+TOLERANCE = 1e-5
+MODELS = {f"{family}-{tie}": (family, tie == "tied") for family in FAMILIES for tie in ("tied", "untied")}
+# Padding to a multiple of the tensor-parallel size only: 131 rows at one rank, 132 at two.
+PADDING = ["--make-vocab-size-divisible-by", 1]
+TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
+VPP2 = ["--num-virtual-stages-per-pipeline-rank", 2]
+LAYOUTS = {
+    1: {"single": []},
+    2: {"tp2": TP2, "pp2": PP2, "tp2-sp": [*TP2, "--sequence-parallel"], "pp2-vpp2": [*PP2, *VPP2]},
+    4: {"tp2-pp2": [*TP2, *PP2]},
+}
+# Sequence and virtual pipeline parallelism cut no weights: a few models will do.
+FEW = ["llama3-tied", "qwen2-untied", "qwen3-tied"]
+COMPARED = [
+    (world, layout, name)
+    for world, layouts in LAYOUTS.items()
+    for layout in layouts
+    for name in (FEW if layout in ("tp2-sp", "pp2-vpp2") else MODELS)
+]
+# Imported and exported: both ties, biases, qk norms, a shared key/value head, both dtypes.
+ROUND_TRIPS = ["llama3-untied", "qwen2-tied", "qwen3-untied", "biases-tied", "mistral-bf16"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conversion")
+    for name, (family, tied) in MODELS.items():
+        write_model(folder / name, family, tied=tied)
+    write_model(folder / "mistral-bf16", "mistral", tied=False, dtype=torch.bfloat16)
+    write_model(folder / "wide", "llama2", tied=False, hidden_size=96, num_key_value_heads=3)
+    # With a tokenizer: "tied", "untied" and "teacher".
+    write_models(folder)
+    write_data(folder / "train.jsonl", 8, seed=1)
+    good = folder / "untied"
+    variant(good, folder / "other-weights", tensors=lambda w: [t.mul_(0.5) for t in w.values()])
+    variant(good, folder / "swapped", tensors=swap_gate_and_up)
+    variant(good, folder / "with-nan", tensors=lambda w: w["model.norm.weight"].fill_(torch.nan))
+    rope = {"rope_type": "default", "rope_theta": 20000.0}
+    variant(good, folder / "wrong-theta", rope_parameters=rope)
+    variant(good, folder / "wrong-eps", rms_norm_eps=1e-4)
+    variant(good, folder / "unknown", architectures=["GPT2LMHeadModel"])
+    weights = variant(good, folder / "truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    sharded = folder / "missing-shard"
+    shutil.copytree(folder / "llama2-untied", sharded)
+    min(sharded.glob("*.safetensors")).unlink()
+    (folder / "occupied").mkdir()
+    (folder / "occupied" / "notes").write_text("mine")
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+def swap_gate_and_up(weights):
+    gate, up = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up"))
+    weights[gate], weights[up] = weights[up], weights[gate]
+
+
+def launch(world_size, jobs, timeout=420):
+    """Results of every rank, by job."""
+    jobs = {name: tuple(map(str, job)) for name, job in jobs.items()}
+    results = run_ranks(world_size, run_all, (jobs,), timeout)
+    return {name: [result[name] for result in results] for name in jobs}
+
+
+def logits_jobs(workspace, world_size):
+    return {
+        f"logits {name} {layout}": ("logits", workspace / name, *PADDING, *LAYOUTS[world][layout])
+        for world, layout, name in COMPARED
+        if world == world_size
+    }
+
+
+def bad_inputs(workspace):
+    """Words of the command line, and what the error must say."""
+    new, good, ckpt = workspace / "never", workspace / "untied", workspace / "ckpt-untied"
+
+    def importing(name, *words):
+        return ["import", "--hf-model", workspace / name, "--save", new, *words]
+
+    def exporting(name, *words):
+        return ["export", "--hf-model", workspace / name, "--save-hf", new, *words]
+
+    def checking(*words):
+        return ["check", "--hf-model", good, *words]
+
+    occupied = ["export", "--hf-model", good, "--load", ckpt, "--save-hf", workspace / "occupied"]
+    return {
+        "occupied save": (["import", "--hf-model", good, "--save", workspace / "occupied"], "files in it"),
+        "occupied save-hf": (occupied, "files in it"),
+        "unknown architecture": (importing("unknown"), "GPT2LMHeadModel"),
+        "missing shard": (importing("missing-shard"), "model-00001-of-"),
+        "truncated": (importing("truncated"), "truncated"),
+        "heads": (importing("untied", "--tensor-model-parallel-size", 3), "3 does not divide the 4 attention heads"),
+        "layers": (importing("untied", "--pipeline-model-parallel-size", 3), "3 does not divide the 4 layers"),
+        "processes": (importing("untied", *TP2), "--nproc-per-node 2"),
+        "architecture flag": (importing("untied", "--num-layers", 2), "--num-layers follow"),
+        "load while importing": (importing("untied", "--load", ckpt), "--load has no meaning"),
+        "format": (importing("untied", "--ckpt-format", "torch"), "torch_dist"),
+        "no checkpoint": (exporting("untied", "--load", workspace), "latest_checkpointed_iteration.txt"),
+        "wider model": (exporting("wide", "--load", ckpt), "not a checkpoint of"),
+        "tied model": (exporting("tied", "--load", ckpt), "not a checkpoint of"),
+        "other epsilon": (exporting("wrong-eps", "--load", ckpt), "rms_norm_eps 0.0001 by config.json"),
+        "no text": (checking("--text", workspace / "none.txt"), "expected a UTF-8 text file"),
+        "empty text": (checking("--text", workspace / "empty.txt"), "at least one token"),
+        "no reference": (checking("--reference", workspace / "occupied"), "transformers cannot load"),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one(workspace):
+    """A single process: imports and exports, checks with their negative controls, bad input."""
+    jobs = logits_jobs(workspace, 1)
+    for name in [*ROUND_TRIPS, "llama2-untied", "untied"]:
+        source, ckpt = ("--hf-model", workspace / name), workspace / f"ckpt-{name}"
+        jobs[f"import {name}"] = ("convert", "import", *source, "--save", ckpt, *PADDING)
+        words = ["export", *source, "--load", ckpt, "--save-hf", workspace / f"back-{name}"]
+        jobs[f"export {name}"] = ("convert", *words, *PADDING)
+    good, ckpt = workspace / "untied", workspace / "ckpt-untied"
+    jobs["check"] = ("convert", "check", "--hf-model", good)
+    jobs["check load"] = ("convert", "check", "--hf-model", good, "--load", ckpt)
+    for name in ("wrong-theta", "wrong-eps", "swapped", "with-nan"):
+        words = ["check", "--hf-model", workspace / name, "--reference", good]
+        jobs[f"check {name}"] = ("convert", *words)
+    jobs["check load swapped"] = (
+        "convert",
+        "check",
+        "--hf-model",
+        workspace / "swapped",
+        "--load",
+        ckpt,
+    )
+    jobs["agreement"] = ("agreement", workspace / "llama3-untied", workspace / "llama3-tied")
+    plain = workspace / "ckpt-llama2-untied"
+    jobs["plain"] = ("plain_megatron", workspace / "llama2-untied", plain)
+    jobs["own state"] = ("layers_with_own_state", workspace / "llama2-untied", plain)
+    for name, (words, _) in bad_inputs(workspace).items():
+        jobs[f"bad {name}"] = ("convert", *words)
+    return launch(1, jobs)
+
+
+@pytest.fixture(scope="module")
+def four(workspace, one):
+    """TP2 x PP2: imports there, and exports of what one process imported."""
+    jobs = logits_jobs(workspace, 4)
+    layout = LAYOUTS[4]["tp2-pp2"]
+    for name in ROUND_TRIPS:
+        source = ("--hf-model", workspace / name)
+        words = [*source, "--save", workspace / f"ckpt4-{name}", *PADDING, *layout]
+        jobs[f"import {name}"] = ("convert", "import", *words)
+        words = [*source, "--load", workspace / f"ckpt-{name}", *PADDING, *layout]
+        jobs[f"export {name}"] = (
+            "convert",
+            "export",
+            *words,
+            "--save-hf",
+            workspace / f"back4-{name}",
+        )
+    jobs["bytes"] = ("bytes_read", workspace / "llama2-untied", *PADDING, *layout)
+    return launch(4, jobs)
+
+
+@pytest.fixture(scope="module")
+def two(workspace, four):
+    """Two ranks: exports at TP1 x PP1 of what four imported, and fine-tuning from a checkpoint."""
+    jobs = logits_jobs(workspace, 2)
+    for name in ROUND_TRIPS:
+        words = ["--hf-model", workspace / name, "--load", workspace / f"ckpt4-{name}"]
+        out = workspace / f"back41-{name}"
+        jobs[f"export {name}"] = ("convert", "export", *words, "--save-hf", out)
+    for layout, words in LAYOUTS[2].items():
+        good = ["--hf-model", workspace / "untied", "--load", workspace / "ckpt-untied"]
+        jobs[f"check {layout}"] = ("convert", "check", *good, *words)
+        swapped = ["--hf-model", workspace / "swapped", "--reference", workspace / "untied"]
+        jobs[f"check swapped {layout}"] = ("convert", "check", *swapped, *words)
+    jobs["incomplete pp2"] = ("incomplete", workspace / "llama2-tied", *PP2)
+    jobs["incomplete pp2-vpp2"] = ("incomplete", workspace / "llama2-tied", *PP2, *VPP2)
+    words = ["--hf-model", workspace / "other-weights", "--sft-train", workspace / "train.jsonl"]
+    words += ["--load", workspace / "ckpt-untied", "--finetune", "--save-hf", workspace / "tuned"]
+    # Without a learning rate the export is what was loaded.
+    jobs["finetune"] = (
+        "finetune",
+        *COMMON,
+        *words,
+        *PP2,
+        "--train-iters",
+        1,
+        "--lr",
+        0,
+        "--min-lr",
+        0,
+    )
+    return launch(2, jobs)
+
+
+@pytest.fixture(scope="module")
+def expected_logits(workspace):
+    """Logits by transformers."""
+    return {name: transformers_logits(workspace / name) for name in MODELS}
+
+
+@torch.no_grad()
+def transformers_logits(directory):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return model(torch.tensor([tokens(64)])).logits[0]
+
+
+def only(results):
+    """The one rank's result that is not None."""
+    found = [result for result in results if result is not None]
+    assert len(found) == 1, f"expected the logits on one rank, got them on {len(found)}"
+    return torch.from_numpy(found[0])
+
+
+@pytest.mark.parametrize(("world", "layout", "name"), COMPARED)
+def test_megatron_computes_what_transformers_computes(request, expected_logits, world, layout, name):
+    results = request.getfixturevalue({1: "one", 2: "two", 4: "four"}[world])
+    actual, expected = only(results[f"logits {name} {layout}"]), expected_logits[name]
+    assert actual.shape == (64, VOCAB)
+    assert expected.abs().max() > 1
+    assert (actual - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+@pytest.mark.parametrize("folder", ["back", "back4", "back41"])
+def test_import_and_export_give_back_every_bit(request, workspace, name, folder):
+    """back: both by one process; back4: export at TP2 x PP2; back41: import at TP2 x PP2."""
+    results = request.getfixturevalue({"back": "one", "back4": "four", "back41": "two"}[folder])
+    assert [code for code, _ in results[f"export {name}"]] == [0] * len(results[f"export {name}"])
+    source, out = workspace / name, workspace / f"{folder}-{name}"
+    expected = read_tensors(source)
+    assert_same_bits(read_tensors(out), expected)
+    dtype = torch.bfloat16 if name == "mistral-bf16" else torch.float32
+    assert {tensor.dtype for tensor in expected.values()} == {dtype}
+    assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_each_rank_reads_about_its_share(workspace, four):
+    total = sum(t.nbytes for t in read_tensors(workspace / "llama2-untied").values())
+    assert sum(four["bytes"]) >= total
+    # Norms are read by every tensor-parallel rank.
+    assert max(four["bytes"]) <= 1.05 * total / 4
+
+
+def test_plain_megatron_reads_the_checkpoint(one, expected_logits):
+    assert (only(one["plain"]) - expected_logits["llama2-untied"]).abs().max() <= TOLERANCE
+
+
+def test_fine_tuning_starts_from_the_checkpoint_and_not_from_the_directory(workspace, two):
+    assert [code for code, _ in two["finetune"]] == [0, 0], two["finetune"][0][1][-3000:]
+    assert "starting from the checkpoint in" in two["finetune"][0][1]
+    assert_same_bits(read_tensors(workspace / "tuned"), read_tensors(workspace / "untied"))
+
+
+def test_a_checkpoint_has_the_names_of_transformer_engine_layers(workspace, one, four):
+    """Norms are named as parts of the linear layer behind them, so that both layer kinds load it."""
+    layer = [
+        *("self_attention.linear_proj.weight", "self_attention.linear_qkv.layer_norm_weight"),
+        *("self_attention.linear_qkv.weight", "mlp.linear_fc1.layer_norm_weight"),
+        *("mlp.linear_fc1.weight", "mlp.linear_fc2.weight"),
+    ]
+    names = {f"decoder.layers.{name}" for name in layer} | {
+        *("embedding.word_embeddings.weight", "decoder.final_layernorm.weight"),
+    }
+    norms = {f"decoder.layers.self_attention.{part}_layernorm.weight" for part in "qk"}
+    qwen3 = names | norms | {"output_layer.weight"}
+    assert checkpoint_names(workspace / "ckpt-qwen3-untied") == qwen3
+    assert checkpoint_names(workspace / "ckpt4-qwen3-untied") == qwen3
+    qwen2 = names | {"decoder.layers.self_attention.linear_qkv.bias"}
+    assert checkpoint_names(workspace / "ckpt4-qwen2-tied") == qwen2
+
+
+def test_layers_with_a_state_of_their_own_need_the_strictness_that_the_help_names(one):
+    refused, accepted = one["own state"][0]
+    assert "Missing key" in refused and "_extra_state" in refused
+    assert accepted == "loaded"
+
+
+@pytest.mark.parametrize(
+    ("job", "code"),
+    [
+        ("check", 0),
+        ("check load", 0),
+        ("check wrong-theta", 1),
+        ("check wrong-eps", 1),
+        ("check swapped", 1),
+        ("check with-nan", 1),
+        ("check load swapped", 1),
+    ],
+)
+def test_check_tells_equal_from_different(one, job, code):
+    actual, line = one[job][0]
+    assert actual == code, line
+    assert line.endswith(": equal" if code == 0 else ": DIFFERENT")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[2])
+def test_check_works_at_every_layout(two, layout):
+    assert [code for code, _ in two[f"check {layout}"]] == [0, 0]
+    assert [code for code, _ in two[f"check swapped {layout}"]] == [1, 1]
+
+
+def test_agreement_is_measured_on_the_logits(workspace, one, expected_logits):
+    found, actual = one["agreement"][0]
+    actual = torch.from_numpy(actual)
+    expected = expected_logits["llama3-tied"]
+    p, log_q = expected.double().softmax(-1), actual.double().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(log_q, p, reduction="none").sum(-1)
+    assert found["num_tokens"] == 64
+    assert found["max_difference"] == pytest.approx((actual - expected).abs().max().item(), abs=1e-5)
+    same = (actual.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    assert found["argmax_agreement"] == pytest.approx(same) and same < 0.5
+    assert found["kl_mean"] == pytest.approx(kl.mean().item(), rel=1e-5)
+    assert found["kl_max"] == pytest.approx(kl.max().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2"])
+def test_a_left_out_stage_is_noticed(two, layout):
+    first, second = two[f"incomplete {layout}"]
+    assert "a plan without" in first and first == second
+
+
+def test_bad_input_is_one_line_and_writes_nothing(workspace, one):
+    for name, (_, message) in bad_inputs(workspace).items():
+        code, line = one[f"bad {name}"][0]
+        assert code == 2, (name, code, line)
+        assert line.startswith("convert_hf: error: ") and line.count("\n") == 0, name
+        assert message in line, (name, line)
+    assert not (workspace / "never").exists()
+    assert [path.name for path in (workspace / "occupied").iterdir()] == ["notes"]
+    assert not list(workspace.glob("*.incomplete*")) + list(workspace.glob(".*incomplete*"))
+
+
+def test_the_tool_runs_by_its_path_and_under_torchrun(workspace, tmp_path):
+    source, ckpt, out = ["--hf-model", workspace / "tied"], tmp_path / "ckpt", tmp_path / "out"
+    tool = [sys.executable, REPOSITORY / "tools" / "convert_hf.py"]
+    done = subprocess.run(
+        list(map(str, [*tool, "import", *source, "--save", ckpt])),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (ckpt / "latest_checkpointed_iteration.txt").read_text() == "release"
+    words = ["tools.convert_hf", "export", *source, "--load", ckpt, "--save-hf", out, *TP2]
+    done = run_torchrun(2, list(map(str, words)), timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.stdout.count("convert_hf:") == 1
+    assert_same_bits(read_tensors(out), read_tensors(workspace / "tied"))

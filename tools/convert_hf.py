@@ -1,0 +1,169 @@
+"""Convert models between Hugging Face directories and Megatron checkpoints, and check the result.
+
+    # Hugging Face -> Megatron; the checkpoint (torch_dist) loads at any layout, by
+    # finetune --load CKPT --finetune and by plain Megatron
+    python tools/convert_hf.py import --hf-model DIR --save CKPT
+
+    # a model too large for one process: any layout, each rank reads its slices only
+    torchrun --nproc-per-node 8 tools/convert_hf.py import --hf-model DIR --save CKPT \\
+        --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2
+
+    # Megatron -> Hugging Face; architecture and tokenizer come from DIR
+    python tools/convert_hf.py export --hf-model DIR --load CKPT --save-hf OUT
+
+    # do both compute the same? logits of Megatron against transformers' in float32; exit code 0 or 1
+    python tools/convert_hf.py check --hf-model DIR
+    python tools/convert_hf.py check --hf-model DIR --load CKPT
+    python tools/convert_hf.py check --hf-model OUT --reference DIR
+
+Every Megatron flag works: layout, --bf16 or --fp16 to change the dtype (import and export keep it,
+check computes in float32), --transformer-impl, --ckpt-step. finetune reads --hf-model and writes
+--save-hf by itself; this tool is for other programs, and to look before a long run.
+
+A checkpoint imported on a CPU (Megatron's local layers) has the tensor names of one imported on a
+GPU (Transformer Engine's layers) and loads there. Plain Megatron then needs
+--dist-ckpt-strictness log_unexpected, because Transformer Engine's layers ask for a state of their
+own that such a checkpoint does not hold; finetune, export and check set it themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Run by its path, a script finds its own folder only.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+TEXT = """\
+A lighthouse keeper once kept two books. In the first she wrote what she saw: ships by name, the
+hour they passed, the colour of the sea. In the second she wrote what she expected to see the next
+day. On quiet evenings she laid both on the table and compared them line by line. Where they
+differed she did not cross out the guess; she asked what had made her so sure. After 27 years the
+second book was only a little thicker than the first, and visitors could hardly tell which was
+which. "It is not that I know the sea," she told them, "I have just learnt how much to trust a
+wave." The function that lit the lamp was simpler: def light(hour): return hour >= 18 or hour < 6.
+Nobody had ever seen it fail, except once, in the winter of 1963, when 3 + 4 ships came home at noon
+and fog made noon as dark as any night.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the process's exit code: 0 done or equal, 1 not equal, 2 bad input."""
+    ours, words = _parser().parse_known_args(argv)
+    # Seconds of imports that --help does not spend.
+    from qtarget_megatron.megatron.launch import is_bad_input
+
+    try:
+        return ours.run(ours, words)
+    except ValueError as error:
+        if not is_bad_input(error):
+            raise
+        _print(f"convert_hf: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_import(ours: argparse.Namespace, words: list[str]) -> int:
+    from qtarget_megatron.megatron.convert import import_hf
+
+    import_hf(ours.hf_model, ours.save, words, cpu=ours.cpu)
+    _print(f"convert_hf: imported {ours.hf_model} to {ours.save}")
+    return 0
+
+
+def run_export(ours: argparse.Namespace, words: list[str]) -> int:
+    from qtarget_megatron.megatron.convert import export_hf
+
+    export_hf(ours.hf_model, ours.load, ours.save_hf, words, cpu=ours.cpu)
+    _print(f"convert_hf: exported {ours.load} to {ours.save_hf}")
+    return 0
+
+
+def run_check(ours: argparse.Namespace, words: list[str]) -> int:
+    import torch
+
+    from qtarget_megatron.megatron.convert import open_model, text_tokens
+
+    tokens = text_tokens(ours.hf_model, ours.text or TEXT)
+    model = open_model(
+        ours.hf_model,
+        words,
+        load=ours.load,
+        dtype=torch.float32,
+        seq_length=len(tokens),
+        cpu=ours.cpu,
+    )
+    from qtarget_megatron.megatron.agreement import compare_with_transformers
+
+    found = compare_with_transformers(model, ours.reference or ours.hf_model, tokens)
+    # Written so that NaN fails.
+    equal = found.max_difference <= ours.tolerance
+    _print(
+        f"convert_hf: {found.num_tokens} tokens, logits differ by at most "
+        f"{found.max_difference:.3g} (tolerance {ours.tolerance:g}), same argmax at "
+        f"{found.argmax_agreement:.2%}, KL(transformers to Megatron) mean {found.kl_mean:.3g} max "
+        f"{found.kl_max:.3g} nats: {'equal' if equal else 'DIFFERENT'}"
+    )
+    return 0 if equal else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="{import,export,check}")
+
+    def command(name: str, run, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}. Takes Megatron's flags as well.",
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run)
+        add(sub, "--hf-model", "DIR", "Hugging Face directory; its config.json is the architecture", required=True)
+        sub.add_argument(
+            "--cpu",
+            action="store_true",
+            help="run on the CPU; the default where no GPU is found, refused where one is",
+        )
+        return sub
+
+    def add(sub: argparse.ArgumentParser, flag: str, metavar: str, text: str, **extra) -> None:
+        sub.add_argument(flag, type=Path, metavar=metavar, help=text, **extra)
+
+    new = "a new or empty directory"
+    sub = command("import", run_import, "Hugging Face directory to Megatron checkpoint")
+    add(sub, "--save", "CKPT", f"where to write the checkpoint: {new}", required=True)
+    sub = command("export", run_export, "Megatron checkpoint to Hugging Face directory")
+    add(sub, "--load", "CKPT", "the Megatron checkpoint", required=True)
+    add(sub, "--save-hf", "OUT", f"where to write the model: {new}", required=True)
+    sub = command("check", run_check, "Compare the logits of Megatron and transformers, in float32")
+    add(sub, "--load", "CKPT", "Megatron checkpoint with the weights (default: those of --hf-model)")
+    add(sub, "--reference", "DIR", "what transformers loads (default: --hf-model)")
+    add(sub, "--text", "FILE", "UTF-8 text to run on (default: a paragraph of this tool's own)")
+    sub.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="largest absolute difference of two logits to accept (default: %(default)g)",
+    )
+    return parser
+
+
+def _print(line: str, file=None) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(line, file=file, flush=True)
+
+
+if __name__ == "__main__":
+    code = main()
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
