@@ -174,7 +174,8 @@ def _train(args, student, teacher, objective, tokenizer) -> None:
         forward_step=partial(forward_step, settings, args.check_for_nan_in_loss_and_grad),
     )
     if args.save_hf is not None:
-        save_hf_weights(models.built, student, args.hf_model, args.save_hf)
+        dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
+        save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype)
         if args.rank == 0:
             print(f"qtarget_megatron: exported the model to {args.save_hf}", flush=True)
     _report_peak_memory(args.rank)

@@ -372,7 +372,9 @@ def test_finetune_command_asks_for_six_ranks_and_only_known_paths(tmp_path):
     words = " ".join(command)
     assert "--nproc-per-node 6 -m qtarget_megatron.finetune" in words
     assert "--tensor-model-parallel-size 3 --pipeline-model-parallel-size 2" in words
-    assert "--objective-args" not in command
+    assert "--objective-args" not in command and "--teacher-hf" not in command
+    guided = run.finetune_command(run.Settings(out=tmp_path / "out"), prepared, tmp_path / "work")
+    assert guided[guided.index("--teacher-hf") + 1] == str(prepared.model)
     assert re.search(rf"--save-hf {tmp_path}/work/model\b", words)
 
 

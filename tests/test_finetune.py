@@ -1,5 +1,6 @@
 """Fine-tuning at parallel layouts: every layout trains the same model as one process does."""
 
+import json
 import math
 from pathlib import Path
 
@@ -81,7 +82,14 @@ def single(workspace, models):
         workspace / "single-hf",
     ]
     runs["untied target-sft"] = [*runs["untied target-sft"], *export]
+    runs["untied sft"] += ["--save-hf", workspace / "half", "--save-hf-dtype", "bfloat16"]
     return launch(1, runs, workspace, timeout=240)
+
+
+def test_the_export_has_the_dtype_that_was_asked_for(single, workspace):
+    assert {tensor.dtype for tensor in tensors(workspace / "half").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in tensors(workspace / "single-hf").values()} == {torch.float32}
+    assert json.loads((workspace / "half" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def assert_same_training(result, expected, first_step=0):

@@ -46,6 +46,9 @@ class Settings:
 
 def finetune_command(settings: Settings, prepared, work: Path) -> list[str]:
     """Return the torchrun command line of the training run, results going to `work`."""
+    # Imported late: it brings torch, which --help does not need.
+    from qtarget_megatron import objectives
+
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--local-addr", LOOPBACK]
     launcher += ["--nproc-per-node", str(TENSOR_PARALLEL * PIPELINE_PARALLEL)]
@@ -54,7 +57,6 @@ def finetune_command(settings: Settings, prepared, work: Path) -> list[str]:
         "--sft-train": prepared.train,
         "--sft-valid": prepared.valid,
         "--objective": settings.objective,
-        "--teacher-hf": prepared.model,
         "--tensor-model-parallel-size": TENSOR_PARALLEL,
         "--pipeline-model-parallel-size": PIPELINE_PARALLEL,
         "--seq-length": settings.seq_length,
@@ -77,6 +79,8 @@ def finetune_command(settings: Settings, prepared, work: Path) -> list[str]:
     }
     command = launcher + ["-m", "qtarget_megatron.finetune", "--cpu"]
     command += [str(word) for pair in words.items() for word in pair]
+    if objectives.from_arguments(settings.objective, settings.objective_args).needs_teacher:
+        command += ["--teacher-hf", str(prepared.model)]
     if settings.objective_args:
         command += ["--objective-args", *settings.objective_args]
     return command

@@ -11,6 +11,8 @@ from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.kernels import BACKENDS
 
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this package's arguments to a parser (Megatron's own, in finetune)."""
@@ -60,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="export the trained model there as a Hugging Face directory once training is done",
+    )
+    group.add_argument(
+        "--save-hf-dtype",
+        choices=SAVE_DTYPES,
+        help="dtype of the exported tensors (default: that of --hf-model; a 16-bit one rounds away what a short "
+        "float32 training changed)",
     )
     group.add_argument(
         "--qtarget-backend",
