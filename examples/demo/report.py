@@ -169,7 +169,7 @@ def markdown_table(summary: Mapping) -> str:
     lines.append(f"| mean trust over the run | {training[TRUST]['mean']:.4f} |")
     lines.append(f"| mean p(y) over the run | {training[LABEL_PROBABILITY]['mean']:.4f} |")
     lines.append(f"| seconds per step (median) | {summary['step_seconds_median']:.1f} |")
-    lines.append(f"| positions per second, padding included | {summary['positions_per_second']:.0f} |")
+    lines.append(f"| tokens per second, padding included | {summary['positions_per_second']:.0f} |")
     per_rank = summary["peak_memory_per_rank"]
     if per_rank:
         shown = ", ".join(f"{size / 2**30:.2f}" for size in per_rank)

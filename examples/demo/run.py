@@ -27,7 +27,7 @@ TENSOR_PARALLEL = 3  # the model has 3 key/value heads
 PIPELINE_PARALLEL = 2
 MICRO_BATCH_SIZE = 2
 # The held-out records that transformers scores are those that Megatron evaluates.
-SCORED_RECORDS = 16
+SCORED_RECORDS = 8
 LOOPBACK = "127.0.0.1"
 
 
@@ -38,7 +38,7 @@ class Settings:
     out: Path
     objective: str = "target-sft"
     objective_args: list[str] = field(default_factory=lambda: ["eta=0.5"])
-    steps: int = 8
+    steps: int = 6
     global_batch_size: int = 8
     seq_length: int = 256
     learning_rate: float = 5e-5
