@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -93,13 +94,18 @@ def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
     for key in () if args.skip_train else ("train_iters", "lr"):
         if getattr(args, key) is None and (key != "train_iters" or args.train_samples is None):
             raise ValueError(f"--{key.replace('_', '-')} is missing: give it")
+    if args.skip_train and args.train_samples is None:
+        args.train_iters = args.train_iters or 1
     args.micro_batch_size = args.micro_batch_size or 1
     args.seq_length = args.seq_length or min(4096, student.max_position_embeddings)
     args.save_interval = args.save_interval or 500
-    # Once, at the end.
-    args.eval_interval = args.eval_interval or args.train_iters or 1
+    args.eval_interval = args.eval_interval or args.train_iters or 1000
     if args.sft_valid is None:
         args.eval_iters = 0
+    elif not args.eval_iters:
+        model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+        batch = args.global_batch_size or args.micro_batch_size * max(args.world_size // model_size, 1)
+        args.eval_iters = max(len(JsonlFile(args.sft_valid)) // batch, 1)
 
 
 def _check(args: argparse.Namespace, student: Architecture, objective: objectives.Objective) -> None:
@@ -118,7 +124,13 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
             JsonlFile(path)
     if args.save_hf is not None:
         check_output_directory(args.save_hf)
-    if args.load is not None and args.load != args.save and not launch.has_checkpoint(args.load):
+    resumes = None not in (args.load, args.save) and Path(args.load).absolute() == Path(args.save).absolute()
+    if not resumes and launch.has_checkpoint(args.save):
+        raise ValueError(
+            f"--save {args.save} holds a checkpoint already: give --load {args.save} to resume from it, or save to "
+            "another directory"
+        )
+    if args.load is not None and not resumes and not launch.has_checkpoint(args.load):
         raise ValueError(
             f"--load {args.load}: expected a Megatron checkpoint (latest_checkpointed_iteration.txt), found none: drop "
             "--load to start from --hf-model"
@@ -127,8 +139,14 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
 
 def _check_models(args: argparse.Namespace, student: Architecture, objective: objectives.Objective):
     """Weights and tokenizers of both models, headers only: (tokenizer, the teacher's architecture or None)."""
-    check_tensors(HFReader(args.hf_model), student)
     tokenizer = load_tokenizer(args.hf_model)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= student.vocab_size:
+        raise ValueError(
+            f"--hf-model {args.hf_model}: the tokenizer has ids up to {largest}, the model a vocabulary of "
+            f"{student.vocab_size}: config.json and tokenizer do not belong together"
+        )
+    check_tensors(HFReader(args.hf_model), student)
     if args.teacher_hf is None:
         return tokenizer, None
     teacher = Architecture.from_hf(args.teacher_hf)

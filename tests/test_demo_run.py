@@ -368,14 +368,14 @@ def test_parameters_of_the_default_objective_do_not_leak_to_others():
 def test_finetune_command_asks_for_six_ranks_and_only_known_paths(tmp_path):
     prepared = prepare.Prepared(tmp_path / "model", tmp_path / "t.jsonl", tmp_path / "v.jsonl")
     settings = run.Settings(out=tmp_path / "out", objective="dft", objective_args=[])
-    command = run.finetune_command(settings, prepared, tmp_path / "work")
+    command = run.finetune_command(settings, prepared, tmp_path / "unfinished")
     words = " ".join(command)
     assert "--nproc-per-node 6 -m qtarget_megatron.finetune" in words
     assert "--tensor-model-parallel-size 3 --pipeline-model-parallel-size 2" in words
     assert "--objective-args" not in command and "--teacher-hf" not in command
-    guided = run.finetune_command(run.Settings(out=tmp_path / "out"), prepared, tmp_path / "work")
+    guided = run.finetune_command(run.Settings(out=tmp_path / "out"), prepared, tmp_path / "unfinished")
     assert guided[guided.index("--teacher-hf") + 1] == str(prepared.model)
-    assert re.search(rf"--save-hf {tmp_path}/work/model\b", words)
+    assert re.search(rf"--save-hf {tmp_path}/unfinished/model\b", words)
 
 
 def test_training_ranks_get_one_thread_and_no_gpu():
@@ -387,7 +387,7 @@ def test_warm_up_is_shorter_than_the_run(tmp_path):
     prepared = prepare.Prepared(tmp_path / "model", tmp_path / "t.jsonl", tmp_path / "v.jsonl")
     for steps in (1, 2, 3, 12):
         settings = run.Settings(out=tmp_path / "out", steps=steps)
-        command = run.finetune_command(settings, prepared, tmp_path / "work")
+        command = run.finetune_command(settings, prepared, tmp_path / "unfinished")
         assert int(command[command.index("--lr-warmup-iters") + 1]) < steps
 
 

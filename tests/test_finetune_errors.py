@@ -25,6 +25,9 @@ def workspace(tmp_path_factory):
     (folder / "full" / "precious.txt").write_text("keep me")
 
     variant(folder, "unknown", architectures=["MambaForCausalLM"], model_type="mamba")
+    variant(folder, "small-vocabulary", vocab_size=200)
+    (folder / "used").mkdir()
+    (folder / "used" / "latest_checkpointed_iteration.txt").write_text("7")
     variant(folder, "heads12", num_attention_heads=12, num_key_value_heads=4, hidden_size=48, head_dim=4)
     variant(folder, "larger-vocabulary", source="teacher", vocab_size=400)
     shard = folder / variant(folder, "truncated") / "model.safetensors"
@@ -96,6 +99,8 @@ CASES = {
         ["MambaForCausalLM", "LlamaForCausalLM"],
     ),
     "output directory not empty": ({"--save-hf": "full"}, ["full", "empty"]),
+    "checkpoint in the way": ({"--save": "used"}, ["--save", "used", "--load", "another"]),
+    "tokenizer of another model": ({"--hf-model": "small-vocabulary"}, ["tokenizer", "200"]),
     "checkpoint absent": ({"--load": "absent"}, ["--load", "absent", "drop"]),
 }
 PATHS = ("--hf-model", "--teacher-hf", "--sft-train", "--save-hf", "--load")

@@ -167,10 +167,11 @@ class MemoryWatcher:
         together = 0
         for child in self._root.children(recursive=True):
             try:
-                if child not in self._ranks:
-                    rank = child.environ().get("RANK") if child in direct else None
-                    self._ranks[child] = int(rank) if rank is not None else None
-                rank = self._ranks[child]
+                rank = self._ranks.setdefault(child, None)
+                if rank is None and child in direct:
+                    # Asked again until it answers: a process just forked has its parent's environment still.
+                    word = child.environ().get("RANK")
+                    rank = self._ranks[child] = int(word) if word is not None else None
                 if rank is not None:
                     resident = child.memory_info().rss
                     self.peaks.per_rank[rank] = max(self.peaks.per_rank.get(rank, 0), resident)

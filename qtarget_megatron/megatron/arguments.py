@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--sft-valid",
         type=Path,
         metavar="FILE",
-        help="held-out data, same format; its first eval-iters * global-batch-size samples are evaluated each time",
+        help="held-out data, same format; evaluated every --eval-interval steps (default: at the end), as a "
+        "whole or its first --eval-iters * --global-batch-size samples",
     )
     group.add_argument(
         "--save-hf",
@@ -126,7 +127,8 @@ def implementation_flags(*, on_cpu: bool) -> list[str]:
     Without Transformer Engine: Megatron's local layers. Without it and Apex: none of their fused kernels.
     """
     transformer_engine, apex = (importlib.util.find_spec(name) is not None for name in ("transformer_engine", "apex"))
-    flags = ["--no-one-logger"]
+    # 0 stands for the whole of --sft-valid; Megatron's own default is 100 batches.
+    flags = ["--no-one-logger", "--eval-iters", "0"]
     if on_cpu:
         flags += ["--distributed-backend", "gloo", "--num-workers", "0"]
     if on_cpu or not transformer_engine:

@@ -28,11 +28,11 @@ class DatasetProvider:
         if args.sft_train is not None and not args.skip_train:
             train = self._dataset(args.sft_train, num_samples[0], Split.train, shuffle=True)
         if args.sft_valid is not None:
-            held_out = args.eval_iters * args.eval_global_batch_size
+            held_out = None if args.full_validation else args.eval_iters * args.eval_global_batch_size
             valid = self._dataset(args.sft_valid, num_samples[1], Split.valid, shuffle=False, first=held_out)
         return train, valid, None
 
-    def _dataset(self, path: Path, num_samples: int, split: Split, *, shuffle: bool, first: int | None = None):
+    def _dataset(self, path: Path, num_samples: int | None, split: Split, *, shuffle: bool, first: int | None = None):
         file, status = self._inspected(path)
         if first is not None:
             # Every evaluation sees the same samples, so that held-out losses can be compared.
@@ -41,6 +41,8 @@ class DatasetProvider:
             status[kept[first:]] = SampleStatus.SKIPPED
             if len(kept) < first and dist.get_rank() == 0:
                 print(f"qtarget_megatron: {path} has {len(kept)} usable samples, an evaluation of {first} repeats some")
+        if num_samples is None:  # --full-validation
+            num_samples = int((status != SampleStatus.SKIPPED).sum())
         dataset = SupervisedDataset(
             file,
             self.tokenizer,
