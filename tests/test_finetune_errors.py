@@ -10,7 +10,7 @@ from finetune_runs import COMMON, run_all, write_data, write_models
 from launching import REPOSITORY, run_ranks
 from small_tokenizers import CHATML, SPECIAL, byte_tokenizer
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
