@@ -99,7 +99,8 @@ def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
     args.micro_batch_size = args.micro_batch_size or 1
     args.seq_length = args.seq_length or min(4096, student.max_position_embeddings)
     args.save_interval = args.save_interval or 500
-    args.eval_interval = args.eval_interval or args.train_iters or 1000
+    # Megatron evaluates once more when training is done: by default only then.
+    args.eval_interval = args.eval_interval or (args.train_iters + 1 if args.train_iters else 1000)
     if args.sft_valid is None:
         args.eval_iters = 0
     elif not args.eval_iters:

@@ -68,7 +68,8 @@ def finetune_command(settings: Settings, prepared, work: Path) -> list[str]:
         "--lr-warmup-iters": min(2, settings.steps - 1),
         "--clip-grad": 1.0,
         "--weight-decay": 0.0,
-        "--eval-interval": max(1, settings.steps // 2),
+        # Halfway; Megatron evaluates by itself at the end.
+        "--eval-interval": settings.steps // 2 + 1,
         "--eval-iters": SCORED_RECORDS // settings.global_batch_size,
         "--log-interval": 1,
         "--tensorboard-log-interval": 1,
