@@ -82,7 +82,8 @@ def single(workspace, models):
         workspace / "single-hf",
     ]
     runs["untied target-sft"] = [*runs["untied target-sft"], *export]
-    runs["untied sft"] += ["--save-hf", workspace / "half", "--save-hf-dtype", "bfloat16"]
+    half = ["--save-hf", workspace / "half", "--save-hf-dtype", "bfloat16"]
+    runs["untied sft"] = [*runs["untied sft"], *half]
     return launch(1, runs, workspace, timeout=240)
 
 
