@@ -80,7 +80,7 @@ def run(argv: list[str]) -> None:
     objective = objectives.from_arguments(args.objective, args.objective_args)
     _fill_in(args, student)
     _check(args, student, objective)
-    tokenizer, teacher = _check_models(args, student, objective)
+    tokenizer, teacher = _check_models(args, student)
 
     cpu_platform.repair_megatron_wheel()
     args.calculate_per_token_loss = True
@@ -138,7 +138,7 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
         )
 
 
-def _check_models(args: argparse.Namespace, student: Architecture, objective: objectives.Objective):
+def _check_models(args: argparse.Namespace, student: Architecture):
     """Weights and tokenizers of both models, headers only: (tokenizer, the teacher's architecture or None)."""
     tokenizer = load_tokenizer(args.hf_model)
     largest = max(tokenizer.get_vocab().values())
