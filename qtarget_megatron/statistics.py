@@ -3,33 +3,72 @@
 Each rank reduces its vocabulary shard to a few numbers per token (a *partial*); the partials of all ranks are
 gathered once and merged here, in float64 and in rank order, so that every rank ends with bitwise the same numbers.
 
-Layout of a partial, float32 ``[N, partial_width(R)]``, for R residuals ``r = softmax(u)``, ``u = a*z + b*t``::
+Layout of a partial, float32 ``[N, request.width]``::
 
-    0            m    max z                      4 + 4i   m_u   max u
-    1            s    sum exp(z - m)             5 + 4i   s_u   sum exp(u - m_u)
-    2            e    sum exp(z - m) (z - m)     6 + 4i   x_u   sum exp(u - m_u) (z - m)
-    3            z_y  label logit, 0 elsewhere   7 + 4i   h_u   sum exp(u - m_u) (u - m_u)
+    always                       m    max z
+                                 s    sum exp(z - m)
+                                 e    sum exp(z - m) (z - m)
+                                 z_y  label logit, 0 where the label is on another shard
+    collision                    c    sum exp(2 (z - m))
+    top_k                             the k largest z, descending; -inf where the shard has fewer columns
+    for each residual            m_u  max u                       of u = a*z + b*t
+                                 s_u  sum exp(u - m_u)
+                                 x_u  sum exp(u - m_u) (z - m)
+        residual_entropy         h_u  sum exp(u - m_u) (u - m_u)
+        residual_label           u_y  label's u, 0 where the label is on another shard
 
 The weighted sums are centred on the local maximum: uncentred float32 sums lose the entropy at large logit offsets.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BASE_WIDTH = 4
-RESIDUAL_WIDTH = 4
 MAX_RESIDUALS = 2
+_BASE_WIDTH = 4
+_RESIDUAL_WIDTH = 3
 
 Residuals = tuple[tuple[float, float], ...]
 
 
-def partial_width(num_residuals: int) -> int:
-    """Numbers per token and rank that travel in the one collective (float32 each)."""
-    return BASE_WIDTH + RESIDUAL_WIDTH * num_residuals
+@dataclass(frozen=True)
+class StatisticsRequest:
+    """Which statistics are computed, and travel, besides those that every objective has.
+
+    residuals:        (a, b) of each residual softmax(a*z + b*t), at most MAX_RESIDUALS.
+    collision:        sum_k p_k^2.
+    top_k:            this many of the largest logits (0: none).
+    residual_entropy: the entropy of each residual, which KL(r || p) needs.
+    residual_label:   log r(y) of each residual.
+    """
+
+    residuals: Residuals = ()
+    collision: bool = False
+    top_k: int = 0
+    residual_entropy: bool = False
+    residual_label: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.residuals) > MAX_RESIDUALS:
+            raise ValueError(f"an objective has at most {MAX_RESIDUALS} residuals, got {len(self.residuals)}")
+        for coefficients in self.residuals:
+            if len(coefficients) != 2 or not all(math.isfinite(c) for c in coefficients):
+                raise ValueError(f"a residual is a pair of finite numbers (a, b), got {coefficients!r}")
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
+            raise ValueError(f"top_k must be a whole number of logits, 0 or more, got {self.top_k!r}")
+
+    @property
+    def residual_width(self) -> int:
+        return _RESIDUAL_WIDTH + self.residual_entropy + self.residual_label
+
+    @property
+    def width(self) -> int:
+        """Numbers per token and rank that travel in the one collective (float32 each)."""
+        return _BASE_WIDTH + self.collision + self.top_k + self.residual_width * len(self.residuals)
 
 
 @dataclass
@@ -38,13 +77,15 @@ class ResidualStatistics:
 
     max, sum_exp: of u = a*z + b*t, so that lse = max + log(sum_exp).
     mean_logit:   sum_k r_k z_k, the student logit averaged under r.
-    entropy:      -sum_k r_k log r_k, in nats.
+    entropy:      -sum_k r_k log r_k, in nats; None unless requested (residual_entropy).
+    log_p:        log r(y) of the label; None unless requested (residual_label).
     """
 
     max: Tensor
     sum_exp: Tensor
     mean_logit: Tensor
-    entropy: Tensor
+    entropy: Tensor | None = None
+    log_p: Tensor | None = None
 
     @property
     def lse(self) -> Tensor:
@@ -61,6 +102,9 @@ class TokenStatistics:
     max, sum_exp:  of the student logits z, so that lse = max + log(sum_exp).
     log_p, p:      log p(y) and p(y) of the label.
     entropy:       -sum_k p_k log p_k, in nats.
+    collision:     sum_k p_k^2; None unless requested.
+    top_logits:    the k largest logits, [N, k], descending, -inf where the vocabulary is smaller; None unless
+                   requested.
     residuals:     one ResidualStatistics for each residual of the objective.
 
     Set once the objective has been evaluated:
@@ -76,6 +120,8 @@ class TokenStatistics:
     log_p: Tensor
     p: Tensor
     entropy: Tensor
+    collision: Tensor | None = None
+    top_logits: Tensor | None = None
     residuals: tuple[ResidualStatistics, ...] = ()
     label_mass: Tensor | None = None
     residual_mass: Tensor | None = None
@@ -95,27 +141,39 @@ class TokenStatistics:
         return self.lse - self.residuals[residual].mean_logit
 
     def kl_divergence(self, residual: int = 0) -> Tensor:
-        """KL(r || p) = sum_k r_k (log r_k - log p_k), in nats."""
-        return self.cross_entropy(residual) - self.residuals[residual].entropy
+        """KL(r || p) = sum_k r_k (log r_k - log p_k), in nats; the objective requests residual_entropy."""
+        entropy = self.residuals[residual].entropy
+        if entropy is None:
+            raise ValueError("kl_divergence needs the residual's entropy: build Objective(..., residual_entropy=True)")
+        return self.cross_entropy(residual) - entropy
 
     def weighted_nll(self, weight: Tensor) -> Tensor:
         """-weight log p(y), and exactly 0 where the weight is 0 (0 * inf is no loss)."""
         return torch.where(weight == 0, torch.zeros_like(self.log_p), -weight * self.log_p)
 
+    def top_k_entropy(self) -> Tensor:
+        """Entropy in nats of softmax over the k largest logits, k = top_k; the objective requests top_k."""
+        if self.top_logits is None:
+            raise ValueError("top_k_entropy needs the largest logits: build Objective(..., top_k=K)")
+        log_q = torch.log_softmax(self.top_logits, -1)
+        # A token that is not supervised has k equal logits: give it the entropy 0 of every other statistic.
+        entropy = -torch.where(log_q == -torch.inf, torch.zeros_like(log_q), log_q.exp() * log_q).sum(-1)
+        return torch.where(self.supervised, entropy, torch.zeros_like(entropy))
 
-def merge(partials: Tensor, supervised: Tensor, num_residuals: int) -> TokenStatistics:
+
+def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> TokenStatistics:
     """Merge the partials of all ranks into statistics over the whole vocabulary.
 
     Args:
-        partials: ``[T, N, partial_width(R)]``, one slice per tensor-parallel rank, in rank order.
+        partials: ``[T, N, request.width]``, one slice per tensor-parallel rank, in rank order.
         supervised: ``[N]`` bool; statistics of the other tokens are 0.
-        num_residuals: R.
+        request: what the partials hold.
 
     A shard without any finite column has m = -inf and contributes nothing. A NaN anywhere stays NaN.
     """
     # One layout for every rank and every device: the sums below run over dim 0 in rank order.
-    columns = partials.double().unbind(-1)
-    m, s, e, z_y = columns[:BASE_WIDTH]
+    columns = iter(partials.double().unbind(-1))
+    m, s, e, z_y = (next(columns) for _ in range(_BASE_WIDTH))
     keep = _masker(supervised)
 
     shift = _Shift(m)
@@ -126,17 +184,30 @@ def merge(partials: Tensor, supervised: Tensor, num_residuals: int) -> TokenStat
     # Subtracting the maximum first keeps the precision of the label logit at large offsets.
     log_p = (z_y.sum(0) - shift.max) - log_sum
 
+    collision = top_logits = None
+    if request.collision:
+        collision = keep(shift.total(next(columns), power=2) / sum_exp**2)
+    if request.top_k:
+        of_all_ranks = torch.cat([next(columns).t() for _ in range(request.top_k)], dim=-1)
+        top_logits = of_all_ranks.topk(request.top_k, dim=-1).values
+        top_logits = torch.where(supervised[:, None], top_logits, torch.zeros_like(top_logits))
+
     residuals = []
-    for index in range(num_residuals):
-        start = BASE_WIDTH + RESIDUAL_WIDTH * index
-        m_u, s_u, x_u, h_u = columns[start : start + RESIDUAL_WIDTH]
+    for _ in request.residuals:
+        m_u, s_u, x_u = (next(columns) for _ in range(_RESIDUAL_WIDTH))
         shift_u = _Shift(m_u)
         sum_exp_u = shift_u.total(s_u)
         # A shard whose logits are all -inf but which carries residual mass makes the mean -inf, as it should.
         z_offset = torch.where(s_u == 0, torch.zeros_like(m), m - shift.max)
         mean_logit = shift_u.total(x_u + z_offset * s_u) / sum_exp_u + shift.max
-        entropy_u = sum_exp_u.log() - shift_u.total(h_u + shift_u.offset * s_u) / sum_exp_u
-        residuals.append(ResidualStatistics(keep(shift_u.max), keep(sum_exp_u, 1.0), keep(mean_logit), keep(entropy_u)))
+        entropy_u = log_r_y = None
+        if request.residual_entropy:
+            entropy_u = keep(sum_exp_u.log() - shift_u.total(next(columns) + shift_u.offset * s_u) / sum_exp_u)
+        if request.residual_label:
+            log_r_y = keep((next(columns).sum(0) - shift_u.max) - sum_exp_u.log())
+        residuals.append(
+            ResidualStatistics(keep(shift_u.max), keep(sum_exp_u, 1.0), keep(mean_logit), entropy_u, log_r_y)
+        )
 
     return TokenStatistics(
         supervised=supervised,
@@ -145,6 +216,8 @@ def merge(partials: Tensor, supervised: Tensor, num_residuals: int) -> TokenStat
         log_p=keep(log_p),
         p=keep(log_p.exp()),
         entropy=keep(log_sum - centred / sum_exp),
+        collision=collision,
+        top_logits=top_logits,
         residuals=tuple(residuals),
     )
 
@@ -158,8 +231,9 @@ class _Shift:
         self.offset = torch.where(empty, torch.zeros_like(local_max), local_max - self.max)
         self._factor = torch.where(empty, torch.zeros_like(local_max), self.offset.exp())
 
-    def total(self, local_sum: Tensor) -> Tensor:
-        scaled = local_sum * self._factor
+    def total(self, local_sum: Tensor, power: int = 1) -> Tensor:
+        """Sum over ranks of sum_k exp(power (z_k - m)) terms, moved to the global maximum."""
+        scaled = local_sum * self._factor**power
         # factor 0 belongs to an empty shard or to one that underflows; its -inf mean logit must not turn into NaN,
         # while a NaN has to survive.
         scaled = torch.where((self._factor == 0) & ~local_sum.isnan(), torch.zeros_like(scaled), scaled)

@@ -6,6 +6,7 @@ the loss, with stop-gradients where the paper has them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,18 +15,59 @@ from torch import Tensor
 
 from qtarget_megatron import Objective, objectives
 
+# A definition: (student logits z [N, V], labels y [N], second model's logits t [N, V], side inputs x) -> loss [N].
 
-def sft(z, y, t):
+
+def sft(z, y, t, x):
     return -_log_p(z, y)
 
 
-def dft(z, y, t):
-    log_p = _log_p(z, y)
-    return -log_p.exp().detach() * log_p
+def weighted(weight):
+    """-sg(w) log p, w = weight(z, y, x)."""
+
+    def loss(z, y, t, x):
+        return -weight(z.detach(), y, x) * _log_p(z, y)
+
+    return loss
+
+
+def beyond_log(alpha):
+    def loss(z, y, t, x):
+        return (1 - _log_p(z, y).exp() ** alpha) / alpha
+
+    return loss
+
+
+def deft(z, y, t, x):
+    alpha = torch.softmax(z.detach(), -1).square().sum(-1)
+    return (1 - _log_p(z, y).exp() ** alpha) / alpha
+
+
+def focal(gamma):
+    def loss(z, y, t, x):
+        log_p = _log_p(z, y)
+        return -((-torch.expm1(log_p)) ** gamma) * log_p
+
+    return loss
+
+
+def poly1(epsilon):
+    def loss(z, y, t, x):
+        return -_log_p(z, y) + epsilon * (1 - _log_p(z, y).exp())
+
+    return loss
+
+
+def psft(epsilon_low, epsilon_high):
+    def loss(z, y, t, x):
+        ratio = (_log_p(z, y) - x["old_log_prob"]).exp()
+        return -torch.minimum(ratio, ratio.clip(1 - epsilon_low, 1 + epsilon_high))
+
+    return loss
 
 
 def label_smoothing(lam):
-    def loss(z, y, t):
+    def loss(z, y, t, x):
         log_p = torch.log_softmax(z, -1)
         smooth = torch.full_like(log_p, lam / z.shape[-1])
         smooth[torch.arange(len(y)), y] += 1 - lam
@@ -34,8 +76,25 @@ def label_smoothing(lam):
     return loss
 
 
+def with_kl(label_weight, lam):
+    """-sg(label_weight(p)) log p + lam KL(softmax(t) || p)."""
+
+    def loss(z, y, t, x):
+        log_p = _log_p(z, y)
+        return -label_weight(log_p.detach().exp()) * log_p + lam * kd(1.0)(z, y, t, x)
+
+    return loss
+
+
+def gem(beta):
+    def loss(z, y, t, x):
+        return -_log_p(z, y) - _cross_entropy(torch.softmax(z.detach() / beta, -1), torch.log_softmax(z, -1))
+
+    return loss
+
+
 def kd(temperature):
-    def loss(z, y, t):
+    def loss(z, y, t, x):
         teacher = torch.softmax(t / temperature, -1)
         log_p = torch.log_softmax(z / temperature, -1)
         entropy = _cross_entropy(teacher, torch.log_softmax(t / temperature, -1))
@@ -45,7 +104,7 @@ def kd(temperature):
 
 
 def target_sft(eta):
-    def loss(z, y, t):
+    def loss(z, y, t, x):
         log_p = torch.log_softmax(z, -1)
         p_y = log_p.detach().gather(-1, y[:, None]).exp()
         # 0 * -inf: an absent factor is left out.
@@ -55,6 +114,25 @@ def target_sft(eta):
         return _cross_entropy(target, log_p)
 
     return loss
+
+
+def gift(beta):
+    def loss(z, y, t, x):
+        tilted = t.clone()
+        tilted[torch.arange(len(y)), y] += beta
+        return _cross_entropy(torch.softmax(tilted, -1), torch.log_softmax(z, -1))
+
+    return loss
+
+
+def top_k_entropy(z, k):
+    q = torch.softmax(z.sort(-1, descending=True).values[:, :k], -1)
+    return -torch.special.xlogy(q, q).sum(-1)
+
+
+def entropy(z):
+    p = torch.softmax(z, -1)
+    return -torch.special.xlogy(p, p).sum(-1)
 
 
 def _log_p(z, y):
@@ -77,33 +155,144 @@ def likelihood(z, y):
 class Case:
     """An objective of the package and, independently, what it must compute.
 
-    mass: (z, y) -> [N], the absolute masses of the terms that the gradient is a difference of.
+    mass: (z, y) -> [N], at least the absolute masses of the terms that the gradient is a difference of.
     loss_unit: the factor on the difference of entropies that the loss is, in nats.
     """
 
     name: str
     objective: Objective
-    definition: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    definition: Callable[[Tensor, Tensor, Tensor | None, dict[str, Tensor]], Tensor]
     mass: Callable[[Tensor, Tensor], Tensor] = constant(1)
     loss_unit: float = 1.0
 
     def teacher(self, logits: Tensor) -> Tensor | None:
         return logits if self.objective.needs_teacher else None
 
+    def inputs(self, logits: Tensor, labels: Tensor, vocab_size: int | None = None) -> dict[str, Tensor]:
+        """Side inputs [...] for whole rows of logits [..., V]; each follows from its own row alone."""
+        z = logits.detach().double()[..., : vocab_size or logits.shape[-1]]
+        label = labels.clamp(0, z.shape[-1] - 1)[..., None]
+        log_p = torch.log_softmax(z, -1).gather(-1, label)[..., 0].nan_to_num(-1.0, -1.0, -200.0)
+        uniform = (log_p * 7919).frac().abs()
+        drawn = {
+            "weight": 2 * uniform,
+            "critical": (uniform < 0.6).double(),
+            # Some ratios are clipped (above 1.28), most are not.
+            "old_log_prob": (log_p + 1.2 * (uniform - 0.6)).clamp(max=0.0),
+        }
+        return {name: drawn[name] for name in self.objective.token_inputs}
+
+
+def _indicator(condition):
+    return condition.double()
+
 
 CASES = {
     case.name: case
     for case in (
         Case("sft", objectives.sft(), sft),
-        Case("dft", objectives.dft(), dft, likelihood),
+        Case("dft", objectives.dft(), weighted(lambda z, y, x: likelihood(z, y)), likelihood),
+        Case("beyond-log", objectives.beyond_log(alpha=0.5), beyond_log(0.5), lambda z, y: likelihood(z, y) ** 0.5),
+        Case("profit", objectives.profit(tau=0.02), weighted(lambda z, y, x: _indicator(likelihood(z, y) >= 0.02))),
+        Case("eaft", objectives.eaft(), weighted(lambda z, y, x: top_k_entropy(z, 20) / math.log(20))),
+        Case(
+            "eaft-k3",
+            objectives.eaft(k=3, normalizer=0.5, exponent=2),
+            weighted(lambda z, y, x: (top_k_entropy(z, 3) / 0.5) ** 2),
+            constant(5),
+        ),
+        Case("iw-sft", objectives.iw_sft(), weighted(lambda z, y, x: x["weight"]), constant(2)),
+        Case("cft", objectives.cft(), weighted(lambda z, y, x: x["critical"])),
         Case("label-smoothing", objectives.label_smoothing(lam=0.1), label_smoothing(0.1)),
+        Case("sft-kl", objectives.sft_kl(lam=0.3), with_kl(torch.ones_like, 0.3), constant(1.3)),
+        Case("asft", objectives.asft(lam=0.05), with_kl(lambda p: p, 0.05), lambda z, y: likelihood(z, y) + 0.05),
+        Case("psft", objectives.psft(), psft(0.2, 0.28), constant(1.28)),
+        Case("gem", objectives.gem(), gem(0.7)),
         Case("kd", objectives.kd(), kd(1.0)),
         Case("kd-T2", objectives.kd(temperature=2.0), kd(2.0), constant(2), loss_unit=4),
+        Case("hybrid-kd", objectives.hybrid_kd(lam=0.4), with_kl(lambda p: torch.full_like(p, 0.6), 0.4)),
         Case("target-sft", objectives.target_sft(eta=0.3), target_sft(0.3)),
         Case("target-sft-eta0", objectives.target_sft(eta=0), target_sft(0)),
         Case("target-sft-eta1", objectives.target_sft(eta=1), target_sft(1)),
+        Case("deft", objectives.deft(), deft),
+        Case("focal", objectives.focal(), focal(2.0), constant(1.5)),
+        Case("talr", objectives.talr(tau=2.0), weighted(lambda z, y, x: likelihood(z, y) ** 0.5)),
+        Case("poly1", objectives.poly1(epsilon=0.5), poly1(0.5), constant(1.5)),
+        Case("gift", objectives.gift(beta=1.5), gift(1.5)),
+        Case(
+            "entropy-mask",
+            objectives.entropy_mask(threshold=1.5),
+            weighted(lambda z, y, x: _indicator(entropy(z) >= 1.5)),
+        ),
     )
 }
+
+
+def _mass(*terms):
+    return constant(sum(abs(term) for term in terms))
+
+
+# Name -> (draw: (low, high) -> number) -> a case with parameters drawn over their ranges.
+RANDOM_CASES = {
+    **{name: (lambda draw, case=case: case) for name, case in CASES.items() if not case.objective.parameters},
+    "beyond-log": lambda draw: _random_beyond_log(draw(-0.5, 3.0)),
+    "profit": lambda draw: _random_profit(draw(0.0, 0.9)),
+    "eaft": lambda draw: _random_eaft(int(draw(2, 90))),
+    "label-smoothing": lambda draw: _random(objectives.label_smoothing, label_smoothing, draw(0, 1)),
+    "sft-kl": lambda draw: _random(objectives.sft_kl, lambda lam: with_kl(torch.ones_like, lam), draw(0, 3), 1),
+    "asft": lambda draw: _random(objectives.asft, lambda lam: with_kl(lambda p: p, lam), draw(0, 3), 1),
+    "psft": lambda draw: _random_psft(draw(0, 1), draw(0, 2)),
+    "gem": lambda draw: _random(objectives.gem, gem, draw(0.3, 3)),
+    "kd": lambda draw: _random_kd(draw(0.3, 4)),
+    "hybrid-kd": lambda draw: _random(
+        objectives.hybrid_kd, lambda lam: with_kl(lambda p: torch.full_like(p, 1 - lam), lam), draw(0, 1)
+    ),
+    "target-sft": lambda draw: _random(objectives.target_sft, target_sft, draw(0, 1)),
+    "focal": lambda draw: _random(objectives.focal, focal, draw(1, 4), 1),
+    "talr": lambda draw: _random_talr(draw(0.3, 4)),
+    "poly1": lambda draw: _random(objectives.poly1, poly1, draw(-1, 2), 1),
+    "gift": lambda draw: _random(objectives.gift, gift, draw(0, 6)),
+    "entropy-mask": lambda draw: _random_entropy_mask(draw(0.01, 4)),
+}
+
+
+def _random(objective, definition, parameter, *more_mass) -> Case:
+    return Case("", objective(parameter), definition(parameter), _mass(1, parameter, *more_mass))
+
+
+def _random_beyond_log(alpha) -> Case:
+    # Near 0 the definition itself loses digits in 1 - p^alpha.
+    alpha = alpha if abs(alpha) > 0.05 else 0.05
+    unit = 1 / abs(alpha)
+    return Case("", objectives.beyond_log(alpha), beyond_log(alpha), lambda z, y: likelihood(z, y) ** alpha, unit)
+
+
+def _random_profit(tau) -> Case:
+    return Case("", objectives.profit(tau), weighted(lambda z, y, x: _indicator(likelihood(z, y) >= tau)))
+
+
+def _random_eaft(k) -> Case:
+    return Case("", objectives.eaft(k), weighted(lambda z, y, x: top_k_entropy(z, k) / math.log(k)))
+
+
+def _random_psft(low, high) -> Case:
+    return Case("", objectives.psft(low, high), psft(low, high), constant(1 + high))
+
+
+def _random_kd(temperature) -> Case:
+    return Case("", objectives.kd(temperature), kd(temperature), constant(temperature), max(temperature**2, 1))
+
+
+def _random_talr(tau) -> Case:
+    return Case("", objectives.talr(tau), weighted(lambda z, y, x: likelihood(z, y) ** (1 / tau)))
+
+
+def _random_entropy_mask(threshold) -> Case:
+    return Case("", objectives.entropy_mask(threshold), weighted(lambda z, y, x: _indicator(entropy(z) >= threshold)))
+
+
+# Objectives whose residual is formed from logits with rounding: u = a z + b t is not exact in float32.
+ROUNDED_EXPONENTS = ("target-sft", "gem")
 
 
 @dataclass(frozen=True)
@@ -135,7 +324,8 @@ def truth(
     z = logits.detach().double().reshape(-1, columns)[rows, :vocab_size].requires_grad_()
     t = teacher.detach().double().reshape(-1, columns)[rows, :vocab_size]
     y, scale = labels.reshape(-1)[rows], upstream.double().reshape(-1)[rows]
-    row_loss = case.definition(z, y, t)
+    side = {name: value.reshape(-1)[rows] for name, value in case.inputs(logits, labels, vocab_size).items()}
+    row_loss = case.definition(z, y, t, side)
     (row_gradient,) = torch.autograd.grad(row_loss, z, scale)
     loss, mass = torch.zeros(2, labels.numel(), dtype=torch.float64)
     gradient = torch.zeros(labels.numel(), columns, dtype=torch.float64)

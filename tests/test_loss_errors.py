@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from qtarget_megatron import Objective, objectives, qtarget_cross_entropy
+from qtarget_megatron import objectives, qtarget_cross_entropy
 
 LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
-WEIGHTED = Objective(lambda stats, inputs: None, token_inputs=("weight",), name="weighted")
+INPUT = torch.zeros(2, 3)
 
 
 def at(position, value):
@@ -32,11 +32,6 @@ def at(position, value):
             dict(objective=objectives.kd()),
             r"kd\(temperature=1.0\) needs a second model: pass",
         ),
-        (dict(teacher_logits=LOGITS), r"sft\(\) reads no second model: drop teacher_logits"),
-        (
-            dict(objective=objectives.target_sft(eta=0), teacher_logits=LOGITS),
-            "reads no second model: drop teacher_logits",
-        ),
         (
             dict(objective=objectives.kd(), teacher_logits=LOGITS[..., :4]),
             r"sharded like logits \[2, 3, 5\], got \[2, 3, 4\]",
@@ -44,11 +39,26 @@ def at(position, value):
         (dict(backend="gpu"), "unknown backend 'gpu': expected one of auto, reference, cpp, cuda"),
         (dict(backend="cuda"), "needs cuda tensors, got cpu logits"),
         (dict(logits=LOGITS.double(), backend="cpp"), "got torch.float64: use 'reference'"),
-        (dict(objective=WEIGHTED), r"takes the token_inputs \['weight'\], got \[\]"),
-        (dict(token_inputs={"weight": LABELS}), r"takes the token_inputs \[\], got \['weight'\]"),
+        (dict(objective=objectives.iw_sft()), r"iw-sft\(\) needs token_inputs\['weight'\], got none"),
         (
-            dict(objective=WEIGHTED, token_inputs={"weight": torch.zeros(3)}),
-            r"token_inputs\['weight'\] must be \[2, 3\] like labels, got \[3\]",
+            dict(objective=objectives.psft(), token_inputs={"old_log_probs": INPUT}),
+            r"needs token_inputs\['old_log_prob'\], got \['old_log_probs'\]",
+        ),
+        (
+            dict(objective=objectives.iw_sft(), token_inputs={"weight": torch.zeros(3)}),
+            r"token_inputs\['weight'\] must be \[2, 3\] on cpu like labels, got \[3\] on cpu",
+        ),
+        (
+            dict(objective=objectives.iw_sft(), token_inputs={"weight": INPUT.clone().fill_diagonal_(torch.nan)}),
+            r"token_inputs\['weight'\] must hold finite numbers, got nan",
+        ),
+        (
+            dict(objective=objectives.cft(), token_inputs={"critical": INPUT + 2}),
+            r"token_inputs\['critical'\] must hold 0 or 1, got 2",
+        ),
+        (
+            dict(objective=objectives.psft(), token_inputs={"old_log_prob": INPUT + 0.7}),
+            r"token_inputs\['old_log_prob'\] must hold log-probabilities in nats, got 0.7",
         ),
         (dict(vocab_size=6), r"vocab_size must be in 1\.\.5 .* got 6"),
         (dict(vocab_size=0), r"vocab_size must be in 1\.\.5 .* got 0"),
@@ -59,3 +69,18 @@ def test_mistakes_are_refused_in_one_clear_line(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         qtarget_cross_entropy(arguments.pop("logits"), arguments.pop("labels"), **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_inputs_of_ignored_tokens_may_hold_anything():
+    labels, weight = at(0, -100), INPUT + 1
+    weight[0, 0] = torch.nan
+    objective = objectives.iw_sft()
+    loss = qtarget_cross_entropy(LOGITS, labels, objective=objective, token_inputs={"weight": weight})
+    assert loss[0, 0] == 0 and (loss.flatten()[1:] > 0).all()
+
+
+def test_a_second_model_and_inputs_that_nobody_reads_change_nothing():
+    drawn = torch.randn(2, 3, 5)
+    plain = qtarget_cross_entropy(drawn, LABELS, objective=objectives.dft())
+    extra = dict(teacher_logits=torch.randn(2, 3, 5), token_inputs={"weight": INPUT + torch.nan})
+    assert torch.equal(qtarget_cross_entropy(drawn, LABELS, objective=objectives.dft(), **extra), plain)

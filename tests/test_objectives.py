@@ -4,9 +4,20 @@ import math
 
 import pytest
 import torch
-from loss_definitions import CASES, Case, assert_close_to_truth, constant, kd, truth
+from loss_definitions import (
+    CASES,
+    ROUNDED_EXPONENTS,
+    Case,
+    assert_close_to_truth,
+    beyond_log,
+    constant,
+    kd,
+    likelihood,
+    truth,
+)
 
 from qtarget_megatron import Objective, objectives, qtarget_cross_entropy
+from qtarget_megatron.objectives import registry as registry_module
 
 BACKENDS = ["reference", "cpp"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,6 +43,7 @@ def run(case, logits, labels, teacher, upstream=None, **keywords):
         labels,
         objective=case.objective,
         teacher_logits=case.teacher(teacher),
+        token_inputs=case.inputs(logits, labels),
         **keywords,
     )
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
@@ -51,8 +63,8 @@ def check(case, logits, labels, teacher, upstream, backend, exponent_rounding=0.
 
 
 def test_every_objective_has_a_definition_here():
-    catalogue = {name for name in objectives.names() if hasattr(objectives, name.replace("-", "_"))}
-    assert catalogue == {case.objective.name for case in CASES.values()}
+    assert set(objectives.names()) == {case.objective.name for case in CASES.values()}
+    assert all(callable(getattr(objectives, name.replace("-", "_"))) for name in objectives.names())
 
 
 @every_backend
@@ -74,7 +86,7 @@ def test_peaked_and_flat_rows_are_the_definition(case, backend):
     logits[:4] *= 10
     logits[4:8] *= 1e-3
     # 0.7 z + 0.3 t reaches 128: half a step of float32 there, for each product and for the sum.
-    rounding = 3 * 128 * 2**-24 if case.name == "target-sft" else 0.0
+    rounding = 3 * 128 * 2**-24 if case.name in ROUNDED_EXPONENTS else 0.0
     check(case, logits, labels, teacher, upstream, backend, rounding)
 
 
@@ -97,7 +109,8 @@ def test_gradient_rows_sum_to_zero(case, backend):
     # 211 elements with float32 rounding errors of either sign.
     mass = case.mass(logits.double(), labels) * upstream.abs()
     assert (gradient.double().sum(-1).abs() <= 1e-6 * mass).all()
-    assert (gradient != 0).any(-1).all()
+    trained = truth(case, logits, labels, teacher, upstream).gradient.abs().sum(-1) > 0
+    assert torch.equal((gradient != 0).any(-1), trained) and trained.any()
 
 
 @every_backend
@@ -113,12 +126,97 @@ def test_target_sft_without_a_teacher_has_the_gradient_of_dft(backend):
 
 
 @every_backend
-def test_label_smoothing_of_nothing_is_sft(backend):
+@pytest.mark.parametrize(
+    ("special", "general"),
+    [
+        ("sft", objectives.label_smoothing(lam=0)),
+        ("sft", objectives.profit(tau=0)),
+        ("sft", objectives.beyond_log(alpha=0)),
+        ("sft", objectives.sft_kl(lam=0)),
+        ("sft", objectives.hybrid_kd(lam=0)),
+        ("sft", objectives.focal(gamma=0)),
+        ("sft", objectives.poly1(epsilon=0)),
+        ("sft", objectives.entropy_mask(threshold=0)),
+        ("dft", objectives.asft(lam=0)),
+        ("dft", objectives.talr(tau=1)),
+        ("kd", objectives.hybrid_kd(lam=1)),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_limit_of_one_objective_is_another(special, general, backend):
     drawn = draw()
-    smoothed = Case("", objectives.label_smoothing(lam=0), None)
-    ours = run(smoothed, *drawn, backend=backend)
-    sft = run(CASES["sft"], *drawn, backend=backend)
-    assert torch.equal(ours[0], sft[0]) and torch.equal(ours[1], sft[1])
+    loss, gradient = run(Case("", general, None), *drawn, backend=backend)
+    expected = run(CASES[special], *drawn, backend=backend)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-6, atol=0)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("special", "general"),
+    [
+        ("dft", objectives.beyond_log(alpha=1)),
+        ("sft", objectives.gem(beta=1)),
+        ("sft", objectives.beyond_log(alpha=1e-9)),
+        ("sft", objectives.gift(beta=40.0)),
+    ],
+    ids=lambda value: str(value),
+)
+def test_limits_whose_gradient_is_that_of_another(special, general, backend):
+    logits, labels, teacher, upstream = draw()
+    _, gradient = run(Case("", general, None), logits, labels, teacher, upstream, backend=backend)
+    _, expected = run(CASES[special], logits, labels, teacher, upstream, backend=backend)
+    # gem(1) is onehot and softmax(z) with masses 1 and -1; sft's terms are the same to the last place.
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_backend
+def test_psft_starts_as_sft(backend):
+    logits, labels, teacher, _ = draw()
+    old = torch.log_softmax(logits.double(), -1).gather(-1, labels[:, None])[:, 0]
+    leaf = logits.clone().requires_grad_()
+    loss = qtarget_cross_entropy(
+        leaf, labels, objective=objectives.psft(), token_inputs={"old_log_prob": old}, backend=backend
+    )
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    torch.testing.assert_close(gradient, run(CASES["sft"], logits, labels, teacher, backend=backend)[1])
+    torch.testing.assert_close(loss, -torch.ones(24))
+
+
+def test_psft_stops_at_the_clip_and_where_the_ratio_is_clamped():
+    # Ratios 1.2, 1.3, e^-19 and e^-30.
+    objective, zeros = objectives.psft(), torch.zeros(4, dtype=torch.int64)
+    logits = torch.tensor([[0.0, 0.0], [0.0, 0.0], [-25.0, 0.0], [-35.0, 0.0]], requires_grad=True)
+    log_p = torch.log_softmax(logits.detach(), -1)[:, 0]
+    old = log_p - torch.tensor([math.log(1.2), math.log(1.3), -19.0, -30.0])
+    loss, statistics = qtarget_cross_entropy(
+        logits, zeros, objective=objective, token_inputs={"old_log_prob": old}, return_statistics=True
+    )
+    expected = torch.tensor([-1.2, -1.28, -math.exp(-19), -math.exp(-20)])
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert (statistics.label_mass == 0).tolist() == [False, True, False, True]
+
+
+@every_backend
+def test_beyond_log_below_zero_trusts_unlikely_labels_more(backend):
+    case = Case("", objectives.beyond_log(alpha=-0.5), beyond_log(-0.5), lambda z, y: likelihood(z, y) ** -0.5, 2.0)
+    check(case, *draw(), backend)
+
+
+def test_eaft_of_a_flat_row_is_sft_and_of_a_vocabulary_below_k_takes_all_of_it():
+    flat = torch.zeros(1, 50)
+    loss = qtarget_cross_entropy(flat, torch.tensor([3]), objective=objectives.eaft(k=20))
+    torch.testing.assert_close(loss, torch.tensor([math.log(50)]))
+    small = torch.zeros(1, 5)
+    loss = qtarget_cross_entropy(small, torch.tensor([3]), objective=objectives.eaft(k=20))
+    torch.testing.assert_close(loss, torch.tensor([math.log(5) / math.log(20) * math.log(5)]))
+
+
+def test_cft_counts_all_tokens_or_the_critical_ones():
+    supervised, critical = torch.tensor([True, True, True, False]), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    inputs = {"critical": critical}
+    assert objectives.cft().num_tokens(supervised, inputs) == 3
+    assert objectives.cft(denominator="critical").num_tokens(supervised, inputs) == 2
 
 
 @every_backend
@@ -175,7 +273,7 @@ def test_large_offsets_cost_no_more_than_the_rounding_of_the_logits(case, offset
     teacher = (teacher * 128).round() / 128 - offset
     # 0.7 z + 0.3 t: half a step of float32, at up to 1e4, for each product and for the sum.
     # Multiplication by 1 or 1/2 is exact.
-    rounding = 3 * 1e4 * 2**-24 if case.name == "target-sft" else 0.0
+    rounding = 3 * 1e4 * 2**-24 if case.name in ROUNDED_EXPONENTS else 0.0
     check(case, logits, labels, teacher, upstream, backend, rounding)
 
 
@@ -187,7 +285,8 @@ def test_labels_down_to_e_to_the_minus_80_keep_their_precision(case, backend):
     top = torch.logsumexp(logits, -1)
     logits[torch.arange(5), labels] = top - torch.tensor([10.0, 30.0, 50.0, 70.0, 80.0])
     loss, gradient = check(case, logits, labels, teacher, upstream, backend)
-    assert loss.isfinite().all() and (gradient[torch.arange(5), labels] != 0).all()
+    expected = truth(case, logits, labels, teacher, upstream).gradient
+    assert loss.isfinite().all() and torch.equal((gradient != 0).any(-1), (expected != 0).any(-1))
 
 
 @every_backend
@@ -208,7 +307,7 @@ def test_logits_of_minus_infinity_have_no_mass(case, backend):
         expected *= upstream[:, None]
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
         return
-    if case.name in ("kd", "kd-T2", "target-sft-eta1"):
+    if any(a == 0 for a, _ in case.objective.residuals):
         # Row 0: the teacher has mass where the student has none.
         loss, gradient = run(case, logits, labels, teacher, upstream, backend=backend)
         assert loss[0] == torch.inf and gradient.isfinite().all()
@@ -245,7 +344,7 @@ def test_a_certain_label_gives_a_finite_result(case, backend):
 @pytest.fixture
 def registry(monkeypatch):
     """Registrations of one test only."""
-    monkeypatch.setattr(objectives, "_REGISTRY", dict(objectives._REGISTRY))
+    monkeypatch.setattr(registry_module, "_REGISTRY", dict(registry_module._REGISTRY))
 
 
 def test_names_treat_dashes_underscores_and_case_alike():
@@ -268,6 +367,32 @@ def test_names_treat_dashes_underscores_and_case_alike():
         ("target-sft", {"eta": True}, r"eta must be .* got True"),
         ("kd", {"temperature": 0}, r"temperature must be a number in \(0, inf\), got 0"),
         ("kd", {"temperature": math.inf}, r"temperature must be .* got inf"),
+        ("beyond-log", {}, r"'beyond-log' needs the parameter 'alpha'"),
+        ("beyond-log", {"alpha": math.inf}, r"alpha must be a number in .* got inf"),
+        ("profit", {"tau": 1.1}, r"tau must be a number in \[0, 1\], got 1.1"),
+        ("eaft", {"k": 1}, r"k must be a whole number of logits, 2 or more, got 1"),
+        ("eaft", {"k": 20.0}, r"k must be .* got 20.0"),
+        ("eaft", {"normalizer": 0}, r"normalizer must be .* got 0"),
+        ("cft", {"denominator": "some"}, r"denominator must be 'all' or 'critical', got 'some'"),
+        ("sft-kl", {}, r"'sft-kl' needs the parameter 'lam'"),
+        ("sft-kl", {"lam": -0.1}, r"lam must be a number in \[0, inf\), got -0.1"),
+        ("asft", {"lam": -1}, r"lam must be"),
+        ("hybrid-kd", {"lam": 1.5}, r"lam must be a number in \[0, 1\], got 1.5"),
+        ("psft", {"epsilon_high": -0.1}, r"epsilon_high must be"),
+        ("psft", {"epsilon_low": 1.5}, r"epsilon_low must be a number in \[0, 1\]"),
+        ("gem", {"beta": 0}, r"beta must be a number in \(0, inf\), got 0"),
+        ("gem", {"h": "logsigmoid"}, r"gem\(h='logsigmoid'\) is not available: its residual"),
+        ("gem", {"h": "tanh"}, r"gem\(h='tanh'\) is not available: expected 'linear'"),
+        ("gem-logsigmoid", {}, r"'gem-logsigmoid' is not available: its residual"),
+        ("reverse_kl", {}, r"'reverse-kl' is not available: its target .* pointwise|every token"),
+        ("jsd", {"beta": 0.5}, r"'jsd' is not available"),
+        ("gkd", {}, r"'gkd' is not available"),
+        ("skew-kl", {}, r"'skew-kl' is not available"),
+        ("gift", {"beta": -1}, r"beta must be"),
+        ("focal", {"gamma": -1}, r"gamma must be"),
+        ("talr", {"tau": 0}, r"tau must be"),
+        ("poly1", {"epsilon": -2}, r"epsilon must be"),
+        ("entropy-mask", {"threshold": 1, "keep": "some"}, r"keep must be 'high' or 'low', got 'some'"),
     ],
 )
 def test_wrong_parameters_are_refused_by_name(name, parameters, message):
@@ -334,24 +459,34 @@ def test_wrong_residuals_are_refused(residuals, message):
 
 @every_backend
 def test_a_users_objective_works_through_the_loss(registry, backend):
-    @objectives.register("focal")
-    def focal(gamma: float = 2.0) -> Objective:
-        """(1 - p)^gamma (-log p); the weight is minus p dL/dp."""
+    @objectives.register("unlikelihood-of-doubt")
+    def unlikelihood(threshold: float = 0.01) -> Objective:
+        """Pushes away the labels that the model holds for nearly impossible."""
 
         def evaluate(stats, inputs):
-            rest = -torch.expm1(stats.log_p)
-            weight = rest**gamma - gamma * stats.p * rest ** (gamma - 1) * stats.log_p
-            return rest**gamma * -stats.log_p, weight, ()
+            weight = torch.where(stats.p >= threshold, 1.0, -0.5).double()
+            return stats.weighted_nll(weight), weight, ()
 
         return Objective(evaluate)
 
-    def definition(z, y, t):
+    def definition(z, y, t, x):
         log_p = torch.log_softmax(z, -1).gather(-1, y[:, None])[:, 0]
-        return (1 - log_p.exp()) ** 2 * -log_p
+        return torch.where(log_p.exp() >= 0.01, -log_p, 0.5 * log_p)
 
-    case = Case("focal", objectives.get("focal", gamma=2.0), definition)
-    # Scale 1: for p close to 1 the definition itself loses digits in 1 - p.
-    check(case, *draw(scale=1.0), backend)
+    case = Case("", objectives.get("unlikelihood-of-doubt"), definition)
+    _, gradient = check(case, *draw(), backend)
+    assert (gradient != 0).any(-1).all()
+
+
+def test_a_denominator_is_one_of_the_token_inputs():
+    with pytest.raises(ValueError, match="denominator 'weight' must be one of the token_inputs"):
+        Objective(lambda stats, inputs: None, denominator="weight")
+
+
+@pytest.mark.parametrize("top_k", [-1, 2.5, True])
+def test_a_wrong_top_k_is_refused(top_k):
+    with pytest.raises(ValueError, match="top_k must be a whole number"):
+        Objective(lambda stats, inputs: None, top_k=top_k)
 
 
 def test_an_objective_with_the_wrong_number_of_masses_is_named():

@@ -232,6 +232,7 @@ def _run(case, inputs: Inputs, columns: slice, group, backend: str, collectives=
         inputs.labels,
         objective=case.objective,
         teacher_logits=case.teacher(inputs.teacher[:, columns]),
+        token_inputs=case.inputs(inputs.logits, inputs.labels, inputs.vocab_size),
         group=group,
         vocab_size=inputs.vocab_size,
         backend=backend,

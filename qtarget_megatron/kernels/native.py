@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch  # before the extension: both must share one OpenMP runtime
 from torch import Tensor
 
-from qtarget_megatron.statistics import MAX_RESIDUALS, Residuals, partial_width
+from qtarget_megatron.statistics import MAX_RESIDUALS, Residuals, StatisticsRequest
 
 try:
     from qtarget_megatron import _C
@@ -32,7 +32,7 @@ def partial_statistics(
     teacher_logits: Tensor | None,
     labels: Tensor,
     *,
-    residuals: Residuals,
+    request: StatisticsRequest,
     vocab_start: int,
     valid_columns: int,
     ignore_index: int,
@@ -48,9 +48,25 @@ def partial_statistics(
     maximum may be finite.
     Raises ValueError for any other dtype, device, shape or stride.
     """
+    # TEMPORARY bridge until the extension knows StatisticsRequest.
+    if request.collision or request.top_k or request.residual_label:
+        from qtarget_megatron.kernels import reference
+
+        return reference.partial_statistics(
+            logits,
+            teacher_logits,
+            labels,
+            request=request,
+            vocab_start=vocab_start,
+            valid_columns=valid_columns,
+            ignore_index=ignore_index,
+        )
+    residuals = request.residuals
     shard = _shard(logits, teacher_logits, labels, residuals, vocab_start, valid_columns, ignore_index)
-    out = torch.empty(logits.shape[0], partial_width(len(residuals)), dtype=torch.float32, device=logits.device)
+    out = torch.empty(logits.shape[0], 4 + 4 * len(residuals), dtype=torch.float32, device=logits.device)
     _function("partial_statistics", logits)(**shard, out=out.data_ptr(), **_execution(logits))
+    if residuals and not request.residual_entropy:
+        out = out[:, [c for c in range(out.shape[1]) if c < 4 or (c - 4) % 4 != 3]]
     return out
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtarget_megatron.statistics import BASE_WIDTH, RESIDUAL_WIDTH, Residuals, partial_width
+from qtarget_megatron.statistics import Residuals, StatisticsRequest
 
 
 def partial_statistics(
@@ -16,43 +16,50 @@ def partial_statistics(
     teacher_logits: Tensor | None,
     labels: Tensor,
     *,
-    residuals: Residuals,
+    request: StatisticsRequest,
     vocab_start: int,
     valid_columns: int,
     ignore_index: int,
 ) -> Tensor:
-    """Reduce this rank's shard to ``[N, partial_width(R)]``; the layout is documented in statistics.py.
+    """Reduce this rank's shard to ``[N, request.width]``; the layout is documented in statistics.py.
 
     logits, teacher_logits: ``[N, V_local]``; columns from valid_columns on are padding and never read.
     labels: ``[N]`` global ids. Rows of ignored labels are 0.
     """
     supervised = labels != ignore_index
     z = _valid(logits, valid_columns)
-    out = z.new_zeros(z.shape[0], partial_width(len(residuals)))
-    m = _row_max(z)
-    centre = _finite_or_zero(m)
-    shifted = z - centre[:, None]
-    weight = shifted.exp()
-    out[:, 0] = m
-    out[:, 1] = weight.sum(-1)
-    out[:, 2] = _weighted_sum(weight, shifted)
     local = labels - vocab_start
     here = supervised & (local >= 0) & (local < valid_columns)
-    if valid_columns > 0:
-        label_logit = z.gather(1, local.clamp(0, valid_columns - 1)[:, None]).squeeze(1)
-        out[:, 3] = torch.where(here, label_logit, torch.zeros_like(label_logit))
-    for index, (a, b) in enumerate(residuals):
+
+    def at_label(values: Tensor) -> Tensor:
+        if valid_columns == 0:
+            return values.new_zeros(values.shape[0])
+        value = values.gather(1, local.clamp(0, valid_columns - 1)[:, None]).squeeze(1)
+        return torch.where(here, value, torch.zeros_like(value))
+
+    m = _row_max(z)
+    shifted = z - _finite_or_zero(m)[:, None]
+    weight = shifted.exp()
+    columns = [m, weight.sum(-1), _weighted_sum(weight, shifted), at_label(z)]
+    if request.collision:
+        columns.append(weight.square().sum(-1))
+    if request.top_k:
+        largest = z.topk(min(request.top_k, valid_columns), dim=-1).values
+        largest = torch.nn.functional.pad(largest, (0, request.top_k - largest.shape[1]), value=-torch.inf)
+        columns += largest.unbind(-1)
+    for a, b in request.residuals:
         u = _combine(z, teacher_logits, a, b, valid_columns)
         m_u = _row_max(u)
         shifted_u = u - _finite_or_zero(m_u)[:, None]
         weight_u = shifted_u.exp()
-        start = BASE_WIDTH + RESIDUAL_WIDTH * index
-        out[:, start] = m_u
-        out[:, start + 1] = weight_u.sum(-1)
         # Without a finite logit there is no local centre: merge() adds the (infinite) offset instead.
         cross = _weighted_sum(weight_u, shifted)
-        out[:, start + 2] = torch.where(m == -torch.inf, torch.zeros_like(cross), cross)
-        out[:, start + 3] = _weighted_sum(weight_u, shifted_u)
+        columns += [m_u, weight_u.sum(-1), torch.where(m == -torch.inf, torch.zeros_like(cross), cross)]
+        if request.residual_entropy:
+            columns.append(_weighted_sum(weight_u, shifted_u))
+        if request.residual_label:
+            columns.append(at_label(u))
+    out = torch.stack(columns, dim=-1)
     return torch.where(supervised[:, None], out, torch.zeros_like(out))
 
 

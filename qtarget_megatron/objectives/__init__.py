@@ -1,0 +1,84 @@
+"""Objectives: pure functions from token statistics to (loss value, label mass, residual masses).
+
+Every objective here has, per token, the logit gradient
+
+    g_k = M p_k - c_y [k = y] - sum_i c_i r_ik ,   r_i = softmax(a_i z + b_i t) ,   M = c_y + sum_i c_i
+
+with z the student logits, p = softmax(z), y the label, t the logits of a second, frozen model. The masses c_y and c_i
+and the residuals r_i are detached. Where M != 0 the objective pulls p towards the target distribution
+Q = (c_y onehot(y) + sum_i c_i r_i) / M, with trust gamma = c_y / M in the observed token.
+
+An objective therefore states its residual coefficients (a, b) and computes a loss value and the masses from
+statistics of size O(N). It never sees the vocabulary, a process group or a device, so it runs unchanged on every
+backend and every parallel layout::
+
+    @objectives.register("poly1")
+    def poly1(epsilon: float = 1.0) -> Objective:
+        def evaluate(stats, inputs):
+            weight = 1 + epsilon * stats.p
+            return stats.weighted_nll(weight), weight, ()
+
+        return Objective(evaluate)
+
+``published`` holds the objectives of the published SFT methods, ``extras`` further ones in the same style, and what
+is refused; ``registry`` what an objective is.
+"""
+
+from qtarget_megatron.objectives.extras import deft, entropy_mask, focal, gift, poly1, talr
+from qtarget_megatron.objectives.published import (
+    asft,
+    beyond_log,
+    cft,
+    dft,
+    eaft,
+    gem,
+    hybrid_kd,
+    iw_sft,
+    kd,
+    label_smoothing,
+    profit,
+    psft,
+    sft,
+    sft_kl,
+    target_sft,
+)
+from qtarget_megatron.objectives.registry import (
+    Objective,
+    check_token_input,
+    from_arguments,
+    get,
+    names,
+    register,
+    register_from_file,
+)
+
+__all__ = [
+    "Objective",
+    "asft",
+    "beyond_log",
+    "cft",
+    "check_token_input",
+    "deft",
+    "dft",
+    "eaft",
+    "entropy_mask",
+    "focal",
+    "from_arguments",
+    "gem",
+    "get",
+    "gift",
+    "hybrid_kd",
+    "iw_sft",
+    "kd",
+    "label_smoothing",
+    "names",
+    "poly1",
+    "profit",
+    "psft",
+    "register",
+    "register_from_file",
+    "sft",
+    "sft_kl",
+    "talr",
+    "target_sft",
+]

@@ -1,0 +1,197 @@
+"""What an objective is, and how one is found by name."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import math
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics
+
+Evaluate = Callable[[TokenStatistics, Mapping[str, Tensor]], tuple[Tensor, Tensor, Sequence[Tensor]]]
+
+
+# What a token input may hold, besides being finite. The slack above 0 is the rounding of whoever computed the value.
+_TOKEN_INPUT_RANGES = {"critical": (0.0, 1.0), "old_log_prob": (-math.inf, 1e-3)}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One objective with its parameters fixed.
+
+    evaluate:     (stats, inputs) -> (loss, c_y, [c_i ...]); float64 [N] tensors, loss in nats. Must be elementwise.
+    residuals:    (a, b) of each residual softmax(a*z + b*t), at most two.
+    token_inputs: names of the per-token side inputs it needs, handed to evaluate as float64 [N] tensors.
+    denominator:  the token input whose non-zero entries a batch's mean is divided by; None: the supervised tokens.
+    name, parameters: filled in by register().
+
+    Statistics that evaluate reads and that are computed only on request (see StatisticsRequest): collision, top_k,
+    residual_entropy (for stats.kl_divergence()), residual_label.
+    """
+
+    evaluate: Evaluate = field(repr=False)
+    residuals: Residuals = ()
+    token_inputs: tuple[str, ...] = ()
+    denominator: str | None = None
+    collision: bool = False
+    top_k: int = 0
+    residual_entropy: bool = False
+    residual_label: bool = False
+    name: str = "unregistered"
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        _ = self.request  # which checks it
+        if self.denominator is not None and self.denominator not in self.token_inputs:
+            raise ValueError(f"denominator {self.denominator!r} must be one of the token_inputs {self.token_inputs}")
+
+    @property
+    def request(self) -> StatisticsRequest:
+        """The statistics that the kernels compute for it."""
+        return StatisticsRequest(self.residuals, self.collision, self.top_k, self.residual_entropy, self.residual_label)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True where some residual reads the second model's logits (b != 0)."""
+        return any(b != 0 for _, b in self.residuals)
+
+    def num_tokens(self, supervised: Tensor, token_inputs: Mapping[str, Tensor]) -> Tensor:
+        """How many tokens the mean loss is divided by, int64 []: the supervised ones, or those of the denominator."""
+        if self.denominator is None:
+            return supervised.sum()
+        return (supervised & (token_inputs[self.denominator] != 0)).sum()
+
+    def __str__(self) -> str:
+        parameters = ", ".join(f"{key}={value}" for key, value in self.parameters)
+        return f"{self.name}({parameters})"
+
+
+_REGISTRY: dict[str, Callable[..., Objective]] = {}
+_REFUSED: dict[str, str] = {}
+
+
+def register(name: str) -> Callable[[Callable[..., Objective]], Callable[..., Objective]]:
+    """Register an objective factory under a name; '-' and '_' are the same in names.
+
+    The factory's keywords are the objective's parameters: they can be given to get() and on the command line.
+    Raises ValueError where the name is taken.
+    """
+    key = _key(name)
+
+    def decorate(factory: Callable[..., Objective]) -> Callable[..., Objective]:
+        if key in _REGISTRY:
+            raise ValueError(f"an objective named {key!r} is registered already: choose another name")
+        signature = inspect.signature(factory)
+
+        def build(*args, **kwargs) -> Objective:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return replace(factory(*args, **kwargs), name=key, parameters=tuple(bound.arguments.items()))
+
+        build.__name__, build.__doc__, build.__signature__ = (
+            factory.__name__,
+            factory.__doc__,
+            signature,
+        )
+        _REGISTRY[key] = build
+        return build
+
+    return decorate
+
+
+def refuse(name: str, reason: str) -> None:
+    """Make get() answer a name with the reason why no objective can be built for it."""
+    _REFUSED[_key(name)] = reason
+
+
+def names() -> list[str]:
+    """Names of all registered objectives, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get(name: str, **parameters: Any) -> Objective:
+    """Build a registered objective by name, e.g. ``get("target-sft", eta=0.3)``.
+
+    Raises ValueError for an unknown name, an unknown or missing parameter, or a value out of range.
+    """
+    factory = _REGISTRY.get(_key(name))
+    if factory is None and _key(name) in _REFUSED:
+        raise ValueError(f"objective {_key(name)!r} is not available: {_REFUSED[_key(name)]}")
+    if factory is None:
+        raise ValueError(f"unknown objective {name!r}: expected one of {', '.join(names())}")
+    accepted = factory.__signature__.parameters
+    for key in parameters:
+        if key not in accepted:
+            known = ", ".join(str(p) for p in accepted.values()) or "none"
+            raise ValueError(f"objective {_key(name)!r} has no parameter {key!r}: its parameters are {known}")
+    for key, parameter in accepted.items():
+        if parameter.default is inspect.Parameter.empty and key not in parameters:
+            raise ValueError(f"objective {_key(name)!r} needs the parameter {key!r}: give {key}=VALUE")
+    return factory(**parameters)
+
+
+def register_from_file(path: str | os.PathLike) -> None:
+    """Run a Python file that registers objectives. The file is the user's own program, not data: it is executed.
+
+    Raises ValueError for a file that is missing, fails, or registers nothing.
+    """
+    known = set(_REGISTRY)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or not Path(path).is_file():
+        raise ValueError(f"{path}: expected a Python file that registers objectives (NAME.py), found none")
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:
+        line = next(
+            (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), 0
+        )
+        raise ValueError(f"{path}:{line}: {type(error).__name__}: {error}") from error
+    if set(_REGISTRY) == known:
+        raise ValueError(f"{path} registers no objective: decorate a function with @objectives.register(NAME)")
+
+
+def from_arguments(name: str, arguments: Sequence[str]) -> Objective:
+    """Build an objective from command-line words such as ``["eta=0.5"]``; values are Python literals or plain text."""
+    parameters: dict[str, Any] = {}
+    for word in arguments:
+        key, separator, text = word.partition("=")
+        if not separator or not key:
+            raise ValueError(f"an objective argument is KEY=VALUE, got {word!r}")
+        if key in parameters:
+            raise ValueError(f"objective argument {key!r} is given twice")
+        try:
+            parameters[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parameters[key] = text
+    return get(name, **parameters)
+
+
+def _key(name: str) -> str:
+    return name.replace("_", "-").lower()
+
+
+def check_token_input(name: str, values: Tensor) -> None:
+    """Raise ValueError unless the values of a token input (any shape) are finite and in its range."""
+    low, high = _TOKEN_INPUT_RANGES.get(name, (-math.inf, math.inf))
+    wrong = ~(values.isfinite() & (values >= low) & (values <= high))
+    if wrong.any():
+        expected = {"critical": "0 or 1", "old_log_prob": "log-probabilities in nats"}.get(name, "finite numbers")
+        raise ValueError(f"token_inputs[{name!r}] must hold {expected}, got {values[wrong][0].item():g}")
+
+
+def in_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> float:
+    """A parameter's value as a float. ValueError unless it is a finite number in [low, high], or (low, high]."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (low < value if open_low else low <= value) or not value <= high or not math.isfinite(value):
+        interval = f"{'(' if open_low else '['}{low}, {high}{')' if math.isinf(high) else ']'}"
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
+    return float(value)

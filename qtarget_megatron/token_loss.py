@@ -1,0 +1,163 @@
+"""What happens per token between the statistics and the gradient, whichever way the logits are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtarget_megatron.objectives import Objective, check_token_input
+from qtarget_megatron.statistics import TokenStatistics
+
+
+@dataclass(frozen=True)
+class TokenGradient:
+    """What the gradient kernel needs of each token besides its logits, float64: maxima, and masses over sums.
+
+    exp(z - max) * (mass / sum_exp), not exp(z - lse): an order of magnitude less rounding error.
+
+    max, scale, label_scale: [N]; residual_max, residual_scale: [R, N].
+    """
+
+    max: Tensor
+    scale: Tensor
+    label_scale: Tensor
+    residual_max: Tensor
+    residual_scale: Tensor
+
+    @classmethod
+    def of(cls, stats: TokenStatistics, residual_masses: list[Tensor]) -> TokenGradient:
+        def stack(rows: list[Tensor]) -> Tensor:
+            return torch.stack(rows) if rows else stats.max.new_empty(0, stats.max.shape[0])
+
+        scales = [mass / r.sum_exp for mass, r in zip(residual_masses, stats.residuals, strict=True)]
+        return cls(
+            max=stats.max,
+            scale=stats.total_mass / stats.sum_exp,
+            label_scale=stats.label_mass,
+            residual_max=stack([r.max for r in stats.residuals]),
+            residual_scale=stack(scales),
+        )
+
+    def kernel_arguments(self, upstream: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Keywords of logit_gradient in dtype, for the upstream gradient [N] of each token's loss."""
+        upstream = upstream.double()
+
+        def scaled(mass: Tensor) -> Tensor:
+            # A token masked out downstream has upstream exactly 0: its NaN must not leak.
+            return torch.where(upstream == 0, torch.zeros_like(mass), mass * upstream).to(dtype).contiguous()
+
+        return dict(
+            max_=self.max.to(dtype).contiguous(),
+            scale=scaled(self.scale),
+            label_scale=scaled(self.label_scale),
+            residual_max=self.residual_max.to(dtype).contiguous(),
+            residual_scale=scaled(self.residual_scale),
+        )
+
+    def rows(self, chunk: slice) -> TokenGradient:
+        """Of a run of tokens."""
+        return TokenGradient(**{f.name: getattr(self, f.name)[..., chunk] for f in dataclasses.fields(self)})
+
+
+def evaluate(
+    objective: Objective, stats: TokenStatistics, inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, TokenGradient]:
+    """Loss [N] in float64, 0 where not supervised, and what the gradient needs; masses and trust enter stats."""
+    loss, label_mass, residual_masses = objective.evaluate(stats, inputs)
+    zero = torch.zeros_like(stats.p)
+
+    def per_token(value) -> Tensor:
+        value = torch.as_tensor(value, dtype=zero.dtype, device=zero.device).expand_as(zero)
+        return torch.where(stats.supervised, value, zero)
+
+    if len(residual_masses) != len(objective.residuals):
+        raise ValueError(
+            f"objective {objective.name!r} has {len(objective.residuals)} residual(s) but returned "
+            f"{len(residual_masses)} residual mass(es): return one for each"
+        )
+    residual_masses = [per_token(mass) for mass in residual_masses]
+    stats.label_mass = per_token(label_mass)
+    stats.residual_mass = sum(residual_masses, zero)
+    stats.trust = per_token(stats.label_mass / stats.total_mass)
+    # A NaN statistic must reach the loss even where an objective's own guards would hide it.
+    for statistic in (stats.log_p, *(residual.mean_logit for residual in stats.residuals), *inputs.values()):
+        loss = torch.where(statistic.isnan(), statistic, loss)
+    return per_token(loss), TokenGradient.of(stats, residual_masses)
+
+
+def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """ValueError for a label outside of the vocabulary; on the CPU only, elsewhere the check would wait."""
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if wrong.any():
+        first = int(wrong.reshape(-1).nonzero()[0])
+        raise ValueError(
+            f"labels must be in 0..{vocab_size - 1} or ignore_index={ignore_index}, got "
+            f"{int(labels.reshape(-1)[first])} at flat position {first}: check the tokenizer and the padding"
+        )
+
+
+def true_vocab_size(vocab_size: int | None, local_vocab: int, world_size: int) -> int:
+    """vocab_size, by default all columns of all ranks; ValueError where it is not in 1 to that."""
+    padded_vocab = local_vocab * world_size
+    vocab_size = padded_vocab if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= padded_vocab:
+        raise ValueError(
+            f"vocab_size must be in 1..{padded_vocab} ({local_vocab} columns on {world_size} rank(s)), got {vocab_size}"
+        )
+    return vocab_size
+
+
+def flat_inputs(
+    objective: Objective, token_inputs: Mapping[str, Tensor] | None, labels: Tensor, supervised: Tensor
+) -> dict[str, Tensor]:
+    """The objective's token inputs as float64 [N]; ValueError where one is missing, misshapen or out of range."""
+    given = token_inputs or {}
+    inputs = {}
+    for name in objective.token_inputs:
+        if name not in given:
+            raise ValueError(f"objective {objective} needs token_inputs[{name!r}], got {sorted(given) or 'none'}")
+        value = given[name]
+        if value.shape != labels.shape or value.device != labels.device:
+            raise ValueError(
+                f"token_inputs[{name!r}] must be {list(labels.shape)} on {labels.device} like labels, got "
+                f"{list(value.shape)} on {value.device}"
+            )
+        value = value.detach()
+        if value.device.type == "cpu":
+            check_token_input(name, value[supervised])
+        inputs[name] = value.reshape(-1).double()
+    return inputs
+
+
+def reshaped(stats: TokenStatistics, shape: torch.Size) -> TokenStatistics:
+    """The statistics with every [N, ...] tensor as [*shape, ...]."""
+    return _mapped(stats, lambda name, value: value.reshape(*shape, *value.shape[1:]))
+
+
+def scattered(stats: TokenStatistics, rows: Tensor, num_tokens: int) -> TokenStatistics:
+    """Statistics of the tokens at rows, as those of num_tokens tokens of which the others are not supervised."""
+
+    def scatter(name: str, value: Tensor) -> Tensor:
+        fill = 1 if name == "sum_exp" else 0
+        whole = value.new_full((num_tokens, *value.shape[1:]), fill)
+        whole[rows] = value
+        return whole
+
+    return _mapped(stats, scatter)
+
+
+def _mapped(stats: TokenStatistics, function) -> TokenStatistics:
+    """The statistics with function(name, tensor) in place of every tensor."""
+
+    def convert(record):
+        values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+        tensors = {name: function(name, value) for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(record, **tensors)
+
+    return dataclasses.replace(convert(stats), residuals=tuple(convert(residual) for residual in stats.residuals))
