@@ -1,0 +1,289 @@
+"""The Q-target cross-entropy from hidden states: output layer and loss in one, logits of a chunk of tokens at a time.
+
+forward:  for each chunk, logits = hidden @ weight^T -> statistics; one all-gather for all tokens; objective
+backward: for each chunk, logits once more -> their gradient in place -> dHidden and dWeight; one reduction of dHidden
+
+The logits of student and teacher never exist as [N, V_local]. The price is one matrix product more (four, not three).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qtarget_megatron import collectives, kernels
+from qtarget_megatron.loss import refuse_second_derivative
+from qtarget_megatron.objectives import Objective
+from qtarget_megatron.statistics import TokenStatistics, merge
+from qtarget_megatron.token_loss import check_labels, evaluate, flat_inputs, reshaped, scattered, true_vocab_size
+
+# Columns of the weight's gradient that one product of 16-bit matrices makes before it is added up in float32.
+_COLUMN_TILE = 8192
+
+
+def qtarget_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    objective: Objective,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    token_inputs: Mapping[str, Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    sequence_parallel: bool = False,
+    chunk_size: int = 512,
+    backend: str = "auto",
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, TokenStatistics]:
+    """qtarget_cross_entropy(hidden @ weight^T, labels, teacher_logits=teacher_hidden @ teacher_weight^T, ...).
+
+    Args:
+        hidden: ``[..., H]`` float32, bfloat16 or float16, the same on every rank; with sequence_parallel this rank's
+            ``[s/T, ..., H]`` of ``[s, ..., H]``.
+        weight: ``[V_local, H]``, dtype of hidden: this rank's rows of the output layer (or of the tied embedding).
+        labels: ``[...]`` int64, always of the whole sequence. Only supervised tokens get logits at all.
+        teacher_hidden, teacher_weight: the same of the second model, of any width; no gradient.
+        sequence_parallel: hidden and teacher_hidden are sharded over group along their first dimension.
+        chunk_size: tokens whose logits exist at a time.
+        others: as in qtarget_cross_entropy.
+
+    Returns:
+        float32 loss per token (float64 for float64 hidden), shape of labels; bitwise equal on every rank of the group.
+
+    The gradient of the weight is added up in float32. Where the weight has Megatron's main_grad, it is added to that,
+    and grad_added_to_main_grad is set, as Megatron's fused accumulation does.
+
+    Memory: the gradients, chunk_size rows of student and teacher logits, and O(N H). Collectives over group: one
+    all-gather of the statistics, as in qtarget_cross_entropy, and in backward one all-reduce of dHidden [n, H] for the
+    n supervised tokens; with sequence_parallel instead one all-gather of hidden (and of teacher_hidden) in forward and
+    one reduce-scatter of dHidden in backward.
+
+    Raises ValueError as qtarget_cross_entropy does, and for a chunk_size below 1.
+    """
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective must come from qtarget_megatron.objectives, got {type(objective).__name__}")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if objective.needs_teacher and None not in (teacher_hidden, teacher_weight):
+            teacher_hidden, teacher_weight = teacher_hidden.to(dtype), teacher_weight.to(dtype)
+    if not objective.needs_teacher:
+        teacher_hidden = teacher_weight = None
+    _check(hidden, weight, labels, teacher_hidden, teacher_weight, objective, group, sequence_parallel, chunk_size)
+    local_vocab, rank = weight.shape[0], collectives.rank(group)
+    vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
+    check_labels(labels, vocab_size, ignore_index)
+    supervised = labels != ignore_index
+    inputs = flat_inputs(objective, token_inputs, labels, supervised)
+    rows = _kept_rows(supervised.reshape(-1))
+
+    spec = _Spec(
+        backend=kernels.select(backend, hidden),
+        objective=objective,
+        inputs={name: values[rows] for name, values in inputs.items()},
+        group=group,
+        shard=dict(
+            vocab_start=rank * local_vocab,
+            valid_columns=min(max(vocab_size - rank * local_vocab, 0), local_vocab),
+            ignore_index=ignore_index,
+        ),
+        rows=rows,
+        num_tokens=labels.numel(),
+        sequence_parallel=sequence_parallel,
+        chunk_size=chunk_size,
+    )
+    if teacher_hidden is not None:
+        teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
+    loss = _QTargetLinearCrossEntropy.apply(
+        hidden, weight, teacher_hidden, teacher_weight, labels.reshape(-1)[rows].contiguous(), spec
+    )
+    loss = loss.reshape(labels.shape)
+    if not return_statistics:
+        return loss
+    return loss, reshaped(scattered(spec.statistics, rows, labels.numel()), labels.shape)
+
+
+@dataclass
+class _Spec:
+    """What forward and backward share besides tensors. rows: flat positions of the supervised tokens."""
+
+    backend: ModuleType
+    objective: Objective
+    inputs: Mapping[str, Tensor]
+    group: dist.ProcessGroup | None
+    shard: dict
+    rows: Tensor
+    num_tokens: int
+    sequence_parallel: bool
+    chunk_size: int
+    statistics: TokenStatistics | None = None
+
+    def select(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the supervised tokens, [n, H]."""
+        whole = collectives.gather_sequence(hidden, self.group) if self.sequence_parallel else hidden
+        return whole.reshape(-1, hidden.shape[-1])[self.rows]
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, len(self.rows), self.chunk_size):
+            yield slice(start, min(start + self.chunk_size, len(self.rows)))
+
+
+class _QTargetLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, spec):
+        kept = spec.select(hidden)
+        taught = None if teacher_hidden is None else spec.select(teacher_hidden)
+        request = spec.objective.request
+        work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        partials = torch.empty(len(labels), request.width, dtype=work, device=hidden.device)
+        for chunk in spec.chunks():
+            partials[chunk] = spec.backend.partial_statistics(
+                _logits(kept, weight, chunk),
+                _logits(taught, teacher_weight, chunk),
+                labels[chunk],
+                request=request,
+                **spec.shard,
+            )
+        supervised = labels != spec.shard["ignore_index"]
+        spec.statistics = merge(collectives.gather_partials(partials, spec.group), supervised, request)
+        kept_loss, ctx.token_gradient = evaluate(spec.objective, spec.statistics, spec.inputs)
+        ctx.spec, ctx.hidden_shape = spec, hidden.shape
+        # The parameter itself: main_grad is an attribute of that object.
+        ctx.weight = weight
+        ctx.save_for_backward(kept, taught, teacher_weight, labels)
+        loss = kept_loss.new_zeros(spec.num_tokens, dtype=work)
+        loss[spec.rows] = kept_loss.to(work)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        refuse_second_derivative("qtarget_linear_cross_entropy")
+        spec, weight = ctx.spec, ctx.weight.detach()
+        kept, taught, teacher_weight, labels = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        upstream = grad_loss[spec.rows]
+        kept_gradient = torch.empty_like(kept) if wants_hidden else None
+        weight_sum = _WeightGradient(ctx.weight) if wants_weight else None
+        for chunk in spec.chunks():
+            logits = _logits(kept, weight, chunk)
+            spec.backend.logit_gradient(
+                logits,
+                _logits(taught, teacher_weight, chunk),
+                labels[chunk],
+                residuals=spec.objective.residuals,
+                **spec.shard,
+                **ctx.token_gradient.rows(chunk).kernel_arguments(upstream[chunk], grad_loss.dtype),
+                out=logits,
+            )
+            if wants_hidden:
+                torch.mm(logits, weight, out=kept_gradient[chunk])
+            if wants_weight:
+                weight_sum.add(logits, kept[chunk])
+        hidden_gradient = _whole_gradient(kept_gradient, spec, ctx.hidden_shape) if wants_hidden else None
+        return hidden_gradient, weight_sum.finish() if wants_weight else None, None, None, None, None
+
+
+class _WeightGradient:
+    """Adds up dWeight = sum over chunks of dLogits^T hidden in float32 (float64 for float64), in main_grad if set."""
+
+    def __init__(self, weight: Tensor):
+        self._weight = weight
+        self._main_grad = getattr(weight, "main_grad", None)
+        wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        into_main_grad = self._main_grad is not None and self._main_grad.dtype == wide
+        self._sum = self._main_grad if into_main_grad else torch.zeros_like(weight, dtype=wide)
+
+    def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
+        if hidden.dtype == self._sum.dtype:
+            self._sum.addmm_(logit_gradient.t(), hidden)
+            return
+        for start in range(0, self._sum.shape[0], _COLUMN_TILE):
+            tile = slice(start, start + _COLUMN_TILE)
+            self._sum[tile] += logit_gradient[:, tile].t() @ hidden
+
+    def finish(self) -> Tensor:
+        """What autograd gets: the gradient, or in its place, where main_grad has it, a tensor that nobody adds."""
+        weight = self._weight
+        if self._main_grad is None:
+            return self._sum.to(weight.dtype)
+        if self._sum is not self._main_grad:
+            self._main_grad += self._sum
+        weight.grad_added_to_main_grad = True
+        # Megatron's hook adds this to main_grad after all where an embedding shares the weight.
+        return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+def _logits(hidden: Tensor | None, weight: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if hidden is None else hidden[chunk] @ weight.t()
+
+
+def _whole_gradient(kept_gradient: Tensor, spec: _Spec, shape: torch.Size) -> Tensor:
+    """dHidden in the shape of hidden, summed over the ranks' vocabulary shards; 0 where not supervised."""
+
+    def whole(rows: Tensor) -> Tensor:
+        gradient = rows.new_zeros(spec.num_tokens, shape[-1])
+        gradient[spec.rows] = rows
+        return gradient
+
+    if spec.sequence_parallel:
+        sequence = whole(kept_gradient).reshape(-1, *shape[1:])
+        return collectives.scatter_sequence_sum(sequence, spec.group)
+    return whole(collectives.sum_in_place(kept_gradient, spec.group)).reshape(shape)
+
+
+def _kept_rows(supervised: Tensor) -> Tensor:
+    """Flat positions of the supervised tokens; of all tokens in a CUDA graph, which cannot depend on the data."""
+    if supervised.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.arange(supervised.numel(), device=supervised.device)
+    return supervised.nonzero().squeeze(1)
+
+
+def _check(
+    hidden, weight, labels, teacher_hidden, teacher_weight, objective, group, sequence_parallel, chunk_size
+) -> None:
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a number of tokens, 1 or more, got {chunk_size!r}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 token ids, got {labels.dtype}")
+    _check_pair("hidden", hidden, "weight", weight, labels, group, sequence_parallel)
+    if not objective.needs_teacher:
+        return
+    if teacher_hidden is None or teacher_weight is None:
+        raise ValueError(f"objective {objective} needs a second model: pass teacher_hidden and teacher_weight")
+    _check_pair("teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight, labels, group, sequence_parallel)
+    if teacher_weight.shape[0] != weight.shape[0] or teacher_weight.device != weight.device:
+        raise ValueError(
+            f"teacher_weight must have the {weight.shape[0]} rows of weight on {weight.device}, got "
+            f"{teacher_weight.shape[0]} on {teacher_weight.device}"
+        )
+
+
+def _check_pair(hidden_name, hidden, weight_name, weight, labels, group, sequence_parallel) -> None:
+    if weight.dim() != 2 or weight.shape[0] == 0 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{hidden_name} must be [..., H] and {weight_name} [V_local, H], got {list(hidden.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"{hidden_name} and {weight_name} must have one dtype, got {hidden.dtype} and {weight.dtype}")
+    expected = list(labels.shape)
+    if sequence_parallel:
+        if not expected or expected[0] % collectives.size(group):
+            raise ValueError(
+                f"sequence_parallel cuts the first dimension of labels into {collectives.size(group)} equal parts, got "
+                f"labels {expected}"
+            )
+        expected[0] //= collectives.size(group)
+    if list(hidden.shape[:-1]) != expected:
+        raise ValueError(
+            f"{hidden_name} must be {expected} and H, as labels {list(labels.shape)} ask, got {list(hidden.shape)}"
+        )
