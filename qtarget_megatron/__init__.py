@@ -5,10 +5,19 @@ Megatron's training loop, and ``python -m qtarget_megatron.finetune`` runs it.
 """
 
 from qtarget_megatron import objectives
+from qtarget_megatron.inspection import induced_target, target_distribution
 from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.loss import qtarget_cross_entropy
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.statistics import TokenStatistics
 
 __version__ = "0.1.0"
-__all__ = ["Objective", "TokenStatistics", "objectives", "qtarget_cross_entropy", "qtarget_linear_cross_entropy"]
+__all__ = [
+    "Objective",
+    "TokenStatistics",
+    "induced_target",
+    "objectives",
+    "qtarget_cross_entropy",
+    "qtarget_linear_cross_entropy",
+    "target_distribution",
+]

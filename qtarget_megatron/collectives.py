@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+# The tensor-parallel process group; None where the vocabulary is not sharded.
 Group = dist.ProcessGroup | None
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
@@ -35,7 +34,7 @@ def qtarget_linear_cross_entropy(
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: collectives.Group = None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
     sequence_parallel: bool = False,
@@ -119,7 +118,7 @@ class _Spec:
     backend: ModuleType
     objective: Objective
     inputs: Mapping[str, Tensor]
-    group: dist.ProcessGroup | None
+    group: collectives.Group
     shard: dict
     rows: Tensor
     num_tokens: int

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
@@ -26,7 +25,7 @@ def qtarget_cross_entropy(
     objective: Objective,
     teacher_logits: Tensor | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: collectives.Group = None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
     inplace: bool = False,
@@ -101,7 +100,7 @@ class _Spec:
     backend: ModuleType
     objective: Objective
     inputs: Mapping[str, Tensor]
-    group: dist.ProcessGroup | None
+    group: collectives.Group
     shard: dict
     inplace: bool
     statistics: TokenStatistics | None = None
