@@ -2,8 +2,9 @@
 
 One record per line: ``{"messages": [{"role": ..., "content": ...}, ...]}``, rendered by the
 tokenizer's chat template, with the assistant messages as targets; or ``{"prompt": ...,
-"completion": ...}`` with the completion as target. Everything here depends on the record, the
-tokenizer and the seed only, so every parallel layout sees the same samples.
+"completion": ...}`` with the completion as target. Fields that an objective asks for are its side
+inputs (qtarget_megatron.side_inputs), other fields are ignored. Everything here depends on the
+record, the tokenizer and the seed only, so every parallel layout sees the same samples.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+
+from qtarget_megatron.side_inputs import read_side_inputs
 
 IGNORE_INDEX = -100
 ROLES = ("system", "user", "assistant", "tool")
@@ -157,6 +160,19 @@ class JsonlFile:
 
     def record(self, index: int) -> dict[str, Any]:
         """The record at ``index``, of one of the two forms; otherwise ValueError with its line."""
+        text = self.text(index)
+        try:
+            record = json.loads(text)
+            _check_record(record)
+        except json.JSONDecodeError as error:
+            came = f"{error.msg} at column {error.colno}"
+            raise ValueError(f"{self.where(index)}: expected JSON, got {came}") from error
+        except ValueError as error:
+            raise ValueError(f"{self.where(index)}: {error}") from error
+        return record
+
+    def text(self, index: int) -> str:
+        """The line of a record as it stands in the file; ValueError where it is not UTF-8."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.path}")
         if self._handle is None:
@@ -169,16 +185,9 @@ class JsonlFile:
         # pread, not seek and read: forked workers share one file position.
         raw = os.pread(self._handle.fileno(), length, start)
         try:
-            record = json.loads(raw.decode("utf-8-sig"))
-            _check_record(record)
+            return raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.where(index)}: expected UTF-8, got {error.reason}") from error
-        except json.JSONDecodeError as error:
-            came = f"{error.msg} at column {error.colno}"
-            raise ValueError(f"{self.where(index)}: expected JSON, got {came}") from error
-        except ValueError as error:
-            raise ValueError(f"{self.where(index)}: {error}") from error
-        return record
 
 
 @dataclass(frozen=True)
@@ -186,14 +195,16 @@ class EncodedSample:
     """``input_ids`` int64 [n] and ``supervised`` bool [n] (True: a target), n <= seq_length + 1.
 
     ``supervised[0]`` is always False: nothing precedes the first token to predict it from.
+    ``inputs``: float64 [n] for each side input, 0 where not supervised.
     """
 
     input_ids: np.ndarray
     supervised: np.ndarray
     truncated: bool
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def encode(tokenizer: Any, record: dict[str, Any], seq_length: int) -> EncodedSample:
+def encode(tokenizer: Any, record: dict[str, Any], seq_length: int, token_inputs: Sequence[str] = ()) -> EncodedSample:
     """Token ids of one record, cut to ``seq_length + 1``, and which of them are targets.
 
     messages: rendered and tokenised once. Targets are the tokens whose characters lie inside an
@@ -206,8 +217,11 @@ def encode(tokenizer: Any, record: dict[str, Any], seq_length: int) -> EncodedSa
     the tokenizer's special tokens except a closing end-of-sequence token. The completion is closed
     by one, if the tokenizer has it, and both are targets. A blank completion is no target.
 
-    Raises ValueError for malformed records, for conversations that the template cannot render and
-    for templates in which the assistant messages cannot be located.
+    token_inputs: the record's fields to read as side inputs (read_side_inputs says what they may
+    hold). A record without targets needs none.
+
+    Raises ValueError for malformed records and side inputs, for conversations that the template
+    cannot render and for templates in which the assistant messages cannot be located.
     """
     if seq_length < 1:
         raise ValueError(f"seq_length: expected at least 1, got {seq_length}")
@@ -219,7 +233,9 @@ def encode(tokenizer: Any, record: dict[str, Any], seq_length: int) -> EncodedSa
     supervised = supervised[: seq_length + 1]
     supervised[:1] = False
     input_ids = np.array(ids[: seq_length + 1], dtype=np.int64)
-    return EncodedSample(input_ids, supervised, truncated=len(ids) > seq_length + 1)
+    truncated = len(ids) > seq_length + 1
+    inputs = read_side_inputs(record, token_inputs, supervised, truncated=truncated)
+    return EncodedSample(input_ids, supervised, truncated, inputs)
 
 
 def _encode_completion(tokenizer: Any, record: dict[str, Any]) -> tuple[list[int], np.ndarray]:
@@ -378,19 +394,24 @@ class SampleStatus(IntEnum):
     SKIPPED = 2
 
 
-def _encode_at(file: JsonlFile, tokenizer: Any, seq_length: int, index: int) -> EncodedSample:
+def encode_at(
+    file: JsonlFile, tokenizer: Any, seq_length: int, index: int, token_inputs: Sequence[str] = ()
+) -> EncodedSample:
+    """encode() of a file's record; ValueError names its line."""
     record = file.record(index)
     try:
-        return encode(tokenizer, record, seq_length)
+        return encode(tokenizer, record, seq_length, token_inputs)
     except ValueError as error:
         raise ValueError(f"{file.where(index)}: {error}") from error
 
 
-def inspect_samples(file: JsonlFile, tokenizer: Any, seq_length: int, indices: Iterable[int]) -> np.ndarray:
+def inspect_samples(
+    file: JsonlFile, tokenizer: Any, seq_length: int, indices: Iterable[int], token_inputs: Sequence[str] = ()
+) -> np.ndarray:
     """SampleStatus of the records at ``indices``, uint8; ValueError names the first bad line."""
     statuses = []
     for index in indices:
-        sample = _encode_at(file, tokenizer, seq_length, index)
+        sample = encode_at(file, tokenizer, seq_length, index, token_inputs)
         status = SampleStatus.TRUNCATED if sample.truncated else SampleStatus.OK
         statuses.append(status if sample.supervised.any() else SampleStatus.SKIPPED)
     return np.array(statuses, dtype=np.uint8)
@@ -403,7 +424,9 @@ class SupervisedDataset(torch.utils.data.Dataset):
     (seed, epoch) alone decide, or in the file's order without ``shuffle``. An item is a dict of
     int64 tensors: ``tokens`` [S]; ``labels`` [S], where ``labels[t]`` is the token behind
     ``tokens[t]`` and -100 where that is no target or padding; ``position_ids`` [S] = 0..S-1;
-    ``sample`` [], the record's index in the file. Records are encoded when they are asked for.
+    ``sample`` [], the record's index in the file. Besides, one float64 tensor [S] for each of
+    ``token_inputs``, aligned with ``labels`` and 0 where those are -100. Records are encoded when
+    they are asked for.
 
     Raises ValueError when no record is kept or ``status`` does not fit the file.
     """
@@ -419,6 +442,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         seed: int,
         pad_id: int,
         shuffle: bool = True,
+        token_inputs: Sequence[str] = (),
     ):
         if len(file) == 0:
             raise ValueError(f"data file {file.path!r} holds no records")
@@ -435,6 +459,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         self._file, self._tokenizer = file, tokenizer
         self._seq_length, self._num_samples = seq_length, num_samples
         self._seed, self._shuffle, self._pad_id = seed, shuffle, pad_id
+        self._token_inputs = tuple(token_inputs)
         self._epoch, self._order = -1, self._kept
 
     def __len__(self) -> int:
@@ -448,15 +473,27 @@ class SupervisedDataset(torch.utils.data.Dataset):
             generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
             self._epoch, self._order = epoch, generator.permutation(self._kept)
         index = int(self._order[position])
-        sample = _encode_at(self._file, self._tokenizer, self._seq_length, index)
-        ids = sample.input_ids
-        tokens = np.full(self._seq_length, self._pad_id, dtype=np.int64)
-        labels = np.full(self._seq_length, IGNORE_INDEX, dtype=np.int64)
-        tokens[: len(ids)] = ids[: self._seq_length]
-        labels[: max(len(ids) - 1, 0)] = np.where(sample.supervised[1:], ids[1:], IGNORE_INDEX)
-        return {
-            "tokens": torch.from_numpy(tokens),
-            "labels": torch.from_numpy(labels),
-            "position_ids": torch.arange(self._seq_length),
-            "sample": torch.tensor(index),
-        }
+        sample = encode_at(self._file, self._tokenizer, self._seq_length, index, self._token_inputs)
+        return {**training_item(sample, self._seq_length, self._pad_id), "sample": torch.tensor(index)}
+
+
+def training_item(sample: EncodedSample, length: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """What a model reads of a sample of at most ``length + 1`` tokens, all tensors [length].
+
+    ``tokens``, ``labels`` and ``position_ids`` (int64) and the side inputs (float64), as
+    SupervisedDataset describes them; padded with ``pad_id``, -100 and 0.
+    """
+    ids, behind = sample.input_ids, max(len(sample.input_ids) - 1, 0)
+    tokens = np.full(length, pad_id, dtype=np.int64)
+    labels = np.full(length, IGNORE_INDEX, dtype=np.int64)
+    tokens[: len(ids)] = ids[:length]
+    labels[:behind] = np.where(sample.supervised[1:], ids[1:], IGNORE_INDEX)
+    item = {
+        "tokens": torch.from_numpy(tokens),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.arange(length),
+    }
+    for name, values in sample.inputs.items():
+        item[name] = torch.zeros(length, dtype=torch.float64)
+        item[name][:behind] = torch.from_numpy(values[1:])
+    return item

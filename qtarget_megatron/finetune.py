@@ -30,16 +30,18 @@ from qtarget_megatron.checkpoint import (
     check_output_directory,
     check_tensors,
 )
-from qtarget_megatron.data import JsonlFile, compare_tokenizers, load_tokenizer
+from qtarget_megatron.data import JsonlFile
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
     check_flags,
+    check_head,
     check_layout,
     implementation_flags,
     megatron_flags,
     record_architecture,
 )
+from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,6 +72,8 @@ def run(argv: list[str]) -> None:
         launch.print_flags()
         return
     ours, _ = add_arguments(parser).parse_known_args(argv)
+    if ours.objective_file is not None:
+        objectives.register_from_file(ours.objective_file)
     launch.check_version()
     on_cpu = cpu_platform.activate(requested=ours.cpu)
 
@@ -115,9 +119,8 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
         raise ValueError(f"objective {objective} reads a second model: give --teacher-hf DIR")
     if not objective.needs_teacher and args.teacher_hf is not None:
         raise ValueError(f"objective {objective} reads no second model: drop --teacher-hf or choose another objective")
-    if objective.token_inputs:
-        raise ValueError(f"objective {objective} needs per-token inputs, which finetune does not read yet")
     check_layout(args, student, "student")
+    check_head(args)
     if args.sft_train is None and not args.skip_train:
         raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
     for path in (args.sft_train, args.sft_valid):
@@ -140,37 +143,11 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
 
 def _check_models(args: argparse.Namespace, student: Architecture):
     """Weights and tokenizers of both models, headers only: (tokenizer, the teacher's architecture or None)."""
-    tokenizer = load_tokenizer(args.hf_model)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= student.vocab_size:
-        raise ValueError(
-            f"--hf-model {args.hf_model}: the tokenizer has ids up to {largest}, the model a vocabulary of "
-            f"{student.vocab_size}: config.json and tokenizer do not belong together"
-        )
+    tokenizer = load_model_tokenizer(args.hf_model, student)
     check_tensors(HFReader(args.hf_model), student)
     if args.teacher_hf is None:
         return tokenizer, None
-    teacher = Architecture.from_hf(args.teacher_hf)
-    check_layout(args, teacher, "teacher")
-    uneven = (
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-        "pipeline_model_parallel_layout",
-    )
-    given = [f"--{key.replace('_', '-')}" for key in uneven if getattr(args, key) is not None]
-    if given and teacher.num_layers != student.num_layers:
-        raise ValueError(
-            f"{given[0]} would cut the teacher's {teacher.num_layers} layers as the student's {student.num_layers}: "
-            "drop it, or use a teacher with as many layers"
-        )
-    check_tensors(HFReader(args.teacher_hf), teacher)
-    compare_tokenizers(tokenizer, load_tokenizer(args.teacher_hf))
-    if teacher.vocab_size != student.vocab_size:
-        raise ValueError(
-            f"--teacher-hf {args.teacher_hf} has a vocabulary of {teacher.vocab_size}, the student one of "
-            f"{student.vocab_size}: use a teacher with the student's vocabulary"
-        )
-    return tokenizer, teacher
+    return tokenizer, check_second_model(args, student, tokenizer, args.teacher_hf, "--teacher-hf")
 
 
 def _train(args, student, teacher, objective, tokenizer) -> None:
@@ -185,10 +162,11 @@ def _train(args, student, teacher, objective, tokenizer) -> None:
     if args.rank == 0:
         origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
         print(f"qtarget_megatron: objective {objective}, starting from {origin}", flush=True)
-    settings = LossSettings(objective, student.vocab_size, args.qtarget_backend)
+    chunk_size = None if args.qtarget_materialize_logits else args.qtarget_chunk_size
+    settings = LossSettings(objective, student.vocab_size, args.qtarget_backend, chunk_size)
     launch.run_pretrain(
         args,
-        datasets=DatasetProvider(args, tokenizer),
+        datasets=DatasetProvider(args, tokenizer, objective.token_inputs),
         model_provider=models,
         forward_step=partial(forward_step, settings, args.check_for_nan_in_loss_and_grad),
     )

@@ -14,6 +14,8 @@ import transformers
 from megatron_reset import reset
 from small_tokenizers import CHATML, byte_tokenizer
 
+from qtarget_megatron.data import encode
+
 SEQ_LENGTH, TRAIN_ITERS = 32, 4
 COMMON = [
     *("--seq-length", SEQ_LENGTH, "--micro-batch-size", 1, "--global-batch-size", 8),
@@ -58,8 +60,12 @@ def write_models(folder: Path) -> None:
 
 
 def write_data(path: Path, count: int, seed: int) -> None:
-    """Conversations of uneven length, so that ranks and micro-batches hold different numbers of supervised tokens."""
+    """Conversations of uneven length, so that ranks and micro-batches hold different numbers of supervised tokens.
+
+    Every record has the side inputs of the published objectives: one weight, and a list of each other one.
+    """
     draw = random.Random(seed)
+    tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
     words = "what is the capital of France Paris 1 + 2 = 3 user".split()
     with path.open("w") as file:
         for _ in range(count):
@@ -70,7 +76,12 @@ def write_data(path: Path, count: int, seed: int) -> None:
                     "content": " ".join(draw.choices(words, k=draw.randint(1, 5))),
                 },
             ]
-            file.write(json.dumps({"messages": turns}) + "\n")
+            record = {"messages": turns, "weight": draw.uniform(0.2, 2)}
+            num_tokens = int(encode(tokenizer, record, seq_length=1000).supervised.sum())
+            record["critical"] = [draw.random() < 0.5 for _ in range(num_tokens)]
+            # A random model of 265 tokens: ratios on both sides of the clip.
+            record["old_log_prob"] = [draw.uniform(-7, -5) for _ in range(num_tokens)]
+            file.write(json.dumps(record) + "\n")
 
 
 def run_all(runs: dict[str, list], folder: str, common=COMMON) -> dict[str, dict]:

@@ -29,7 +29,6 @@ own that such a checkpoint does not hold; finetune, export and check set it them
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -53,36 +52,33 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the process's exit code: 0 done or equal, 1 not equal, 2 bad input."""
     ours, words = _parser().parse_known_args(argv)
     # Seconds of imports that --help does not spend.
-    from qtarget_megatron.megatron.launch import is_bad_input
+    from qtarget_megatron.megatron.commands import exit_code
 
-    try:
-        return ours.run(ours, words)
-    except ValueError as error:
-        if not is_bad_input(error):
-            raise
-        _print(f"convert_hf: error: {error}", file=sys.stderr)
-        return 2
+    return exit_code("convert_hf", lambda: ours.run(ours, words))
 
 
 def run_import(ours: argparse.Namespace, words: list[str]) -> int:
+    from qtarget_megatron.megatron.commands import print_once
     from qtarget_megatron.megatron.convert import import_hf
 
     import_hf(ours.hf_model, ours.save, words, cpu=ours.cpu)
-    _print(f"convert_hf: imported {ours.hf_model} to {ours.save}")
+    print_once(f"convert_hf: imported {ours.hf_model} to {ours.save}")
     return 0
 
 
 def run_export(ours: argparse.Namespace, words: list[str]) -> int:
+    from qtarget_megatron.megatron.commands import print_once
     from qtarget_megatron.megatron.convert import export_hf
 
     export_hf(ours.hf_model, ours.load, ours.save_hf, words, cpu=ours.cpu)
-    _print(f"convert_hf: exported {ours.load} to {ours.save_hf}")
+    print_once(f"convert_hf: exported {ours.load} to {ours.save_hf}")
     return 0
 
 
 def run_check(ours: argparse.Namespace, words: list[str]) -> int:
     import torch
 
+    from qtarget_megatron.megatron.commands import print_once
     from qtarget_megatron.megatron.convert import open_model, text_tokens
 
     tokens = text_tokens(ours.hf_model, ours.text or TEXT)
@@ -99,7 +95,7 @@ def run_check(ours: argparse.Namespace, words: list[str]) -> int:
     found = compare_with_transformers(model, ours.reference or ours.hf_model, tokens)
     # Written so that NaN fails.
     equal = found.max_difference <= ours.tolerance
-    _print(
+    print_once(
         f"convert_hf: {found.num_tokens} tokens, logits differ by at most "
         f"{found.max_difference:.3g} (tolerance {ours.tolerance:g}), same argmax at "
         f"{found.argmax_agreement:.2%}, KL(transformers to Megatron) mean {found.kl_mean:.3g} max "
@@ -155,15 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print(line: str, file=None) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(line, file=file, flush=True)
-
-
 if __name__ == "__main__":
     code = main()
-    import torch.distributed as dist
+    from qtarget_megatron.megatron.commands import leave
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    leave(code)

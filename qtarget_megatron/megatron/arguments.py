@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="parameters of the objective, e.g. eta=0.5",
     )
     group.add_argument(
+        "--objective-file",
+        type=Path,
+        metavar="FILE",
+        help="a Python file of your own that registers objectives with @objectives.register(NAME); it is run on every "
+        "rank before --objective is looked up",
+    )
+    group.add_argument(
         "--teacher-hf",
         type=Path,
         metavar="DIR",
@@ -75,6 +82,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default="auto",
         choices=BACKENDS,
         help="kernels of the loss (default: auto, native ones for the device)",
+    )
+    group.add_argument(
+        "--qtarget-chunk-size",
+        type=int,
+        default=512,
+        metavar="TOKENS",
+        help="supervised tokens whose logits exist at a time, of student and teacher (default: 512)",
+    )
+    group.add_argument(
+        "--qtarget-materialize-logits",
+        action="store_true",
+        help="make the logits of a whole micro-batch with Megatron's own output layer: three matrix products, not "
+        "four, for memory of micro-batch x sequence x vocabulary",
     )
     group.add_argument(
         "--cpu",
@@ -211,6 +231,19 @@ def record_architecture(args: argparse.Namespace, arch: Architecture) -> None:
     args.padded_vocab_size = padded_vocab_size(arch.vocab_size, args)
     # The model gets its frequencies directly; plain Megatron reads the base under --use-checkpoint-args.
     args.rotary_base = int(arch.rope_base) if float(arch.rope_base).is_integer() else arch.rope_base
+
+
+def check_head(args: argparse.Namespace) -> None:
+    """Refuse flags under which the output layer's weight must be used by its own module only. Raises ValueError."""
+    if args.qtarget_chunk_size < 1:
+        raise ValueError(f"--qtarget-chunk-size must be a number of tokens, 1 or more, got {args.qtarget_chunk_size}")
+    if args.qtarget_materialize_logits:
+        return
+    for key in ("use_megatron_fsdp", "use_torch_fsdp2", "defer_embedding_wgrad_compute", "use_mup"):
+        if getattr(args, key, False):
+            raise ValueError(
+                f"--{key.replace('_', '-')} needs Megatron's own output layer: give --qtarget-materialize-logits"
+            )
 
 
 def _divisors(number: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from qtarget_megatron.checkpoint import (
     check_output_directory,
     check_tensors,
 )
-from qtarget_megatron.data import load_tokenizer
+from qtarget_megatron.data import compare_tokenizers, load_tokenizer
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.arguments import (
     check_flags,
@@ -87,6 +87,7 @@ def open_model(
     save: Path | None = None,
     dtype: torch.dtype | None = None,
     seq_length: int | None = None,
+    reference: Path | None = None,
     cpu: bool = False,
 ) -> OpenModel:
     """Initialise Megatron and build the model of hf_model's config.json; call it on every rank.
@@ -94,9 +95,10 @@ def open_model(
     words: Megatron flags, layout above all. load: take the weights from this Megatron checkpoint,
     not from hf_model. save: where Megatron shall save. dtype: of the parameters, where words hold
     neither --bf16 nor --fp16; default the checkpoint's, else float32. seq_length: cut to what the
-    model and the layout allow. cpu: insist on the CPU. Runs under torchrun or as a single process.
-    ValueError for bad input. Collectives: those of Megatron's initialisation and loading, and
-    object gathers of tensor names.
+    model and the layout allow. reference: Hugging Face directory of a second, frozen model over the
+    same vocabulary, stacked on the first: each chunk's teacher. cpu: insist on the CPU. Runs under
+    torchrun or as a single process. ValueError for bad input. Collectives: those of Megatron's
+    initialisation and loading, and object gathers of tensor names.
     """
     launch.check_version()
     on_cpu = cpu_platform.activate(requested=cpu)
@@ -115,10 +117,14 @@ def open_model(
     else:
         check_tensors(HFReader(hf_model), arch)
     _complete(args, arch, hf_model, save, dtype, seq_length)
+    second = None
+    if reference is not None:
+        second = check_second_model(args, arch, load_model_tokenizer(hf_model, arch), reference, "--reference-hf")
+        args.teacher_hf = str(reference)
 
     cpu_platform.repair_megatron_wheel()
     launch.initialize(args)
-    return _build(args, arch, saved)
+    return _build(args, arch, second, saved)
 
 
 def widest_dtype(hf_model: Path) -> torch.dtype:
@@ -154,6 +160,49 @@ def text_tokens(hf_model: Path, text: Path | str) -> list[int]:
     return tokens
 
 
+def load_model_tokenizer(hf_model: Path, arch: Architecture) -> Any:
+    """The tokenizer of hf_model. ValueError where there is none, or one of a larger vocabulary than the model's."""
+    tokenizer = load_tokenizer(hf_model)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= arch.vocab_size:
+        raise ValueError(
+            f"--hf-model {hf_model}: the tokenizer has ids up to {largest}, the model a vocabulary of "
+            f"{arch.vocab_size}: config.json and tokenizer do not belong together"
+        )
+    return tokenizer
+
+
+def check_second_model(
+    args: argparse.Namespace, arch: Architecture, tokenizer: Any, directory: Path, flag: str
+) -> Architecture:
+    """The architecture of a second model to stack on the first, given by flag; of its weights headers only.
+
+    arch, tokenizer: the first model's. ValueError where the layout cannot cut the second model as well, or where the
+    two do not share one vocabulary.
+    """
+    second = Architecture.from_hf(directory)
+    if second.vocab_size != arch.vocab_size:
+        raise ValueError(
+            f"{flag} {directory} has a vocabulary of {second.vocab_size}, --hf-model one of {arch.vocab_size}: use a "
+            "second model with the same vocabulary"
+        )
+    check_layout(args, second, f"model of {flag}")
+    uneven = (
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+        "pipeline_model_parallel_layout",
+    )
+    given = [f"--{key.replace('_', '-')}" for key in uneven if getattr(args, key) is not None]
+    if given and second.num_layers != arch.num_layers:
+        raise ValueError(
+            f"{given[0]} would cut the {second.num_layers} layers of {flag} as the {arch.num_layers} of --hf-model: "
+            "drop it, or use a second model with as many layers"
+        )
+    check_tensors(HFReader(directory), second)
+    compare_tokenizers(tokenizer, load_tokenizer(directory))
+    return second
+
+
 def _refuse(words: list[str], *flags: str) -> None:
     given = sorted({word.partition("=")[0] for word in words}.intersection(flags))
     if given:
@@ -186,7 +235,9 @@ def _complete(args: argparse.Namespace, arch: Architecture, hf_model, save, dtyp
         args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
 
 
-def _build(args: argparse.Namespace, arch: Architecture, saved: _SavedModel | None) -> OpenModel:
+def _build(
+    args: argparse.Namespace, arch: Architecture, second: Architecture | None, saved: _SavedModel | None
+) -> OpenModel:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import get_model
@@ -195,7 +246,7 @@ def _build(args: argparse.Namespace, arch: Architecture, saved: _SavedModel | No
 
     # A single process needs no address to meet the others at.
     initialize_megatron(store=dist.HashStore() if args.world_size == 1 else None)
-    provider = ModelProvider(args, arch, None, load_weights=saved is None)
+    provider = ModelProvider(args, arch, second, load_weights=saved is None)
     wrapped = get_model(provider, wrap_with_ddp=False)
     if saved is not None:
         saved.check_fits(provider.built, arch, args.hf_model)
@@ -268,8 +319,11 @@ class _SavedModel:
         return {key: shape for shapes in everyone for key, shape in shapes.items()}
 
 
-def _read_checkpoint(args: argparse.Namespace) -> _SavedModel:
-    """Names and shapes only. ValueError where --load has no distributed checkpoint."""
+def checkpoint_directory(args: argparse.Namespace) -> str:
+    """Where the iteration lies that args.load and args.ckpt_step ask for.
+
+    ValueError where that is no distributed checkpoint. The CPU platform must have been activated.
+    """
     from megatron.core import dist_checkpointing
     from megatron.training.checkpointing import get_load_checkpoint_path_by_args
 
@@ -279,6 +333,14 @@ def _read_checkpoint(args: argparse.Namespace) -> _SavedModel:
             f"--load {args.load}: expected a Megatron checkpoint in torch_dist format "
             "(latest_checkpointed_iteration.txt and the folder it names), found none: check the path"
         )
+    return directory
+
+
+def _read_checkpoint(args: argparse.Namespace) -> _SavedModel:
+    """Names and shapes only. ValueError where --load has no distributed checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    directory = checkpoint_directory(args)
     common = dist_checkpointing.load_common_state_dict(directory)
     tensors = {
         key: tensor

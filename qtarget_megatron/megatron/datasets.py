@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -18,8 +20,9 @@ class DatasetProvider:
     # Megatron then calls it on every rank, not only on tensor-parallel rank 0.
     is_distributed = True
 
-    def __init__(self, args: argparse.Namespace, tokenizer):
-        self.args, self.tokenizer = args, tokenizer
+    def __init__(self, args: argparse.Namespace, tokenizer, token_inputs: Sequence[str] = ()):
+        """token_inputs: side inputs of the objective; each record holds a field for each."""
+        self.args, self.tokenizer, self.token_inputs = args, tokenizer, tuple(token_inputs)
         self._built: dict[Path, tuple[JsonlFile, np.ndarray]] = {}
 
     def __call__(self, num_samples, vp_stage=None):
@@ -51,7 +54,8 @@ class DatasetProvider:
             num_samples=num_samples,
             seed=self.args.seed,
             shuffle=shuffle,
-            pad_id=_pad_id(self.tokenizer),
+            pad_id=pad_id(self.tokenizer),
+            token_inputs=self.token_inputs,
         )
         dataset.split = split
         return dataset
@@ -59,29 +63,15 @@ class DatasetProvider:
     def _inspected(self, path: Path) -> tuple[JsonlFile, np.ndarray]:
         """The file and the status of each of its samples: every rank inspects its share, once."""
         if path not in self._built:
-            file, status = JsonlFile(path), None
-            rank, world_size = dist.get_rank(), dist.get_world_size()
-            share = np.arange(rank, len(file), world_size)
-            try:
-                found, error = (
-                    inspect_samples(file, self.tokenizer, self.args.seq_length, share),
-                    None,
-                )
-            except ValueError as problem:
-                found, error = None, str(problem)
-            gathered = [None] * world_size
-            dist.all_gather_object(gathered, (found, error))
-            for _, error in gathered:
-                if error is not None:
-                    raise ValueError(error)
-            status = np.empty(len(file), dtype=np.uint8)
-            for index, (found, _) in enumerate(gathered):
-                status[index::world_size] = found
-            if rank == 0:
+            file, seq_length = JsonlFile(path), self.args.seq_length
+            status = for_each_record(
+                file, lambda share: inspect_samples(file, self.tokenizer, seq_length, share, self.token_inputs)
+            )
+            if dist.get_rank() == 0:
                 truncated = int((status == SampleStatus.TRUNCATED).sum())
                 skipped = int((status == SampleStatus.SKIPPED).sum())
                 print(
-                    f"qtarget_megatron: {path}: {len(file)} samples, {truncated} truncated to {self.args.seq_length} "
+                    f"qtarget_megatron: {path}: {len(file)} samples, {truncated} truncated to {seq_length} "
                     f"tokens, {skipped} skipped (no supervised token)",
                     flush=True,
                 )
@@ -89,7 +79,30 @@ class DatasetProvider:
         return self._built[path]
 
 
-def _pad_id(tokenizer) -> int:
+def for_each_record(file: JsonlFile, inspect: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """What inspect says of each record of a file: every rank inspects its share of the indices, all get the whole.
+
+    inspect: indices [n] -> array [n, ...]. Its ValueError on any rank is raised on every one. Collective over all
+    ranks: one object gather.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    found: Any = None
+    try:
+        found = inspect(np.arange(rank, len(file), world_size))
+    except ValueError as error:
+        found = str(error)
+    gathered = [None] * world_size
+    dist.all_gather_object(gathered, found)
+    for found in gathered:
+        if isinstance(found, str):
+            raise ValueError(found)
+    result = np.empty((len(file), *gathered[0].shape[1:]), dtype=gathered[0].dtype)
+    for index, found in enumerate(gathered):
+        result[index::world_size] = found
+    return result
+
+
+def pad_id(tokenizer) -> int:
     """Any id of the vocabulary will do: padding follows the sample, so causal attention never reads it."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from torch import Tensor
 
 from qtarget_megatron.data import IGNORE_INDEX
+from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.loss import qtarget_cross_entropy
 from qtarget_megatron.megatron.teacher import OutputHead
 from qtarget_megatron.objectives import Objective
@@ -21,18 +23,27 @@ from qtarget_megatron.statistics import TokenStatistics
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the loss needs besides the model: the objective, the true vocabulary and the kernels' backend."""
+    """What the loss needs besides the model.
+
+    vocab_size: of the true vocabulary. backend: of the kernels. chunk_size: tokens whose logits exist at a time; None
+    makes the logits of a whole micro-batch.
+    """
 
     objective: Objective
     vocab_size: int
     backend: str = "auto"
+    chunk_size: int | None = 512
 
 
 @dataclass
 class LossContext:
-    """Travels through GPTModel.forward to the output processor and brings the statistics back."""
+    """Travels through GPTModel.forward to the output processor and brings the statistics back.
+
+    token_inputs: the objective's side inputs by name, each [b, s] like the labels.
+    """
 
     settings: LossSettings
+    token_inputs: dict[str, Tensor] = field(default_factory=dict)
     teacher: OutputHead | None = None
     statistics: TokenStatistics | None = None
 
@@ -47,29 +58,47 @@ def output_processor(
     scale_logits,
     **unused,
 ) -> Tensor:
-    """Replaces Megatron's cross-entropy on the last stage: hidden states to per-token loss ``[b, s]`` float32.
+    """Replaces Megatron's output layer and cross-entropy on the last stage: hidden states to per-token loss
+    ``[b, s]`` float32.
 
-    labels: ``[b, s]``. Megatron's own output layer makes the logits (and its backward the tensor- and
-    sequence-parallel reductions), the gradient overwrites them.
+    labels: ``[b, s]``. By default logits exist a chunk at a time. With chunk_size None Megatron's own output layer
+    makes all of them (its backward makes the tensor- and sequence-parallel reductions), and the gradient overwrites
+    them.
     """
     settings = context.settings
-    logits = scale_logits(OutputHead(hidden_states, output_layer, output_weight).logits())
-    teacher_logits = None
-    if settings.objective.needs_teacher and context.teacher is not None:
-        with torch.no_grad():
-            teacher_logits = context.teacher.logits()
-    loss, context.statistics = qtarget_cross_entropy(
-        logits,
-        labels.t().contiguous(),
+    student = OutputHead(hidden_states, output_layer, output_weight)
+    teacher = context.teacher if settings.objective.needs_teacher else None
+
+    def like_hidden(values: Tensor) -> Tensor:
+        return values.t().contiguous()
+
+    shared = dict(
         objective=settings.objective,
-        teacher_logits=teacher_logits,
+        token_inputs={name: like_hidden(values) for name, values in context.token_inputs.items()},
         group=output_layer.tp_group,
         vocab_size=settings.vocab_size,
         ignore_index=IGNORE_INDEX,
-        inplace=logits.requires_grad,
         backend=settings.backend,
         return_statistics=True,
     )
+    if settings.chunk_size is None:
+        logits = scale_logits(student.logits())
+        with torch.no_grad():
+            teacher_logits = None if teacher is None else teacher.logits()
+        loss, context.statistics = qtarget_cross_entropy(
+            logits, like_hidden(labels), teacher_logits=teacher_logits, inplace=logits.requires_grad, **shared
+        )
+    else:
+        loss, context.statistics = qtarget_linear_cross_entropy(
+            student.hidden,
+            student.matrix(),
+            like_hidden(labels),
+            teacher_hidden=None if teacher is None else teacher.hidden,
+            teacher_weight=None if teacher is None else teacher.matrix(),
+            sequence_parallel=output_layer.sequence_parallel,
+            chunk_size=settings.chunk_size,
+            **shared,
+        )
     return loss.t().contiguous()
 
 
@@ -78,6 +107,8 @@ def forward_step(settings: LossSettings, check_for_nan: bool, data_iterator: Ite
     is_first, is_last = (get_attr_wrapped_model(model, key) for key in ("pre_process", "post_process"))
     batch = next_batch(data_iterator) if is_first or is_last else dict.fromkeys(("tokens", "labels", "position_ids"))
     context = LossContext(settings)
+    if is_last:
+        context.token_inputs = {name: batch[name] for name in settings.objective.token_inputs}
     output = model(
         batch["tokens"],
         batch["position_ids"],
@@ -86,7 +117,7 @@ def forward_step(settings: LossSettings, check_for_nan: bool, data_iterator: Ite
         output_processor=output_processor if is_last else None,
         output_processor_context=context if is_last else None,
     )
-    return output, partial(sum_loss, context, batch["labels"], check_for_nan)
+    return output, partial(sum_loss, context, batch["labels"], check_for_nan, count_tokens=model.training)
 
 
 def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
@@ -99,11 +130,14 @@ def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group) if cp_group.size() > 1 else batch
 
 
-def sum_loss(context: LossContext, labels: Tensor, check_for_nan: bool, token_losses: Tensor):
-    """Megatron's loss function: (loss sum, number of supervised tokens, report).
+def sum_loss(
+    context: LossContext, labels: Tensor, check_for_nan: bool, token_losses: Tensor, *, count_tokens: bool = False
+):
+    """Megatron's loss function: (loss sum, number of tokens it is divided by, report).
 
-    The sum is divided once, by the number of supervised tokens of the global batch. Each entry of the report is a pair
-    (sum, count) that Megatron adds up over micro-batches and data-parallel ranks before it divides.
+    The sum is divided once, by the number of supervised tokens of the global batch (or of those that the objective
+    counts). Each entry of the report is a pair (sum, count) that Megatron adds up over micro-batches and data-parallel
+    ranks before it divides. count_tokens: report the global number of supervised tokens as well.
     """
     loss_sum = token_losses.sum()
     if check_for_nan:
@@ -114,27 +148,31 @@ def sum_loss(context: LossContext, labels: Tensor, check_for_nan: bool, token_lo
             tolerance=0.0,
             fatal=True,
         )
-    num_tokens = (labels != IGNORE_INDEX).sum()
-    return (
-        loss_sum,
-        num_tokens.to(torch.int),
-        report(context.statistics, loss_sum.detach(), num_tokens),
-    )
+    num_tokens = context.settings.objective.num_tokens(labels != IGNORE_INDEX, context.token_inputs)
+    entries = report(context.statistics, loss_sum.detach(), num_tokens)
+    if count_tokens:
+        # Megatron divides by the sum of the counts: these add up to 1 over the global batch.
+        parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        supervised = context.statistics.supervised.sum().float()
+        entries["supervised tokens"] = torch.stack([supervised, torch.full_like(supervised, 1 / parts)])
+    return loss_sum, num_tokens.to(torch.int), entries
 
 
 def report(stats: TokenStatistics, loss_sum: Tensor, num_tokens: Tensor) -> dict[str, Tensor]:
-    """(sum, count) of the loss and of each statistic over supervised tokens, by the name it is logged under."""
+    """(sum, count) of the loss over num_tokens and of each statistic over the supervised tokens, by their log names."""
+    supervised = stats.supervised.sum()
     trusted = stats.supervised & ~stats.trust.isnan()
 
-    def pair(total: Tensor, count: Tensor = num_tokens) -> Tensor:
+    def pair(total: Tensor, count: Tensor = supervised) -> Tensor:
         return torch.stack([total.float(), count.float()])
 
     return {
-        "lm loss": pair(loss_sum),
+        "lm loss": pair(loss_sum, num_tokens),
         # Undefined where the total mass is 0, so it has a count of its own.
         "trust": pair(stats.trust[trusted].sum(), trusted.sum()),
         "p(y)": pair(stats.p.sum()),
         "entropy": pair(stats.entropy.sum()),
         "label mass": pair(stats.label_mass.sum()),
         "residual mass": pair(stats.residual_mass.sum()),
+        "total mass": pair(stats.total_mass.sum()),
     }

@@ -30,6 +30,13 @@ class OutputHead:
         """[s, b, V_local], this tensor-parallel rank's vocabulary shard."""
         return self.layer(self.hidden, weight=self.weight)[0]
 
+    def matrix(self) -> Tensor:
+        """[V_local, h], what hidden states are multiplied by, ready for use outside of the layer's own forward."""
+        # Megatron gathers overlapped parameters in a hook before the forward of the module that owns them.
+        for hook in self.layer._forward_pre_hooks.values():
+            hook(self.layer, (self.hidden,))
+        return self.layer.weight if self.weight is None else self.weight
+
 
 class StackedGPTModel(GPTModel):
     """GPTModel that carries a frozen teacher stage along; without a teacher it is a GPTModel."""

@@ -1,0 +1,96 @@
+"""Per-token side inputs of an objective: from a record's fields to numbers, and how an importance weight is made."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# What a record, and a sample of the dataset, holds under a name of its own.
+_TAKEN = frozenset({"messages", "prompt", "completion", "tools", "tokens", "labels", "position_ids", "sample"})
+_WHERE_FROM = {
+    "old_log_prob": "tools/score.py computes it",
+    "weight": "add it, or let tools/score.py --reference-hf compute importance weights",
+}
+
+
+def read_side_inputs(
+    record: dict[str, Any], names: Sequence[str], supervised: np.ndarray, *, truncated: bool
+) -> dict[str, np.ndarray]:
+    """A record's fields of these names, float64 [n] like supervised (bool [n]), 0 where not supervised.
+
+    A field is a number (true and false are 1 and 0), which every supervised token gets, or a list with one number per
+    supervised token, in order. truncated: the sample has been cut, so that the list may be longer; its rest is cut
+    likewise. Where no token is supervised the field may be missing. Raises ValueError for a missing field, another
+    number of entries, anything that is no finite number, and a name that is another part of the sample.
+    """
+    if taken := sorted(_TAKEN.intersection(names)):
+        raise ValueError(f"an objective's token_inputs cannot be named {', '.join(taken)}: rename it")
+    inputs = {name: np.zeros(len(supervised)) for name in names}
+    if count := int(supervised.sum()):
+        for name, values in inputs.items():
+            values[supervised] = _read(record, name, count, truncated)
+    return inputs
+
+
+def _read(record: dict[str, Any], name: str, count: int, truncated: bool) -> list[float]:
+    if name not in record:
+        hint = _WHERE_FROM.get(name, "add a number, or a list with one number per supervised token")
+        raise ValueError(f'the objective needs "{name}", this record has none: {hint}')
+    value = record[name]
+    entries = value if isinstance(value, list) else [value] * count
+    if len(entries) < count or (len(entries) > count and not truncated):
+        numbers = f"{'at least ' if truncated else ''}{count} number{'s' if count > 1 else ''}"
+        raise ValueError(f'"{name}": expected a number or {numbers} (one per supervised token), got {len(entries)}')
+    for position, entry in enumerate(entries):
+        if not _is_finite_number(entry):
+            where = f' at entry {position} of "{name}"' if isinstance(value, list) else ""
+            raise ValueError(f'"{name}": expected a finite number or a list of them, got {_shown(entry)}{where}')
+    return [float(entry) for entry in entries[:count]]
+
+
+def _is_finite_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer that no double holds
+        return False
+
+
+def _shown(value: Any) -> str:
+    words = {dict: "an object", list: "a list", str: "a string"}
+    text = words.get(type(value)) or json.dumps(value)
+    return text if len(text) <= 30 else f"{text[:27]}..."
+
+
+def importance_weight(
+    log_p: Sequence[float], log_p_reference: Sequence[float], *, temperature: float = 1.0, maximum: float = 16.0
+) -> float:
+    """The weight of a sample in iw-SFT (arXiv 2507.12856), from log-probabilities in nats of its supervised tokens.
+
+        weight = clamp(exp(temperature * mean_t(log_p[t] - log_p_reference[t])), 0, maximum)
+
+    Raises ValueError where the sequences are empty, differ in length or hold anything but finite numbers, and for a
+    temperature or a maximum that is no finite number (the maximum: above 0).
+    """
+    check_weight_options(temperature, maximum)
+    if not 0 < len(log_p) == len(log_p_reference):
+        raise ValueError(
+            "importance_weight: expected as many log-probabilities as reference ones, at least one, got "
+            f"{len(log_p)} and {len(log_p_reference)}"
+        )
+    if not np.isfinite([log_p, log_p_reference]).all():
+        raise ValueError("importance_weight: expected finite log-probabilities, got NaN or infinity")
+    exponent = temperature * float(np.mean(np.subtract(log_p, log_p_reference, dtype=np.float64)))
+    # Compared as logarithms: exp overflows where the weight is clamped anyway.
+    return maximum if exponent >= math.log(maximum) else math.exp(exponent)
+
+
+def check_weight_options(temperature: float, maximum: float) -> None:
+    """Raise ValueError for a temperature or a maximum that importance_weight refuses."""
+    if not math.isfinite(temperature):
+        raise ValueError(f"temperature: expected a finite number, got {temperature}")
+    if not 0 < maximum < math.inf:
+        raise ValueError(f"maximum weight: expected a finite number above 0, got {maximum}")

@@ -1,0 +1,249 @@
+"""Side inputs of an objective: from fields of a record to the label they belong to, and the importance weight."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from launching import run_ranks
+from small_tokenizers import CHATML, byte_tokenizer, chat
+from torch.utils.data import DataLoader, default_collate
+
+from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples
+from qtarget_megatron.side_inputs import importance_weight
+
+# Prompt of 3 tokens; supervised: x, y and the end-of-sequence token.
+COMPLETION = {"prompt": "abc", "completion": "xy"}
+
+
+def completions():
+    return byte_tokenizer(size=256, special=["</s>"])
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return JsonlFile(path)
+
+
+def dataset(file, tokenizer, seq_length, names):
+    status = inspect_samples(file, tokenizer, seq_length, range(len(file)), names)
+    keywords = dict(num_samples=len(file), seed=0, pad_id=0, shuffle=False, token_inputs=names)
+    return SupervisedDataset(file, tokenizer, seq_length, status=status, **keywords)
+
+
+# ---- alignment
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "expected"),
+    [
+        (8, [0, 0, 0.5, 1.5, 2.5, 0, 0, 0]),  # labels b c x y $
+        (5, [0, 0, 0.5, 1.5, 2.5]),
+        (4, [0, 0, 0.5, 1.5]),
+        (3, [0, 0, 0.5]),
+    ],
+)
+def test_values_stand_where_their_tokens_are_labels(tmp_path, seq_length, expected):
+    file = write_lines(tmp_path / "d.jsonl", [COMPLETION | {"weight": [0.5, 1.5, 2.5], "critical": True, "note": "x"}])
+    item = dataset(file, completions(), seq_length, ("weight", "critical"))[0]
+    assert item["weight"].tolist() == expected
+    assert item["critical"].tolist() == [float(value > 0) for value in expected]
+    assert {item[name].dtype for name in ("weight", "critical")} == {torch.float64}
+    assert torch.equal(item["labels"] != -100, item["weight"] != 0)
+    assert set(item) == {"tokens", "labels", "position_ids", "sample", "weight", "critical"}
+
+
+def test_values_run_on_over_the_answers_of_a_conversation():
+    tokenizer = byte_tokenizer(CHATML)
+    record = chat("u:Hi", "a:One", "u:And?", "a:Two")
+    sample = encode(tokenizer, record, 512)
+    count = int(sample.supervised.sum())
+    values = [0.25 * i + 1 for i in range(count)]
+    filled = encode(tokenizer, record | {"old_log_prob": values}, 512, ["old_log_prob"])
+    assert filled.inputs["old_log_prob"].dtype == np.float64
+    assert filled.inputs["old_log_prob"][sample.supervised].tolist() == values
+    assert not filled.inputs["old_log_prob"][~sample.supervised].any()
+    runs = np.flatnonzero(np.diff(sample.supervised.astype(int)) == 1)
+    assert len(runs) == 2, "two answers, with tokens between them that get no value"
+    # Cut inside the second answer: the list's rest goes with the tokens.
+    kept = int(runs[1]) + 2
+    cut = encode(tokenizer, record | {"old_log_prob": values}, kept, ["old_log_prob"])
+    assert cut.truncated and 0 < cut.supervised.sum() < count
+    assert cut.inputs["old_log_prob"].tolist() == filled.inputs["old_log_prob"][: kept + 1].tolist()
+    assert sample.inputs == {}
+
+
+def test_one_number_goes_to_every_supervised_token():
+    for value, expected in ((2, 2.0), (0.1, 0.1), (True, 1.0), (False, 0.0), (-3.5, -3.5)):
+        sample = encode(completions(), COMPLETION | {"weight": value}, 8, ("weight",))
+        assert sample.inputs["weight"].tolist() == [0, 0, 0, expected, expected, expected]
+    mixed = encode(completions(), COMPLETION | {"critical": [True, 0, 0.5]}, 8, ("critical",))
+    assert mixed.inputs["critical"].tolist() == [0, 0, 0, 1, 0, 0.5]
+
+
+def test_float64_values_survive_unrounded():
+    value = 0.1234567890123456789
+    assert encode(completions(), COMPLETION | {"weight": value}, 8, ("weight",)).inputs["weight"][-1] == value
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_batches_stack_side_inputs_like_labels(tmp_path):
+    records = [{"prompt": "p", "completion": "q" * n, "weight": n, "old_log_prob": [-n] * (n + 1)} for n in range(1, 5)]
+    data = dataset(write_lines(tmp_path / "d.jsonl", records), completions(), 6, ("weight", "old_log_prob"))
+    batch = default_collate([data[i] for i in range(4)])
+    assert batch["weight"].shape == batch["labels"].shape == (4, 6)
+    assert batch["weight"].dtype == torch.float64
+    assert torch.equal(batch["weight"], -batch["old_log_prob"])
+    assert [row[row != 0].unique().tolist() for row in batch["weight"]] == [[1], [2], [3], [4]]
+    assert torch.equal(batch["weight"] != 0, batch["labels"] != -100)
+    (loaded,) = DataLoader(data, batch_size=4, num_workers=1)
+    assert all(torch.equal(loaded[name], batch[name]) for name in batch)
+
+
+def test_records_without_supervised_tokens_need_no_field(tmp_path):
+    empty = {"prompt": "abc", "completion": " "}
+    file = write_lines(tmp_path / "d.jsonl", [empty, COMPLETION | {"weight": 1}, empty | {"weight": "ignored"}])
+    statuses = inspect_samples(file, completions(), 8, range(3), ("weight",))
+    assert statuses.tolist() == [SampleStatus.SKIPPED, SampleStatus.OK, SampleStatus.SKIPPED]
+    assert encode(completions(), empty, 8, ("weight",)).inputs["weight"].tolist() == [0] * 5
+    # Cut before the first target, likewise.
+    assert inspect_samples(write_lines(tmp_path / "e.jsonl", [COMPLETION]), completions(), 2, [0], ("weight",)) == [
+        SampleStatus.SKIPPED
+    ]
+
+
+# ---- errors
+
+COUNTED = '"weight": expected a number or 3 numbers (one per supervised token), got '
+FINITE = '"weight": expected a finite number or a list of them, got '
+
+
+@pytest.mark.parametrize(
+    ("field", "seq_length", "message"),
+    [
+        ("[1, 2]", 8, COUNTED + "2"),
+        ("[1, 2, 3, 4]", 8, COUNTED + "4"),
+        ("[]", 8, COUNTED + "0"),
+        ("[1]", 4, '"weight": expected a number or at least 2 numbers (one per supervised token), got 1'),
+        ("[]", 3, '"weight": expected a number or at least 1 number (one per supervised token), got 0'),
+        ("NaN", 8, FINITE + "NaN"),
+        ("-Infinity", 8, FINITE + "-Infinity"),
+        ("1e999", 8, FINITE + "Infinity"),
+        ("1" + "0" * 400, 8, FINITE + "1" + "0" * 26 + "..."),
+        ('"1"', 8, FINITE + "a string"),
+        ("null", 8, FINITE + "null"),
+        ("{}", 8, FINITE + "an object"),
+        ("[1, NaN, 3]", 8, FINITE + 'NaN at entry 1 of "weight"'),
+        ("[1, 2, null]", 8, FINITE + 'null at entry 2 of "weight"'),
+        ('[1, "2", 3]', 8, FINITE + 'a string at entry 1 of "weight"'),
+        ("[[1, 2, 3], 1, 2]", 8, FINITE + 'a list at entry 0 of "weight"'),
+        ("[1, 2, Infinity]", 4, FINITE + 'Infinity at entry 2 of "weight"'),  # also in the part that is cut off
+    ],
+)
+def test_a_bad_field_is_named_with_its_line(tmp_path, field, seq_length, message):
+    good = json.dumps(COMPLETION | {"weight": 1}) + "\n"
+    (tmp_path / "d.jsonl").write_text(good + "\n" + json.dumps(COMPLETION)[:-1] + f', "weight": {field}}}\n')
+    file = JsonlFile(tmp_path / "d.jsonl")
+    with pytest.raises(ValueError) as caught:
+        inspect_samples(file, completions(), seq_length, range(2), ("weight",))
+    assert str(caught.value) == f"{tmp_path}/d.jsonl:3: {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("old_log_prob", "tools/score.py computes it"),
+        ("weight", "tools/score.py --reference-hf compute importance weights"),
+        ("mine", "add a number, or a list with one number per supervised token"),
+    ],
+)
+def test_a_missing_field_says_where_it_comes_from(tmp_path, name, hint):
+    file = write_lines(tmp_path / "d.jsonl", [COMPLETION | {name: 1}, COMPLETION])
+    with pytest.raises(ValueError, match=rf'd\.jsonl:2: the objective needs "{name}", this record has none: .*{hint}'):
+        inspect_samples(file, completions(), 8, range(2), (name,))
+    assert inspect_samples(file, completions(), 8, range(2)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["labels", "tokens", "sample", "messages", "tools"])
+def test_a_side_input_cannot_replace_a_part_of_the_sample(name):
+    with pytest.raises(ValueError, match=f"cannot be named {name}: rename it"):
+        encode(completions(), COMPLETION, 8, ("weight", name))
+
+
+# ---- importance weight
+
+
+@pytest.mark.parametrize(
+    ("log_p", "reference", "options", "expected"),
+    [
+        ([-1.0], [-1.0], {}, 1.0),
+        ([-1.0, -2.0], [-2.0, -4.0], {}, math.e**1.5),  # differences 1 and 2, mean 1.5
+        ([-1.0, -2.0], [-2.0, -4.0], {"temperature": 2.0, "maximum": 21.0}, math.e**3),
+        ([-1.0, -2.0], [-2.0, -4.0], {"temperature": 0.0}, 1.0),
+        ([-3.0, -2.0, -1.0], [-1.0, -1.0, -1.0], {}, 1 / math.e),
+        ([-1.0, -2.0], [-2.0, -4.0], {"temperature": 2.0, "maximum": 3.5}, 3.5),
+        ([-1.0], [-5.0], {}, 16.0),  # e^4 = 54.6
+        ([-1.0], [-3.0], {}, math.e**2),
+        ([0.0], [-1e6], {}, 16.0),  # exp would overflow
+        ([-1e6], [0.0], {}, 0.0),
+    ],
+)
+def test_importance_weight_is_the_formula_by_hand(log_p, reference, options, expected):
+    assert importance_weight(log_p, reference, **options) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([], []), {}, "got 0 and 0"),
+        (([-1.0], [-1.0, -2.0]), {}, "got 1 and 2"),
+        (([math.nan], [-1.0]), {}, "finite"),
+        (([-math.inf], [-math.inf]), {}, "finite"),
+        (([-1.0], [-1.0]), {"temperature": math.nan}, "temperature: expected a finite number"),
+        (([-1.0], [-1.0]), {"maximum": 0.0}, "above 0, got 0.0"),
+        (([-1.0], [-1.0]), {"maximum": math.inf}, "above 0, got inf"),
+    ],
+)
+def test_importance_weight_refuses_what_has_no_mean(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        importance_weight(*arguments, **options)
+
+
+# ---- context parallelism
+
+
+def slices(path):
+    """This rank's part of the first batch of two items."""
+    from qtarget_megatron.megatron import cpu_platform
+
+    cpu_platform.activate()
+    from megatron.core import parallel_state
+
+    from qtarget_megatron.megatron.step import next_batch
+
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    data = dataset(JsonlFile(path), byte_tokenizer(CHATML), 32, ("weight", "mine"))
+    found = next_batch(iter([default_collate([data[0], data[1]])]))
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_context_parallel_ranks_cut_side_inputs_where_they_cut_labels(tmp_path):
+    tokenizer, records = byte_tokenizer(CHATML), []
+    for answer in ("a:One", "a:Four Two"):
+        record = chat("u:Hi", answer)
+        count = int(encode(tokenizer, record, 32).supervised.sum())
+        records.append(record | {"weight": [round(0.1 + i, 1) for i in range(count)], "mine": len(records) + 1})
+    path = tmp_path / "d.jsonl"
+    data = dataset(write_lines(path, records), tokenizer, 32, ("weight", "mine"))
+    whole = {name: value.numpy() for name, value in default_collate([data[0], data[1]]).items()}
+    parts = run_ranks(2, slices, (str(path),), timeout=120)
+    assert sorted(np.concatenate([part["position_ids"][0] for part in parts])) == list(range(32))
+    for name in ("tokens", "labels", "weight", "mine"):
+        assert [part[name].shape for part in parts] == [(2, 16), (2, 16)]
+        for part in parts:
+            assert part[name].dtype == whole[name].dtype
+            assert (part[name] == whole[name][:, part["position_ids"][0]]).all(), name
+        assert (whole[name] != 0).any()
