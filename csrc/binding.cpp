@@ -22,7 +22,8 @@ namespace py = pybind11;
 namespace {
 
 using Address = uintptr_t;
-using MatrixTuple = std::tuple<Address, int, int64_t>;  // data, dtype, row stride in elements
+using MatrixTuple = std::tuple<Address, int, int64_t>;      // data, dtype, row stride in elements
+using LayoutTuple = std::tuple<bool, int64_t, bool, bool>;  // in the order of qtarget::Layout
 
 template <class T>
 T* pointer(Address address) {
@@ -62,10 +63,18 @@ qtarget::StatisticsArgs statistics_args(const MatrixTuple& logits, const MatrixT
                                         Address labels, int64_t rows, int64_t valid_columns,
                                         int64_t vocab_start, int64_t ignore_index,
                                         const std::vector<std::pair<double, double>>& residuals,
-                                        Address out) {
-    return {shard_args(logits, teacher, labels, rows, valid_columns, vocab_start, ignore_index,
-                       residuals),
-            pointer<float>(out)};
+                                        const LayoutTuple& layout, int64_t width, Address out) {
+    const qtarget::StatisticsArgs args = {
+        shard_args(logits, teacher, labels, rows, valid_columns, vocab_start, ignore_index,
+                   residuals),
+        {std::get<0>(layout), std::get<1>(layout), std::get<2>(layout), std::get<3>(layout)},
+        pointer<float>(out)};
+    const int64_t expected = qtarget::partial_width(args.layout, args.shard.num_residuals);
+    if (args.layout.top_k < 0 || width != expected) {
+        throw std::invalid_argument("this layout has " + std::to_string(expected) +
+                                    " columns, got " + std::to_string(width));
+    }
+    return args;
 }
 
 qtarget::GradientArgs gradient_args(const MatrixTuple& logits, const MatrixTuple& teacher,
@@ -116,15 +125,16 @@ PYBIND11_MODULE(_C, module) {
         "cpu_partial_statistics",
         [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
            int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
-           std::vector<std::pair<double, double>> residuals, Address out, int num_threads) {
+           std::vector<std::pair<double, double>> residuals, LayoutTuple layout, int64_t width,
+           Address out, int num_threads) {
             qtarget::cpu_partial_statistics(
                 statistics_args(logits, teacher, labels, rows, valid_columns, vocab_start,
-                                ignore_index, residuals, out),
+                                ignore_index, residuals, layout, width, out),
                 num_threads);
         },
         py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
-        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "out"_a, "num_threads"_a,
-        py::call_guard<py::gil_scoped_release>());
+        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "layout"_a, "width"_a, "out"_a,
+        "num_threads"_a, py::call_guard<py::gil_scoped_release>());
     module.def(
         "cpu_logit_gradient",
         [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
@@ -145,16 +155,16 @@ PYBIND11_MODULE(_C, module) {
         "cuda_partial_statistics",
         [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
            int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
-           std::vector<std::pair<double, double>> residuals, Address out, int device,
-           Address stream) {
+           std::vector<std::pair<double, double>> residuals, LayoutTuple layout, int64_t width,
+           Address out, int device, Address stream) {
             qtarget::cuda_partial_statistics(
                 statistics_args(logits, teacher, labels, rows, valid_columns, vocab_start,
-                                ignore_index, residuals, out),
+                                ignore_index, residuals, layout, width, out),
                 device, stream);
         },
         py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
-        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "out"_a, "device"_a, "stream"_a,
-        py::call_guard<py::gil_scoped_release>());
+        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "layout"_a, "width"_a, "out"_a,
+        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
     module.def(
         "cuda_logit_gradient",
         [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,

@@ -1,6 +1,6 @@
 // Plain-data interface of the kernels: pointers, sizes and strides, no framework type.
 //
-// partial statistics of a vocabulary shard   logits, teacher -> float32 [rows, 4 + 4 R]
+// partial statistics of a vocabulary shard   logits, teacher -> float32 [rows, partial_width]
 // logit gradient                             logits, teacher, per-row scales -> gradient, dtype of
 // the logits
 #pragma once
@@ -41,7 +41,8 @@ struct ShardArgs {
 
 struct StatisticsArgs {
     ShardArgs shard;
-    float* out;  // [rows, 4 + 4 R], contiguous
+    Layout layout;
+    float* out;  // [rows, partial_width(layout, num_residuals)], contiguous
 };
 
 struct GradientArgs {

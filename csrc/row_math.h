@@ -3,15 +3,17 @@
 // A row's sums are held centred on a running maximum and can be moved to a higher one, so a row may
 // be visited block by block, lane by lane, or warp by warp, and the parts added at the end:
 //
-//   m = max z    s = sum exp(z - m)          e = sum exp(z - m) (z - m)
+//   m = max z    s = sum exp(z - m)    e = sum exp(z - m) (z - m)            c = sum exp(2 (z - m))
 //   per residual u = a z + b t:
-//   m = max u    s = sum exp(u - m)          x = sum exp(u - m) (z - max z)      h = sum exp(u - m)
-//   (u - m)
+//   m = max u    s = sum exp(u - m)    x = sum exp(u - m) (z - max z)    h = sum exp(u - m) (u - m)
+//
+// c (Collision) and h (Entropy) are there on request: without it they stay 0 and cost nothing.
 //
 // Maxima never hold NaN (comparisons with NaN are false); a NaN or +inf shows in s instead.
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #if defined(__CUDACC__)
 #define QTARGET_FN static __host__ __device__ __forceinline__
@@ -24,18 +26,42 @@ namespace qtarget {
 
 constexpr int kMaxResiduals = 2;
 constexpr int kBaseWidth = 4;
-constexpr int kResidualWidth = 4;
+constexpr int kResidualWidth = 3;
 
-template <class Real>
+// Which numbers a row of the partial holds besides m, s, e, z_y and the residuals' m, s, x.
+struct Layout {
+    bool collision;         // c
+    int64_t top_k;          // this many of the largest z
+    bool residual_entropy;  // h of each residual
+    bool residual_label;    // u of the label, of each residual
+};
+
+template <class Real, bool Entropy>
 struct ResidualSums {
     Real m, s, x, h;
 };
 
-template <class Real, int R>
+template <class Real, int R, bool Collision, bool Entropy>
 struct RowSums {
-    Real m, s, e;
-    ResidualSums<Real> residual[R > 0 ? R : 1];
+    Real m, s, e, c;
+    ResidualSums<Real, Entropy> residual[R > 0 ? R : 1];
 };
+
+QTARGET_FN int64_t top_k_column(const Layout& layout) {
+    return kBaseWidth + layout.collision;
+}
+
+QTARGET_FN int64_t residual_width(const Layout& layout) {
+    return kResidualWidth + layout.residual_entropy + layout.residual_label;
+}
+
+QTARGET_FN int64_t residual_column(const Layout& layout, int residual) {
+    return top_k_column(layout) + layout.top_k + residual_width(layout) * residual;
+}
+
+QTARGET_FN int64_t partial_width(const Layout& layout, int num_residuals) {
+    return residual_column(layout, num_residuals);
+}
 
 template <class Real>
 QTARGET_FN Real lowest() {
@@ -75,10 +101,10 @@ QTARGET_FN float residual_logit(float a, float b, float z, float t) {
     return b != 0.0f ? fmaf(b, t, u) : u;
 }
 
-template <class Real, int R>
-QTARGET_FN void clear(RowSums<Real, R>& sums) {
+template <class Real, int R, bool Collision, bool Entropy>
+QTARGET_FN void clear(RowSums<Real, R, Collision, Entropy>& sums) {
     sums.m = lowest<Real>();
-    sums.s = sums.e = Real(0);
+    sums.s = sums.e = sums.c = Real(0);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         sums.residual[r].m = lowest<Real>();
@@ -88,13 +114,14 @@ QTARGET_FN void clear(RowSums<Real, R>& sums) {
 
 // Moves the base sums, and the cross sums that share their centre, to a maximum that is not below
 // the present one.
-template <class Real, int R>
-QTARGET_FN void raise_base(RowSums<Real, R>& sums, Real maximum) {
+template <class Real, int R, bool Collision, bool Entropy>
+QTARGET_FN void raise_base(RowSums<Real, R, Collision, Entropy>& sums, Real maximum) {
     if (!(maximum > sums.m)) return;
     const Real offset = centre(sums.m) - maximum;
     const Real factor = exp(sums.m - maximum);
     sums.e = weighted(factor, sums.e + sums.s * offset);
     sums.s = factor * sums.s;
+    if (Collision) sums.c = factor * factor * sums.c;
     sums.m = maximum;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -102,51 +129,59 @@ QTARGET_FN void raise_base(RowSums<Real, R>& sums, Real maximum) {
     }
 }
 
-template <class Real>
-QTARGET_FN void raise_residual(ResidualSums<Real>& sums, Real maximum) {
+template <class Real, bool Entropy>
+QTARGET_FN void raise_residual(ResidualSums<Real, Entropy>& sums, Real maximum) {
     if (!(maximum > sums.m)) return;
-    const Real offset = centre(sums.m) - maximum;
     const Real factor = exp(sums.m - maximum);
-    sums.h = weighted(factor, sums.h + sums.s * offset);
+    if (Entropy) {
+        const Real offset = centre(sums.m) - maximum;
+        sums.h = weighted(factor, sums.h + sums.s * offset);
+    }
     sums.x = weighted(factor, sums.x);
     sums.s = factor * sums.s;
     sums.m = maximum;
 }
 
 // Adds two parts of one row, each with its own maxima.
-template <class Real, int R>
-QTARGET_FN void add(RowSums<Real, R>& sums, RowSums<Real, R> other) {
+template <class Real, int R, bool Collision, bool Entropy>
+QTARGET_FN void add(RowSums<Real, R, Collision, Entropy>& sums,
+                    RowSums<Real, R, Collision, Entropy> other) {
     raise_base(sums, other.m);
     raise_base(other, sums.m);
     sums.s += other.s;
     sums.e += other.e;
+    if (Collision) sums.c += other.c;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         raise_residual(sums.residual[r], other.residual[r].m);
         raise_residual(other.residual[r], sums.residual[r].m);
         sums.residual[r].s += other.residual[r].s;
         sums.residual[r].x += other.residual[r].x;
-        sums.residual[r].h += other.residual[r].h;
+        if (Entropy) sums.residual[r].h += other.residual[r].h;
     }
 }
 
-// Writes a row of the partial: m, s, e, z_y, then m, s, x, h of each residual.
-template <class Real, int R>
-QTARGET_FN void write_partial(const RowSums<Real, R>& sums, float label_logit, float* out) {
+// Writes a row of the partial, all but its largest logits: m, s, e, z_y, [c], then m, s, x, [h],
+// [u_y] of each residual. label_residual: u_y of each, read where the layout asks for it.
+template <class Real, int R, bool Collision, bool Entropy>
+QTARGET_FN void write_partial(const RowSums<Real, R, Collision, Entropy>& sums, float label_logit,
+                              const float* label_residual, const Layout& layout, float* out) {
     out[0] = static_cast<float>(sums.m);
     out[1] = static_cast<float>(sums.s);
     out[2] = static_cast<float>(sums.e);
     out[3] = label_logit;
+    if (layout.collision) out[kBaseWidth] = static_cast<float>(sums.c);
     const bool has_centre = sums.m != lowest<Real>();
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-        float* const part = out + kBaseWidth + kResidualWidth * r;
-        part[0] = static_cast<float>(sums.residual[r].m);
-        part[1] = static_cast<float>(sums.residual[r].s);
+        float* part = out + residual_column(layout, r);
+        *part++ = static_cast<float>(sums.residual[r].m);
+        *part++ = static_cast<float>(sums.residual[r].s);
         // Without a finite logit there is no centre that x could refer to; the merge adds the
         // offset.
-        part[2] = has_centre ? static_cast<float>(sums.residual[r].x) : 0.0f;
-        part[3] = static_cast<float>(sums.residual[r].h);
+        *part++ = has_centre ? static_cast<float>(sums.residual[r].x) : 0.0f;
+        if (layout.residual_entropy) *part++ = static_cast<float>(sums.residual[r].h);
+        if (layout.residual_label) *part = label_residual[r];
     }
 }
 

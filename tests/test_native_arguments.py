@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from qtarget_megatron import _C
 from qtarget_megatron.kernels import native
 
 IGNORE = -100
@@ -62,6 +63,18 @@ def test_in_place_with_another_row_stride_is_refused():
     buffer = torch.zeros(40)
     with pytest.raises(ValueError, match="shares memory with logits"):
         call(logits=buffer.as_strided((2, 8), (8, 1)), out=buffer.as_strided((2, 8), (12, 1)))
+
+
+def test_a_layout_of_another_width_than_the_output_is_refused():
+    z, labels, out = torch.zeros(2, 8), torch.zeros(2).long(), torch.full((2, 40), 7.0)
+    shard = dict(logits=(z.data_ptr(), 0, 8), teacher=(0, 0, 0), labels=labels.data_ptr(), rows=2, valid_columns=8)
+    shard |= dict(vocab_start=0, ignore_index=IGNORE, residuals=[(1.0, 0.0)], out=out.data_ptr(), num_threads=1)
+    for layout, width in (((True, 3, True, True), 12), ((False, -1, False, False), 6)):
+        with pytest.raises(ValueError, match=f"columns, got {width}"):
+            _C.cpu_partial_statistics(**shard, layout=layout, width=width)
+    assert (out == 7).all()
+    _C.cpu_partial_statistics(**shard, layout=(True, 3, True, True), width=13)
+    assert (out.flatten()[:26] != 7).all() and (out.flatten()[26:] == 7).all()
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "sse9"])

@@ -1,4 +1,4 @@
-"""The native kernels against float64 formulas written here, on every instruction set and device.
+"""The native kernels against float64 formulas, on every instruction set and device.
 
 Bounds: float32 sums over V columns in blocks agree with float64 to a few 1e-7 relative; a gradient
 is off by half a unit in the last place of its dtype besides.
@@ -6,118 +6,39 @@ is off by half a unit in the last place of its dtype besides.
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from native_formulas import (
+    DEVICES,
+    DTYPES,
+    IGNORE,
+    INF,
+    MIXED,
+    NAN,
+    TEACHER,
+    TEMPERED,
+    UNIFORM,
+    assert_statistics,
+    device_of,
+    draw,
+    draw_labels,
+    exact_gradient,
+    exact_statistics,
+    force_isa,
+    statistics,
+)
 
 from qtarget_megatron import _C
 from qtarget_megatron.kernels import native
 
-INF, NAN = math.inf, math.nan
-IGNORE = -100
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative: rounding of the result, and float32's part of it.
 RELATIVE = {dtype: torch.finfo(dtype).eps / 2 + 5e-7 for dtype in DTYPES}
-UNIFORM, TEACHER, MIXED, TEMPERED = (0.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1 / 0.7, 0.0)
 RESIDUALS = ((), (UNIFORM,), (TEACHER,), (MIXED,), (TEMPERED,), (TEMPERED, (0.0, 0.5)))
 
-no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-
-@pytest.fixture(params=["scalar", "avx2", pytest.param("cuda", marks=[pytest.mark.cuda, no_cuda])])
+@pytest.fixture(params=DEVICES)
 def device(request):
-    """The device of the test's tensors, with the CPU's instruction set forced."""
-    if request.param == "cuda":
-        yield "cuda"
-        return
-    force_isa(request.param)
-    yield "cpu"
-    _C.set_cpu_isa("auto")
-
-
-def force_isa(name):
-    try:
-        _C.set_cpu_isa(name)
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
-def exact_statistics(z, t, labels, residuals, vocab_start, valid, ignore_index=IGNORE):
-    """The definition, row by row in float64 on the CPU; for finite logits and -inf."""
-    z = z[:, :valid].double().cpu()
-    rows = []
-    for i, label in enumerate(labels.tolist()):
-        if label == ignore_index:
-            rows.append([0.0] * (4 + 4 * len(residuals)))
-            continue
-        m, centred = centre(z[i])
-        column = label - vocab_start
-        row = [m, centred.exp().sum(), product_sum(centred.exp(), centred)]
-        row.append(z[i, column] if 0 <= column < valid else 0.0)
-        for a, b in residuals:
-            u = torch.zeros(valid, dtype=torch.float64)
-            u = u + a * z[i] if a else u
-            u = u + b * t[i, :valid].double().cpu() if b else u
-            m_u, centred_u = centre(u)
-            weight = centred_u.exp()
-            cross = product_sum(weight, centred) if m > -INF else 0.0
-            row += [m_u, weight.sum(), cross, product_sum(weight, centred_u)]
-        rows.append([float(value) for value in row])
-    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), 4 + 4 * len(residuals))
-
-
-def centre(values):
-    m = values.max().item() if len(values) else -INF
-    return m, values - (m if m > -INF else 0.0)
-
-
-def product_sum(weight, values):
-    present = weight != 0
-    return (weight[present] * values[present]).sum()
-
-
-def exact_gradient(z, t, labels, residuals, vocab_start, valid, scales):
-    z64, out = z.double().cpu(), torch.zeros(z.shape, dtype=torch.float64)
-    s = {name: value.double().cpu() for name, value in scales.items()}
-    for i, label in enumerate(labels.tolist()):
-        all_scales = [s["scale"][i], s["label_scale"][i], *s["residual_scale"][:, i]]
-        if label == IGNORE or not any(all_scales):
-            continue
-        out[i, :valid] = (z64[i, :valid] - s["max_"][i]).exp() * s["scale"][i]
-        if 0 <= label - vocab_start < valid:
-            out[i, label - vocab_start] -= s["label_scale"][i]
-        for r, (a, b) in enumerate(residuals):
-            u = torch.zeros(valid, dtype=torch.float64)
-            u = u + a * z64[i, :valid] if a else u
-            u = u + b * t[i, :valid].double().cpu() if b else u
-            if s["residual_scale"][r, i] != 0:
-                out[i, :valid] -= (u - s["residual_max"][r, i]).exp() * s["residual_scale"][r, i]
-    return out
-
-
-def draw(rows, columns, dtype, device="cpu", spread=3.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(rows, columns, generator=generator) * spread
-    return values.to(dtype).to(device)
-
-
-def draw_labels(rows, columns, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, max(columns, 1), (rows,), generator=generator).to(device)
-
-
-def statistics(z, t, labels, residuals, vocab_start=0, valid=None):
-    valid = z.shape[1] if valid is None else valid
-    return native.partial_statistics(
-        z,
-        t,
-        labels,
-        residuals=residuals,
-        vocab_start=vocab_start,
-        valid_columns=valid,
-        ignore_index=IGNORE,
-    )
+    yield from device_of(request.param)
 
 
 def gradient(z, t, labels, residuals, scales, out=None, vocab_start=0, valid=None):
@@ -138,20 +59,6 @@ def scales_for(partials, device="cpu"):
         "residual_max": partials[:, 4::4].T.contiguous().to(device),
         "residual_scale": (0.5 / partials[:, 5::4].T).nan_to_num(posinf=0.0).contiguous().to(device),
     }
-
-
-def assert_statistics(got, expected):
-    # m_u is rounded to float32 and centres its sums: compare what the merge makes of them.
-    assert got.dtype == torch.float32
-    got = got.double().cpu()
-    torch.testing.assert_close(got[:, :4], expected[:, :4], rtol=1e-6, atol=1e-6)
-    for start in range(4, got.shape[1], 4):
-        ours, exact = got[:, start : start + 4], expected[:, start : start + 4]
-        lse = [part[:, 0] + part[:, 1].log() for part in (ours, exact)]
-        torch.testing.assert_close(*lse, rtol=3e-7, atol=1e-6)
-        for column in (2, 3):
-            means = [torch.where(part[:, 1] == 0, 0.0, part[:, column] / part[:, 1]) for part in (ours, exact)]
-            torch.testing.assert_close(*means, rtol=2e-6, atol=3e-6)
 
 
 def assert_gradient(got, expected, dtype):

@@ -130,25 +130,56 @@ struct Avx2Ops {
         }
     }
 
+    static int64_t above(const float* values, int64_t count, float threshold, float* hits) {
+        const Vec limit = _mm256_set1_ps(threshold);
+        int64_t found = 0;
+        const auto compare = [&](int64_t k) {
+            return _mm256_cmp_ps(_mm256_loadu_ps(values + k), limit, _CMP_GT_OQ);
+        };
+        const auto take = [&](int64_t k, Vec above) {
+            unsigned lanes = static_cast<unsigned>(_mm256_movemask_ps(above));
+            for (; lanes != 0; lanes &= lanes - 1) hits[found++] = values[k + __builtin_ctz(lanes)];
+        };
+        int64_t k = 0;
+        for (; k + 32 <= count; k += 32) {
+            Vec above[4];
+            for (int i = 0; i < 4; ++i) above[i] = compare(k + 8 * i);
+            const Vec any =
+                _mm256_or_ps(_mm256_or_ps(above[0], above[1]), _mm256_or_ps(above[2], above[3]));
+            if (_mm256_movemask_ps(any) == 0) continue;
+            for (int i = 0; i < 4; ++i) take(k + 8 * i, above[i]);
+        }
+        for (; k < count; k += 8) take(k, compare(k));
+        return found;
+    }
+
+    template <bool Collision>
     static BlockSums base_sums(const float* z, int64_t count, float z_centre) {
         const Vec origin = _mm256_set1_ps(z_centre);
-        Vec s[4], e[4];
-        for (int i = 0; i < 4; ++i) s[i] = e[i] = _mm256_setzero_ps();
+        Vec s[2], e[2], c[2];
+        for (int i = 0; i < 2; ++i) s[i] = e[i] = c[i] = _mm256_setzero_ps();
         const auto step = [&](int64_t k, int i) {
             Vec shifted = _mm256_sub_ps(_mm256_loadu_ps(z + k), origin);
             const Vec weight = exp_nonpositive(shifted);
             s[i] = _mm256_add_ps(s[i], weight);
             e[i] = _mm256_fmadd_ps(weight, shifted, e[i]);
+            if (Collision) {
+                // 2^60: squares of weights down to e^-85 are then no subnormal numbers, which some
+                // processors add a hundred times slower, and a block's sum stays below 2^127.
+                const Vec scaled = _mm256_mul_ps(weight, _mm256_set1_ps(0x1p60f));
+                c[i] = _mm256_fmadd_ps(scaled, scaled, c[i]);
+            }
         };
         int64_t k = 0;
-        for (; k + 32 <= count; k += 32) {
-            for (int i = 0; i < 4; ++i) step(k + 8 * i, i);
+        for (; k + 16 <= count; k += 16) {
+            for (int i = 0; i < 2; ++i) step(k + 8 * i, i);
         }
-        for (; k < count; k += 8) step(k, 0);
-        return {(sum_lanes(s[0]) + sum_lanes(s[1])) + (sum_lanes(s[2]) + sum_lanes(s[3])),
-                (sum_lanes(e[0]) + sum_lanes(e[1])) + (sum_lanes(e[2]) + sum_lanes(e[3]))};
+        if (k < count) step(k, 0);
+        return {sum_lanes(s[0]) + sum_lanes(s[1]), sum_lanes(e[0]) + sum_lanes(e[1]),
+                Collision ? (sum_lanes(c[0]) + sum_lanes(c[1])) * 0x1p-120 : 0.0};
     }
 
+    template <bool Entropy>
     static ResidualBlockSums residual_sums(const float* u, const float* z, int64_t count,
                                            float u_centre, float z_centre) {
         const Vec u_origin = _mm256_set1_ps(u_centre);
@@ -164,7 +195,7 @@ struct Avx2Ops {
             const Vec counts = _mm256_cmp_ps(weight, _mm256_setzero_ps(), _CMP_NEQ_UQ);
             s[i] = _mm256_add_ps(s[i], weight);
             x[i] = _mm256_add_ps(x[i], _mm256_and_ps(cross, counts));
-            h[i] = _mm256_fmadd_ps(weight, shifted, h[i]);
+            if (Entropy) h[i] = _mm256_fmadd_ps(weight, shifted, h[i]);
         };
         int64_t k = 0;
         for (; k + 16 <= count; k += 16) {
@@ -172,7 +203,7 @@ struct Avx2Ops {
         }
         if (k < count) step(k, 0);
         return {sum_lanes(s[0]) + sum_lanes(s[1]), sum_lanes(x[0]) + sum_lanes(x[1]),
-                sum_lanes(h[0]) + sum_lanes(h[1])};
+                Entropy ? sum_lanes(h[0]) + sum_lanes(h[1]) : 0.0};
     }
 
     static double uniform_cross(const float* z, int64_t count, float z_centre) {

@@ -4,8 +4,10 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <stdexcept>
 
+#include "top_k.h"
 #include "variants.h"
 
 namespace qtarget {
@@ -67,14 +69,14 @@ const Isa& current_isa() {
 }
 
 // Rows go out one at a time: ignored rows cost nothing and lie together (prompts), so equal shares
-// would be unequal.
-template <class Args>
-void for_rows(void (*function)(const Args&, int64_t), const Args& args, int num_threads) {
-    const int64_t rows = args.shard.rows;
+// would be unequal. function(row, thread).
+template <class Function>
+void for_rows(const ShardArgs& shard, int num_threads, const Function& function) {
+    const int64_t rows = shard.rows;
     const bool parallel =
-        num_threads > 1 && rows > 1 && rows * args.shard.valid_columns > kSerialElements;
+        num_threads > 1 && rows > 1 && rows * shard.valid_columns > kSerialElements;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (parallel)
-    for (int64_t row = 0; row < rows; ++row) function(args, row);
+    for (int64_t row = 0; row < rows; ++row) function(row, omp_get_thread_num());
 }
 
 }  // namespace
@@ -96,11 +98,18 @@ void set_cpu_isa(const std::string& name) {
 }
 
 void cpu_partial_statistics(const StatisticsArgs& args, int num_threads) {
-    for_rows(current_isa().rows->statistics[args.shard.num_residuals], args, num_threads);
+    const auto row_statistics = current_isa().rows->statistics[args.shard.num_residuals];
+    // Allocated here: a thread of the team could not report that there is no memory.
+    const int64_t room = args.layout.top_k > 0 ? top_room(top_count(args)) : 0;
+    const std::unique_ptr<float[]> workspace(new float[num_threads * room]);
+    for_rows(args.shard, num_threads, [&](int64_t row, int thread) {
+        row_statistics(args, row, workspace.get() + thread * room);
+    });
 }
 
 void cpu_logit_gradient(const GradientArgs& args, int num_threads) {
-    for_rows(current_isa().rows->gradient, args, num_threads);
+    const auto row_gradient = current_isa().rows->gradient;
+    for_rows(args.shard, num_threads, [&](int64_t row, int) { row_gradient(args, row); });
 }
 
 }  // namespace qtarget

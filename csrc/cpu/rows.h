@@ -6,13 +6,14 @@
 //
 // Ops provides, for float32 arrays whose length is a multiple of Ops::kWidth (the tail holds -inf,
 // which has no weight):
-//   load, store, max, combine, base_sums, residual_sums, uniform_cross, gradient.
+//   load, store, max, above, combine, base_sums, residual_sums, uniform_cross, gradient.
 #pragma once
 
 #include <cstring>
 
 #include "../core.h"
 #include "convert.h"
+#include "top_k.h"
 
 namespace qtarget {
 
@@ -24,7 +25,7 @@ struct alignas(64) Block {
 };
 
 struct BlockSums {
-    double s, e;
+    double s, e, c;
 };
 
 struct ResidualBlockSums {
@@ -91,18 +92,23 @@ QTARGET_FN bool reads_teacher(const ShardArgs& shard) {
     return reads;
 }
 
+// workspace: room for top_room(top_count(args)) where the layout asks for the largest logits.
 template <class Ops, int R>
-static void statistics_row(const StatisticsArgs& args, int64_t row) {
+static void statistics_row(const StatisticsArgs& args, int64_t row, float* workspace) {
     const ShardArgs& shard = args.shard;
-    float* const out = args.out + row * (kBaseWidth + kResidualWidth * R);
+    const Layout& layout = args.layout;
+    const int64_t width = partial_width(layout, R);
+    float* const out = args.out + row * width;
     const int64_t label = shard.labels[row];
     if (label == shard.ignore_index) {
-        std::memset(out, 0, sizeof(float) * (kBaseWidth + kResidualWidth * R));
+        std::memset(out, 0, sizeof(float) * width);
         return;
     }
     const bool with_teacher = reads_teacher(shard);
     Block z_buffer, t_buffer, u_buffer[R > 0 ? R : 1];
-    RowSums<double, R> sums;
+    TopValues top = {workspace, top_count(args), 0, lowest<float>()};
+    // What the layout leaves out is left out of each block's sums; moving a 0 costs nothing.
+    RowSums<double, R, true, true> sums;
     clear(sums);
     for (int64_t start = 0; start < shard.valid_columns; start += kBlock) {
         const int64_t left = shard.valid_columns - start;
@@ -111,14 +117,20 @@ static void statistics_row(const StatisticsArgs& args, int64_t row) {
         const float* const z = load_block<Ops>(shard.logits, row, start, count, z_buffer);
         const float* const t =
             with_teacher ? load_block<Ops>(shard.teacher, row, start, count, t_buffer) : z;
-        raise_base(sums, static_cast<double>(Ops::max(z, padded)));
+        const float z_max = Ops::max(z, padded);
+        raise_base(sums, static_cast<double>(z_max));
         const float z_centre = static_cast<float>(centre(sums.m));
-        const BlockSums block = Ops::base_sums(z, padded, z_centre);
+        const BlockSums block = layout.collision
+                                    ? Ops::template base_sums<true>(z, padded, z_centre)
+                                    : Ops::template base_sums<false>(z, padded, z_centre);
         sums.s += block.s;
         sums.e += block.e;
+        sums.c += block.c;
+        if (layout.top_k > 0 && z_max > top.threshold)
+            enter<Ops>(top, z, padded, static_cast<float>(sums.m));
         for (int r = 0; r < R; ++r) {
             const Residual residual = shard.residuals[r];
-            ResidualSums<double>& acc = sums.residual[r];
+            ResidualSums<double, true>& acc = sums.residual[r];
             if (is_uniform(residual)) {
                 // u = 0 in every valid column: weight 1, no exponential.
                 acc.m = 0.0;
@@ -134,16 +146,32 @@ static void statistics_row(const StatisticsArgs& args, int64_t row) {
                 u = u_buffer[r].values;
             }
             raise_residual(acc, static_cast<double>(Ops::max(u, padded)));
+            const float u_centre = static_cast<float>(centre(acc.m));
             const ResidualBlockSums part =
-                Ops::residual_sums(u, z, padded, static_cast<float>(centre(acc.m)), z_centre);
+                layout.residual_entropy
+                    ? Ops::template residual_sums<true>(u, z, padded, u_centre, z_centre)
+                    : Ops::template residual_sums<false>(u, z, padded, u_centre, z_centre);
             acc.s += part.s;
             acc.x += part.x;
             acc.h += part.h;
         }
     }
     const int64_t column = label - shard.vocab_start;
-    const bool here = column >= 0 && column < shard.valid_columns;
-    write_partial(sums, here ? read_element(shard.logits, row, column) : 0.0f, out);
+    float label_logit = 0.0f;
+    float label_residual[R > 0 ? R : 1] = {};
+    if (column >= 0 && column < shard.valid_columns) {
+        label_logit = read_element(shard.logits, row, column);
+        const bool wanted = layout.residual_label && with_teacher;
+        const float t = wanted ? read_element(shard.teacher, row, column) : 0.0f;
+        for (int r = 0; r < R; ++r) {
+            label_residual[r] =
+                residual_logit(shard.residuals[r].a, shard.residuals[r].b, label_logit, t);
+        }
+    }
+    write_partial(sums, label_logit, label_residual, layout, out);
+    if (layout.top_k > 0) {
+        write_largest(top, static_cast<float>(sums.m), layout.top_k, out + top_k_column(layout));
+    }
 }
 
 template <class Ops>

@@ -1,5 +1,8 @@
 // The rows in portable C++: the formulas of row_math.h, column by column.
 
+#include <algorithm>
+#include <functional>
+
 #include "rows.h"
 #include "variants.h"
 
@@ -44,17 +47,28 @@ struct ScalarOps {
         for (int64_t k = 0; k < count; ++k) u[k] = residual_logit(a, b, z[k], t[k]);
     }
 
+    static int64_t above(const float* values, int64_t count, float threshold, float* hits) {
+        int64_t found = 0;
+        for (int64_t k = 0; k < count; ++k) {
+            if (values[k] > threshold) hits[found++] = values[k];
+        }
+        return found;
+    }
+
+    template <bool Collision>
     static BlockSums base_sums(const float* z, int64_t count, float z_centre) {
-        double s = 0.0, e = 0.0;
+        double s = 0.0, e = 0.0, c = 0.0;
         for (int64_t k = 0; k < count; ++k) {
             const float shifted = z[k] - z_centre;
             const float weight = exp_float(shifted);
             s += weight;
             e += weighted(weight, shifted);
+            if (Collision) c += static_cast<double>(weight) * weight;
         }
-        return {s, e};
+        return {s, e, c};
     }
 
+    template <bool Entropy>
     static ResidualBlockSums residual_sums(const float* u, const float* z, int64_t count,
                                            float u_centre, float z_centre) {
         double s = 0.0, x = 0.0, h = 0.0;
@@ -63,7 +77,7 @@ struct ScalarOps {
             const float weight = exp_float(shifted);
             s += weight;
             x += weighted(weight, z[k] - z_centre);
-            h += weighted(weight, shifted);
+            if (Entropy) h += weighted(weight, shifted);
         }
         return {s, x, h};
     }
@@ -89,6 +103,10 @@ struct ScalarOps {
 };
 
 }  // namespace
+
+void sort_descending(float* values, int64_t count) {
+    std::sort(values, values + count, std::greater<float>());
+}
 
 const RowFunctions kScalarRows = {
     {statistics_row<ScalarOps, 0>, statistics_row<ScalarOps, 1>, statistics_row<ScalarOps, 2>},

@@ -7,8 +7,8 @@
 namespace qtarget {
 
 struct RowFunctions {
-    void (*statistics[kMaxResiduals + 1])(const StatisticsArgs&,
-                                          int64_t row);  // index: number of residuals
+    // Index: number of residuals.
+    void (*statistics[kMaxResiduals + 1])(const StatisticsArgs&, int64_t row, float* workspace);
     void (*gradient)(const GradientArgs&, int64_t row);
 };
 

@@ -131,6 +131,13 @@ struct TeacherRow {
                                    values);
         }
     }
+
+    __device__ __forceinline__ float at(int64_t column) const {
+        if (dtype == Dtype::kFloat32) return reinterpret_cast<const float*>(data)[column];
+        if (dtype == Dtype::kBFloat16)
+            return to_float(reinterpret_cast<const __nv_bfloat16*>(data)[column]);
+        return to_float(reinterpret_cast<const __half*>(data)[column]);
+    }
 };
 
 template <class T>
@@ -146,35 +153,37 @@ __device__ __forceinline__ float max_of(const float (&values)[K]) {
     return top;
 }
 
-template <int R>
-__device__ __forceinline__ RowSums<float, R> from_lane(const RowSums<float, R>& sums,
-                                                       int distance) {
-    RowSums<float, R> other;
+template <int R, bool Collision, bool Entropy>
+__device__ __forceinline__ RowSums<float, R, Collision, Entropy> from_lane(
+    const RowSums<float, R, Collision, Entropy>& sums, int distance) {
+    RowSums<float, R, Collision, Entropy> other;
     other.m = __shfl_down_sync(0xffffffffu, sums.m, distance);
     other.s = __shfl_down_sync(0xffffffffu, sums.s, distance);
     other.e = __shfl_down_sync(0xffffffffu, sums.e, distance);
+    other.c = Collision ? __shfl_down_sync(0xffffffffu, sums.c, distance) : 0.0f;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         other.residual[r].m = __shfl_down_sync(0xffffffffu, sums.residual[r].m, distance);
         other.residual[r].s = __shfl_down_sync(0xffffffffu, sums.residual[r].s, distance);
         other.residual[r].x = __shfl_down_sync(0xffffffffu, sums.residual[r].x, distance);
-        other.residual[r].h = __shfl_down_sync(0xffffffffu, sums.residual[r].h, distance);
+        other.residual[r].h =
+            Entropy ? __shfl_down_sync(0xffffffffu, sums.residual[r].h, distance) : 0.0f;
     }
     return other;
 }
 
 // Lane 0 ends with the sums of the first `lanes` lanes (a power of two).
-template <int R>
-__device__ __forceinline__ void add_lanes(RowSums<float, R>& sums, int lanes) {
+template <int R, bool Collision, bool Entropy>
+__device__ __forceinline__ void add_lanes(RowSums<float, R, Collision, Entropy>& sums, int lanes) {
 #pragma unroll 1
     for (int distance = lanes / 2; distance > 0; distance /= 2)
         add(sums, from_lane(sums, distance));
 }
 
 // Thread 0 ends with the sums of the block.
-template <int R>
-__device__ __forceinline__ void add_block(RowSums<float, R>& sums) {
-    __shared__ RowSums<float, R> of_warp[kWarps];
+template <int R, bool Collision, bool Entropy>
+__device__ __forceinline__ void add_block(RowSums<float, R, Collision, Entropy>& sums) {
+    __shared__ RowSums<float, R, Collision, Entropy> of_warp[kWarps];
     add_lanes(sums, 32);
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sums;
     __syncthreads();  // warp 0 reads what the lanes 0 wrote
@@ -184,14 +193,16 @@ __device__ __forceinline__ void add_block(RowSums<float, R>& sums) {
     }
 }
 
-template <class T, int R, bool Teacher>
+// All of a row's partial but its largest logits, which the caller adds.
+template <class T, int R, bool Teacher, bool Collision, bool Entropy>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsArgs args) {
     constexpr int K = kPack<T>;
     const int64_t row = blockIdx.x;
-    float* const out = args.out + row * (kBaseWidth + kResidualWidth * R);
+    const int64_t width = partial_width(args.layout, R);
+    float* const out = args.out + row * width;
     const int64_t label = args.shard.labels[row];
     if (label == args.shard.ignore_index) {
-        if (threadIdx.x < kBaseWidth + kResidualWidth * R) out[threadIdx.x] = 0.0f;
+        for (int64_t i = threadIdx.x; i < width; i += kThreads) out[i] = 0.0f;
         return;
     }
     const int columns = static_cast<int>(args.shard.valid_columns);
@@ -201,7 +212,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
     if (Teacher) teacher.open<K>(args.shard.teacher, row, packs.shift);
 
     // sums.m is the centre, at most kSlack below the maximum seen so far.
-    RowSums<float, R> sums;
+    RowSums<float, R, Collision, Entropy> sums;
     clear(sums);
     float z_max = -INFINITY;
     float u_max[R > 0 ? R : 1];
@@ -224,6 +235,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
             const float weight = exp_float(shifted);
             sums.s += weight;
             sums.e = fmaf(weight, fmaxf(shifted, kFloor), sums.e);
+            if (Collision) sums.c = fmaf(weight, weight, sums.c);
         }
 
 #pragma unroll
@@ -239,7 +251,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
                     if (start + k < 0 || start + k >= columns) u[k] = -INFINITY;
                 }
             }
-            ResidualSums<float>& acc = sums.residual[r];
+            ResidualSums<float, Entropy>& acc = sums.residual[r];
             const float u_top = max_of(u);
             u_max[r] = fmaxf(u_max[r], u_top);
             if (u_top > acc.m + kSlack) raise_residual(acc, u_top);
@@ -250,7 +262,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
                 const float weight = exp_float(shifted);
                 acc.s += weight;
                 acc.x += weighted(weight, z[k] - z_centre);
-                acc.h = fmaf(weight, fmaxf(shifted, kFloor), acc.h);
+                if (Entropy) acc.h = fmaf(weight, fmaxf(shifted, kFloor), acc.h);
             }
         }
     }
@@ -261,8 +273,21 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
     add_block(sums);
     if (threadIdx.x == 0) {
         const int64_t column = label - args.shard.vocab_start;
-        const bool here = column >= 0 && column < columns;
-        write_partial(sums, here ? to_float(logits[column]) : 0.0f, out);
+        float label_logit = 0.0f;
+        float label_residual[R > 0 ? R : 1] = {};
+        if (column >= 0 && column < columns) {
+            label_logit = to_float(logits[column]);
+            if (R > 0 && args.layout.residual_label) {
+                const float t = Teacher ? teacher.at(column) : 0.0f;
+#pragma unroll
+                for (int r = 0; r < R; ++r) {
+                    label_residual[r] =
+                        residual_logit(args.shard.residuals[r].a,
+                                       Teacher ? args.shard.residuals[r].b : 0.0f, label_logit, t);
+                }
+            }
+        }
+        write_partial(sums, label_logit, label_residual, args.layout, out);
     }
 }
 
@@ -366,26 +391,40 @@ bool any_teacher(const ShardArgs& shard) {
     return reads;
 }
 
-template <class T>
+template <class T, int R, bool Teacher>
 void launch_statistics(const StatisticsArgs& args, cudaStream_t stream) {
     const unsigned rows = static_cast<unsigned>(args.shard.rows);
+    const bool entropy = R > 0 && args.layout.residual_entropy;
+    if (args.layout.collision && entropy) {
+        statistics_kernel<T, R, Teacher, true, R != 0><<<rows, kThreads, 0, stream>>>(args);
+    } else if (args.layout.collision) {
+        statistics_kernel<T, R, Teacher, true, false><<<rows, kThreads, 0, stream>>>(args);
+    } else if (entropy) {
+        statistics_kernel<T, R, Teacher, false, R != 0><<<rows, kThreads, 0, stream>>>(args);
+    } else {
+        statistics_kernel<T, R, Teacher, false, false><<<rows, kThreads, 0, stream>>>(args);
+    }
+}
+
+template <class T>
+void launch_statistics(const StatisticsArgs& args, cudaStream_t stream) {
     const bool teacher = any_teacher(args.shard);
     switch (args.shard.num_residuals) {
         case 0:
-            statistics_kernel<T, 0, false><<<rows, kThreads, 0, stream>>>(args);
+            launch_statistics<T, 0, false>(args, stream);
             break;
         case 1:
             if (teacher) {
-                statistics_kernel<T, 1, true><<<rows, kThreads, 0, stream>>>(args);
+                launch_statistics<T, 1, true>(args, stream);
             } else {
-                statistics_kernel<T, 1, false><<<rows, kThreads, 0, stream>>>(args);
+                launch_statistics<T, 1, false>(args, stream);
             }
             break;
         default:
             if (teacher) {
-                statistics_kernel<T, 2, true><<<rows, kThreads, 0, stream>>>(args);
+                launch_statistics<T, 2, true>(args, stream);
             } else {
-                statistics_kernel<T, 2, false><<<rows, kThreads, 0, stream>>>(args);
+                launch_statistics<T, 2, false>(args, stream);
             }
     }
 }

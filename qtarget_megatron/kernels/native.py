@@ -37,37 +37,43 @@ def partial_statistics(
     valid_columns: int,
     ignore_index: int,
 ) -> Tensor:
-    """Reduce this rank's shard to float32 ``[N, 4 + 4R]``, in the layout of statistics.py.
+    """Reduce this rank's shard to float32 ``[N, request.width]``, in the layout of statistics.py.
 
     logits, teacher_logits: ``[N, V_local]`` float32, bfloat16 or float16 (not necessarily the
         same), columns adjacent, any row stride. The teacher is read only where a residual (a, b)
         has b != 0; columns from valid_columns on are never read.
-    labels: ``[N]`` int64 global ids. Rows labelled ignore_index are 0; their logits are not read.
+    labels: ``[N]`` int64 global ids. Rows labelled ignore_index are 0; their logits are not read
+        (on the GPU: not used, where request.top_k is set).
+
+    The largest logits come from the same visit of the row on the CPU, and from torch.topk, a pass
+    of its own, on the GPU.
 
     A NaN or +inf among the logits (or in u = a*z + b*t) makes that row's s (or s_u) NaN; its
-    maximum may be finite.
+    maximum may be finite. NaN is never among the largest logits on the CPU, and is on the GPU.
     Raises ValueError for any other dtype, device, shape or stride.
     """
-    # TEMPORARY bridge until the extension knows StatisticsRequest.
-    if request.collision or request.top_k or request.residual_label:
-        from qtarget_megatron.kernels import reference
-
-        return reference.partial_statistics(
-            logits,
-            teacher_logits,
-            labels,
-            request=request,
-            vocab_start=vocab_start,
-            valid_columns=valid_columns,
-            ignore_index=ignore_index,
-        )
-    residuals = request.residuals
-    shard = _shard(logits, teacher_logits, labels, residuals, vocab_start, valid_columns, ignore_index)
-    out = torch.empty(logits.shape[0], 4 + 4 * len(residuals), dtype=torch.float32, device=logits.device)
-    _function("partial_statistics", logits)(**shard, out=out.data_ptr(), **_execution(logits))
-    if residuals and not request.residual_entropy:
-        out = out[:, [c for c in range(out.shape[1]) if c < 4 or (c - 4) % 4 != 3]]
+    shard = _shard(logits, teacher_logits, labels, request.residuals, vocab_start, valid_columns, ignore_index)
+    out = torch.empty(logits.shape[0], request.width, dtype=torch.float32, device=logits.device)
+    layout = (request.collision, request.top_k, request.residual_entropy, request.residual_label)
+    _function("partial_statistics", logits)(
+        **shard, layout=layout, width=request.width, out=out.data_ptr(), **_execution(logits)
+    )
+    if request.top_k and logits.device.type == "cuda":
+        end = request.width - request.residual_width * len(request.residuals)
+        write_top_k(logits[:, :valid_columns], labels != ignore_index, out[:, end - request.top_k : end])
     return out
+
+
+def write_top_k(logits: Tensor, supervised: Tensor, out: Tensor) -> None:
+    """Fill ``out`` ``[N, k]`` with the k largest logits of each row, descending, then -inf.
+
+    Rows that are not supervised become 0. This is the part of the statistics that the CUDA kernel
+    leaves out.
+    """
+    found = min(out.shape[1], logits.shape[1])
+    out[:, :found] = logits.topk(found, dim=-1).values
+    out[:, found:] = -torch.inf
+    out.masked_fill_(~supervised[:, None], 0.0)
 
 
 def logit_gradient(

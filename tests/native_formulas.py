@@ -1,0 +1,156 @@
+"""What the native kernels are compared with: the definitions, row by row in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qtarget_megatron import _C
+from qtarget_megatron.kernels import native
+from qtarget_megatron.statistics import StatisticsRequest
+
+INF, NAN = math.inf, math.nan
+IGNORE = -100
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UNIFORM, TEACHER, MIXED, TEMPERED = (0.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1 / 0.7, 0.0)
+
+_no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["scalar", "avx2", pytest.param("cuda", marks=[pytest.mark.cuda, _no_cuda])]
+
+
+def device_of(name):
+    """Yields the device of the test's tensors, with the CPU's instruction set forced."""
+    if name == "cuda":
+        yield "cuda"
+        return
+    force_isa(name)
+    yield "cpu"
+    _C.set_cpu_isa("auto")
+
+
+def force_isa(name):
+    try:
+        _C.set_cpu_isa(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def request_of(residuals, **wanted):
+    """A request that asks for the residuals' entropy unless told otherwise: m_u, s_u, x_u, h_u."""
+    return StatisticsRequest(residuals, **({"residual_entropy": True} | wanted))
+
+
+def exact_statistics(z, t, labels, residuals, vocab_start, valid, **wanted):
+    """The definition, row by row in float64 on the CPU; for finite logits and -inf."""
+    request = request_of(residuals, **wanted)
+    z = z[:, :valid].double().cpu()
+    rows = []
+    for i, label in enumerate(labels.tolist()):
+        if label == IGNORE:
+            rows.append([0.0] * request.width)
+            continue
+        m, centred = centre(z[i])
+        column = label - vocab_start
+        here = 0 <= column < valid
+        row = [m, centred.exp().sum(), product_sum(centred.exp(), centred), z[i, column] if here else 0.0]
+        if request.collision:
+            row.append((2 * centred).exp().sum())
+        if request.top_k:
+            largest = sorted(z[i].tolist(), reverse=True)[: request.top_k]
+            row += largest + [-INF] * (request.top_k - len(largest))
+        for a, b in residuals:
+            u = torch.zeros(valid, dtype=torch.float64)
+            u = u + a * z[i] if a else u
+            u = u + b * t[i, :valid].double().cpu() if b else u
+            m_u, centred_u = centre(u)
+            weight = centred_u.exp()
+            row += [m_u, weight.sum(), product_sum(weight, centred) if m > -INF else 0.0]
+            if request.residual_entropy:
+                row.append(product_sum(weight, centred_u))
+            if request.residual_label:
+                row.append(u[column] if here else 0.0)
+        rows.append([float(value) for value in row])
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), request.width)
+
+
+def centre(values):
+    m = values.max().item() if len(values) else -INF
+    return m, values - (m if m > -INF else 0.0)
+
+
+def product_sum(weight, values):
+    present = weight != 0
+    return (weight[present] * values[present]).sum()
+
+
+def exact_gradient(z, t, labels, residuals, vocab_start, valid, scales):
+    z64, out = z.double().cpu(), torch.zeros(z.shape, dtype=torch.float64)
+    s = {name: value.double().cpu() for name, value in scales.items()}
+    for i, label in enumerate(labels.tolist()):
+        all_scales = [s["scale"][i], s["label_scale"][i], *s["residual_scale"][:, i]]
+        if label == IGNORE or not any(all_scales):
+            continue
+        out[i, :valid] = (z64[i, :valid] - s["max_"][i]).exp() * s["scale"][i]
+        if 0 <= label - vocab_start < valid:
+            out[i, label - vocab_start] -= s["label_scale"][i]
+        for r, (a, b) in enumerate(residuals):
+            u = torch.zeros(valid, dtype=torch.float64)
+            u = u + a * z64[i, :valid] if a else u
+            u = u + b * t[i, :valid].double().cpu() if b else u
+            if s["residual_scale"][r, i] != 0:
+                out[i, :valid] -= (u - s["residual_max"][r, i]).exp() * s["residual_scale"][r, i]
+    return out
+
+
+def draw(rows, columns, dtype, device="cpu", spread=3.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, columns, generator=generator) * spread
+    return values.to(dtype).to(device)
+
+
+def draw_labels(rows, columns, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, max(columns, 1), (rows,), generator=generator).to(device)
+
+
+def statistics(z, t, labels, residuals, vocab_start=0, valid=None, **wanted):
+    valid = z.shape[1] if valid is None else valid
+    return native.partial_statistics(
+        z,
+        t,
+        labels,
+        request=request_of(residuals, **wanted),
+        vocab_start=vocab_start,
+        valid_columns=valid,
+        ignore_index=IGNORE,
+    )
+
+
+def columns_of(residuals, **wanted):
+    """The columns of each part of a partial: base, c, top, and of each residual: m_u, s_u, x_u, h_u, u_y."""
+    request = request_of(residuals, **wanted)
+    lengths = {"base": 4, "c": int(request.collision), "top": request.top_k}
+    for index in range(len(residuals)):
+        lengths |= {(name, index): 1 for name in ("m_u", "s_u", "x_u")}
+        lengths |= {("h_u", index): int(request.residual_entropy), ("u_y", index): int(request.residual_label)}
+    columns, start = {}, 0
+    for name, length in lengths.items():
+        columns[name] = slice(start, start + length)
+        start += length
+    return columns
+
+
+def assert_statistics(got, expected):
+    # m_u is rounded to float32 and centres its sums: compare what the merge makes of them.
+    assert got.dtype == torch.float32
+    got = got.double().cpu()
+    torch.testing.assert_close(got[:, :4], expected[:, :4], rtol=1e-6, atol=1e-6)
+    for start in range(4, got.shape[1], 4):
+        ours, exact = got[:, start : start + 4], expected[:, start : start + 4]
+        lse = [part[:, 0] + part[:, 1].log() for part in (ours, exact)]
+        torch.testing.assert_close(*lse, rtol=3e-7, atol=1e-6)
+        for column in (2, 3):
+            means = [torch.where(part[:, 1] == 0, 0.0, part[:, column] / part[:, 1]) for part in (ours, exact)]
+            torch.testing.assert_close(*means, rtol=2e-6, atol=3e-6)
