@@ -19,7 +19,15 @@ from qtarget_megatron import collectives, kernels
 from qtarget_megatron.loss import refuse_second_derivative
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.statistics import TokenStatistics, merge
-from qtarget_megatron.token_loss import check_labels, evaluate, flat_inputs, reshaped, scattered, true_vocab_size
+from qtarget_megatron.token_loss import (
+    check_labels,
+    evaluate,
+    flat_inputs,
+    reshaped,
+    scattered,
+    true_vocab_size,
+    vocabulary_shard,
+)
 
 # Columns of the weight's gradient that one product of 16-bit matrices makes before it is added up in float32.
 _COLUMN_TILE = 8192
@@ -78,7 +86,7 @@ def qtarget_linear_cross_entropy(
     if not objective.needs_teacher:
         teacher_hidden = teacher_weight = None
     _check(hidden, weight, labels, teacher_hidden, teacher_weight, objective, group, sequence_parallel, chunk_size)
-    local_vocab, rank = weight.shape[0], collectives.rank(group)
+    local_vocab = weight.shape[0]
     vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
     check_labels(labels, vocab_size, ignore_index)
     supervised = labels != ignore_index
@@ -90,11 +98,7 @@ def qtarget_linear_cross_entropy(
         objective=objective,
         inputs={name: values[rows] for name, values in inputs.items()},
         group=group,
-        shard=dict(
-            vocab_start=rank * local_vocab,
-            valid_columns=min(max(vocab_size - rank * local_vocab, 0), local_vocab),
-            ignore_index=ignore_index,
-        ),
+        shard=vocabulary_shard(collectives.rank(group), local_vocab, vocab_size, ignore_index),
         rows=rows,
         num_tokens=labels.numel(),
         sequence_parallel=sequence_parallel,

@@ -15,7 +15,7 @@ from torch import Tensor
 from qtarget_megatron import collectives, kernels
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.statistics import TokenStatistics, merge
-from qtarget_megatron.token_loss import check_labels, evaluate, flat_inputs, reshaped, true_vocab_size
+from qtarget_megatron.token_loss import check_labels, evaluate, flat_inputs, reshaped, true_vocab_size, vocabulary_shard
 
 
 def qtarget_cross_entropy(
@@ -64,9 +64,8 @@ def qtarget_cross_entropy(
     would wait for the device, the loss is NaN or follows the value). A NaN or +inf logit makes that token's loss NaN;
     so does a teacher row that is -inf throughout.
     """
-    world_size, rank = collectives.size(group), collectives.rank(group)
     local_vocab = _check_shapes(logits, labels, teacher_logits, objective)
-    vocab_size = true_vocab_size(vocab_size, local_vocab, world_size)
+    vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
     check_labels(labels, vocab_size, ignore_index)
     inputs = flat_inputs(objective, token_inputs, labels, labels != ignore_index)
 
@@ -79,11 +78,7 @@ def qtarget_cross_entropy(
         objective=objective,
         inputs=inputs,
         group=group,
-        shard=dict(
-            vocab_start=rank * local_vocab,
-            valid_columns=min(max(vocab_size - rank * local_vocab, 0), local_vocab),
-            ignore_index=ignore_index,
-        ),
+        shard=vocabulary_shard(collectives.rank(group), local_vocab, vocab_size, ignore_index),
         inplace=inplace,
     )
     loss = _QTargetCrossEntropy.apply(flat_logits, flat_teacher, labels.reshape(-1), spec)

@@ -113,6 +113,14 @@ def true_vocab_size(vocab_size: int | None, local_vocab: int, world_size: int) -
     return vocab_size
 
 
+def vocabulary_shard(rank: int, local_vocab: int, vocab_size: int, ignore_index: int) -> dict[str, int]:
+    """Keywords of both kernels that say which columns of the vocabulary a rank has."""
+    start = rank * local_vocab
+    return dict(
+        vocab_start=start, valid_columns=min(max(vocab_size - start, 0), local_vocab), ignore_index=ignore_index
+    )
+
+
 def flat_inputs(
     objective: Objective, token_inputs: Mapping[str, Tensor] | None, labels: Tensor, supervised: Tensor
 ) -> dict[str, Tensor]:

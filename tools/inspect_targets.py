@@ -79,6 +79,7 @@ def inspect_sample(args: argparse.Namespace) -> dict[str, Any]:
     # Seconds of imports that --help and a mistyped objective do not spend.
     import torch
 
+    from qtarget_megatron.checkpoint import transformers_logits
     from qtarget_megatron.data import IGNORE_INDEX, compare_tokenizers, load_tokenizer
     from qtarget_megatron.inspection import inspect
 
@@ -95,10 +96,10 @@ def inspect_sample(args: argparse.Namespace) -> dict[str, Any]:
     if args.teacher_hf is not None and not same:
         compare_tokenizers(tokenizer, load_tokenizer(args.teacher_hf))
 
-    logits = _logits(args.hf_model, ids[:-1])
+    logits = transformers_logits(args.hf_model, ids[:-1])
     teacher_logits = None
     if args.teacher_hf is not None:
-        teacher_logits = logits if same else _logits(args.teacher_hf, ids[:-1])
+        teacher_logits = logits if same else transformers_logits(args.teacher_hf, ids[:-1])
         if teacher_logits.shape != logits.shape:
             raise ValueError(
                 f"--teacher-hf {args.teacher_hf} has a vocabulary of {teacher_logits.shape[-1]}, the student one of "
@@ -219,34 +220,6 @@ def _sample(args: argparse.Namespace, tokenizer: Any, names: list[str]) -> tuple
     if not 0 <= index < len(file):
         raise ValueError(f"--index must be in 0..{len(file) - 1}, the records of {args.data}, got {index}")
     return encode_at(file, tokenizer, args.seq_length, index, names), f"{args.data.name}, record {index}"
-
-
-def _logits(directory: Path, ids: list[int]):
-    """Logits of one sequence by transformers, float32 [s, V], on the CPU. No code from the directory is run."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(directory),
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"transformers cannot load a model from {directory}: {reason}") from error
-    if max(ids) >= model.config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer wrote id {max(ids)}, the model has a vocabulary of {model.config.vocab_size}: "
-            "config.json and tokenizer do not belong together"
-        )
-    with torch.no_grad():
-        return model.eval()(torch.tensor([ids])).logits[0].float()
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from qtarget_megatron.checkpoint.layout import (
     merge_parameter,
     partition_dim,
 )
+from qtarget_megatron.checkpoint.transformers_model import transformers_logits
 
 __all__ = [
     "Architecture",
@@ -25,4 +26,5 @@ __all__ = [
     "merge_parameter",
     "partition_dim",
     "plan_shards",
+    "transformers_logits",
 ]

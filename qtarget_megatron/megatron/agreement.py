@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from qtarget_megatron.checkpoint import transformers_logits
 from qtarget_megatron.megatron.convert import OpenModel
 
 
@@ -122,25 +123,3 @@ def megatron_logits(model: OpenModel, tokens: list[int]) -> Tensor | None:
     if group.rank() != 0 or parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return None
     return torch.cat(shards, dim=-1)[:, : model.arch.vocab_size].cpu()
-
-
-@torch.no_grad()
-def transformers_logits(directory: Path, tokens: list[int]) -> Tensor:
-    """Logits of one sequence by transformers, float32 [s, vocab_size], on the CPU.
-
-    No code from the directory is run. ValueError where transformers cannot load it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(directory),
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"transformers cannot load a model from {directory}: {reason}") from error
-    return model.eval()(torch.tensor([tokens], device="cpu")).logits[0].float()
