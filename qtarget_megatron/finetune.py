@@ -67,9 +67,13 @@ def run(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--help-megatron", action="store_true", help="list Megatron's flags")
+    parser.add_argument("--help-objectives", action="store_true", help="list the objectives with their formulas")
     if "--help-megatron" in argv:
         cpu_platform.activate()
         launch.print_flags()
+        return
+    if "--help-objectives" in argv:
+        print(objectives.describe())
         return
     ours, _ = add_arguments(parser).parse_known_args(argv)
     if ours.objective_file is not None:

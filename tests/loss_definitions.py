@@ -201,6 +201,8 @@ CASES = {
             weighted(lambda z, y, x: (top_k_entropy(z, 3) / 0.5) ** 2),
             constant(5),
         ),
+        # More than one shard of the tests' vocabularies holds.
+        Case("eaft-k50", objectives.eaft(k=50), weighted(lambda z, y, x: top_k_entropy(z, 50) / math.log(50))),
         Case("iw-sft", objectives.iw_sft(), weighted(lambda z, y, x: x["weight"]), constant(2)),
         Case("cft", objectives.cft(), weighted(lambda z, y, x: x["critical"])),
         Case("label-smoothing", objectives.label_smoothing(lam=0.1), label_smoothing(0.1)),

@@ -21,6 +21,13 @@ def workspace(tmp_path_factory):
     lines = (folder / "train.jsonl").read_text().splitlines()
     (folder / "no-json.jsonl").write_text("\n".join([*lines[:6], "{'role': 1}", *lines[6:]]))
     (folder / "no-keys.jsonl").write_text("\n".join([*lines[:3], '{"text": "hello"}']))
+    records = [json.loads(line) for line in lines]
+    bare = [{"messages": record["messages"]} for record in records]
+    write_records(folder / "no-side-inputs.jsonl", bare)
+    write_records(folder / "short-side-input.jsonl", [*records[:4], records[4] | {"critical": [1]}, *records[5:]])
+    write_records(folder / "nan.jsonl", [records[0], records[1] | {"weight": float("nan")}])
+    (folder / "broken.py").write_text("x = 1\nx / 0\n")
+    (folder / "empty.py").write_text("")
     (folder / "full").mkdir()
     (folder / "full" / "precious.txt").write_text("keep me")
 
@@ -36,6 +43,10 @@ def workspace(tmp_path_factory):
     shutil.copytree(folder / "teacher", folder / "other-tokenizer")
     byte_tokenizer(CHATML, eos="<|im_end|>", special=SPECIAL[::-1]).save_pretrained(folder / "other-tokenizer")
     return folder
+
+
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def variant(folder, name, source="untied", **changes):
@@ -64,6 +75,33 @@ CASES = {
         {"--objective": "kd", "--objective-args": None, "--teacher-hf": "larger-vocabulary"},
         ["400"],
     ),
+    "objective that is not of the form": (
+        {"--objective": "reverse_kl", "--objective-args": None},
+        ["'reverse-kl'", "not available", "every token", "hybrid-kd"],
+    ),
+    "gem's other form": (
+        {"--objective": "gem", "--objective-args": "h=logsigmoid"},
+        ["gem(h='logsigmoid')", "not available", "h='linear'"],
+    ),
+    "side input missing": (
+        {"--objective": "psft", "--objective-args": None, "--sft-train": "no-side-inputs.jsonl"},
+        ["no-side-inputs.jsonl:1", '"old_log_prob"', "tools/score.py"],
+    ),
+    "side input of another length": (
+        {"--objective": "cft", "--objective-args": None, "--sft-train": "short-side-input.jsonl"},
+        ["short-side-input.jsonl:5", '"critical"', "got 1"],
+    ),
+    "side input that is no number": (
+        {"--objective": "iw-sft", "--objective-args": None, "--sft-train": "nan.jsonl"},
+        ["nan.jsonl:2", '"weight"', "finite number", "NaN"],
+    ),
+    "objective file absent": ({"--objective-file": "absent.py"}, ["absent.py", "expected a Python file"]),
+    "objective file that fails": ({"--objective-file": "broken.py"}, ["broken.py:2", "ZeroDivisionError"]),
+    "objective file that registers nothing": (
+        {"--objective-file": "empty.py"},
+        ["empty.py", "registers no objective", "@objectives.register"],
+    ),
+    "chunks of no tokens": ({"--qtarget-chunk-size": 0}, ["--qtarget-chunk-size", "1 or more", "0"]),
     "TP that does not divide the heads": (
         {"--tensor-model-parallel-size": 3},
         ["3", "4 attention heads", "[1, 2, 4]"],
@@ -103,7 +141,7 @@ CASES = {
     "tokenizer of another model": ({"--hf-model": "small-vocabulary"}, ["tokenizer", "200"]),
     "checkpoint absent": ({"--load": "absent"}, ["--load", "absent", "drop"]),
 }
-PATHS = ("--hf-model", "--teacher-hf", "--sft-train", "--save-hf", "--load")
+PATHS = ("--hf-model", "--teacher-hf", "--sft-train", "--save-hf", "--load", "--objective-file")
 
 
 def command_line(workspace, changes):

@@ -19,6 +19,13 @@ def test_every_objective_has_a_row_that_links_to_its_function():
         assert linked.startswith(f"def {name.replace('-', '_')}("), f"{path}#L{line}: {linked}"
 
 
+def test_help_tells_every_objective_and_its_formula():
+    text = objectives.describe()
+    for name in objectives.names():
+        assert re.search(rf"^{name} .*\n    \S.*\n\n    loss = ", text, re.MULTILINE), name
+    assert "target-sft eta=0.5" in text and "beyond-log alpha=...\n" in text
+
+
 def test_the_table_states_the_defaults_and_the_side_inputs():
     for name, _, _, parameters, cells in ROW.findall(README):
         signature = inspect.signature(getattr(objectives, name.replace("-", "_")))

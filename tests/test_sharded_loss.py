@@ -131,7 +131,7 @@ LAYOUTS = {
     )
 }
 # One without a residual, with one that reads only the student, with two, and with both models.
-TYPICAL = ("sft", "label-smoothing", "kd-T2", "target-sft", "target-sft-eta1")
+TYPICAL = ("sft", "label-smoothing", "kd-T2", "target-sft", "target-sft-eta1", "eaft-k50", "deft", "gift")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -252,7 +252,10 @@ def _compare_with_unsharded(loss, gradient, statistics, whole_loss, whole_gradie
     torch.testing.assert_close(
         loss, whole_loss, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"loss: {m}"
     )
-    for name in ("log_p", "p", "entropy", "label_mass", "residual_mass", "trust"):
+    for name in ("log_p", "p", "entropy", "collision", "top_logits", "label_mass", "residual_mass", "trust"):
+        if getattr(whole_statistics, name) is None:
+            assert getattr(statistics, name) is None
+            continue
         torch.testing.assert_close(
             getattr(statistics, name),
             getattr(whole_statistics, name),
@@ -314,6 +317,31 @@ def outcomes():
         return launches[world_size]
 
     return of
+
+
+PAYLOADS = {
+    "sft": 4, "dft": 4, "psft": 4, "label-smoothing": 7, "target-sft": 7, "gem": 7, "kd": 8, "kd-T2": 12, "asft": 8,
+    "gift": 8, "deft": 5, "eaft": 24, "eaft-k3": 7, "entropy-mask": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_the_collective_carries_what_the_objective_asks_for(name):
+    """Numbers per token and rank: m, s, e, z_y; three for a residual; one for each thing that is requested."""
+    case, sent = CASES[name], []
+    logits, labels = torch.randn(5, 40), torch.randint(40, (5,))
+
+    def recording(partials, group):
+        sent.append(partials.shape)
+        return partials[None]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qtarget_megatron.collectives.gather_partials", recording)
+        inputs = case.inputs(logits, labels)
+        qtarget_cross_entropy(
+            logits, labels, objective=case.objective, teacher_logits=case.teacher(logits), token_inputs=inputs
+        )
+    assert sent == [(5, PAYLOADS[name])]
 
 
 @pytest.mark.parametrize(("world_size", "name"), [(size, name) for size in WORLD_SIZES for name in case_names(size)])

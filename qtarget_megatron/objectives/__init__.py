@@ -45,6 +45,7 @@ from qtarget_megatron.objectives.published import (
 from qtarget_megatron.objectives.registry import (
     Objective,
     check_token_input,
+    describe,
     from_arguments,
     get,
     names,
@@ -59,6 +60,7 @@ __all__ = [
     "cft",
     "check_token_input",
     "deft",
+    "describe",
     "dft",
     "eaft",
     "entropy_mask",

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import math
 import os
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -116,6 +117,19 @@ def refuse(name: str, reason: str) -> None:
 def names() -> list[str]:
     """Names of all registered objectives, sorted."""
     return sorted(_REGISTRY)
+
+
+def describe() -> str:
+    """Name, parameters and docstring of every registered objective, as text."""
+    texts = []
+    for name in names():
+        factory = _REGISTRY[name]
+        parameters = " ".join(
+            f"{key}={'...' if parameter.default is inspect.Parameter.empty else parameter.default}"
+            for key, parameter in factory.__signature__.parameters.items()
+        )
+        texts.append(f"{name} {parameters}\n" + textwrap.indent(inspect.cleandoc(factory.__doc__ or ""), "    "))
+    return "\n\n".join(texts)
 
 
 def get(name: str, **parameters: Any) -> Objective:
