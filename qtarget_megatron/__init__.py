@@ -9,11 +9,13 @@ from qtarget_megatron.inspection import induced_target, target_distribution
 from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.loss import qtarget_cross_entropy
 from qtarget_megatron.objectives import Objective
+from qtarget_megatron.sparse_teacher import SparseTeacher
 from qtarget_megatron.statistics import TokenStatistics
 
 __version__ = "0.1.0"
 __all__ = [
     "Objective",
+    "SparseTeacher",
     "TokenStatistics",
     "induced_target",
     "objectives",

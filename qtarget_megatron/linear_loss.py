@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
-from qtarget_megatron.loss import refuse_second_derivative
+from qtarget_megatron.loss import check_second_model, refuse_second_derivative
 from qtarget_megatron.objectives import Objective
-from qtarget_megatron.statistics import TokenStatistics, merge
+from qtarget_megatron.sparse_teacher import (
+    SparseTeacher,
+    Teacher,
+    logit_gradient,
+    merge_parts,
+    partial_statistics,
+)
+from qtarget_megatron.statistics import TokenStatistics
 from qtarget_megatron.token_loss import (
     check_labels,
     evaluate,
@@ -41,6 +48,7 @@ def qtarget_linear_cross_entropy(
     objective: Objective,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
+    sparse_teacher: SparseTeacher | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
@@ -58,6 +66,7 @@ def qtarget_linear_cross_entropy(
         weight: ``[V_local, H]``, dtype of hidden: this rank's rows of the output layer (or of the tied embedding).
         labels: ``[...]`` int64, always of the whole sequence. Only supervised tokens get logits at all.
         teacher_hidden, teacher_weight: the same of the second model, of any width; no gradient.
+        sparse_teacher: in their place, its largest probabilities, ``[..., K]`` of the whole sequence.
         sequence_parallel: hidden and teacher_hidden are sharded over group along their first dimension.
         chunk_size: tokens whose logits exist at a time.
         others: as in qtarget_cross_entropy.
@@ -83,9 +92,11 @@ def qtarget_linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         if objective.needs_teacher and None not in (teacher_hidden, teacher_weight):
             teacher_hidden, teacher_weight = teacher_hidden.to(dtype), teacher_weight.to(dtype)
+    given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+    check_second_model(objective, labels, given, sparse_teacher)
     if not objective.needs_teacher:
-        teacher_hidden = teacher_weight = None
-    _check(hidden, weight, labels, teacher_hidden, teacher_weight, objective, group, sequence_parallel, chunk_size)
+        teacher_hidden = teacher_weight = sparse_teacher = None
+    _check(hidden, weight, labels, teacher_hidden, teacher_weight, group, sequence_parallel, chunk_size)
     local_vocab = weight.shape[0]
     vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
     check_labels(labels, vocab_size, ignore_index)
@@ -98,6 +109,8 @@ def qtarget_linear_cross_entropy(
         objective=objective,
         inputs={name: values[rows] for name, values in inputs.items()},
         group=group,
+        sparse_teacher=None if sparse_teacher is None else sparse_teacher.rows(rows),
+        vocab_size=vocab_size,
         shard=vocabulary_shard(collectives.rank(group), local_vocab, vocab_size, ignore_index),
         rows=rows,
         num_tokens=labels.numel(),
@@ -123,6 +136,8 @@ class _Spec:
     objective: Objective
     inputs: Mapping[str, Tensor]
     group: collectives.Group
+    sparse_teacher: SparseTeacher | None
+    vocab_size: int
     shard: dict
     rows: Tensor
     num_tokens: int
@@ -134,6 +149,10 @@ class _Spec:
         """Hidden states of the supervised tokens, [n, H]."""
         whole = collectives.gather_sequence(hidden, self.group) if self.sequence_parallel else hidden
         return whole.reshape(-1, hidden.shape[-1])[self.rows]
+
+    def teacher(self, hidden: Tensor | None, weight: Tensor | None, chunk: slice) -> Teacher:
+        """The second model at a chunk of the supervised tokens."""
+        return _logits(hidden, weight, chunk) if self.sparse_teacher is None else self.sparse_teacher.rows(chunk)
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, len(self.rows), self.chunk_size):
@@ -147,17 +166,26 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         taught = None if teacher_hidden is None else spec.select(teacher_hidden)
         request = spec.objective.request
         work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        partials = torch.empty(len(labels), request.width, dtype=work, device=hidden.device)
+        width = request.width if spec.sparse_teacher is None else 2 * request.width
+        partials = torch.empty(len(labels), width, dtype=work, device=hidden.device)
         for chunk in spec.chunks():
-            partials[chunk] = spec.backend.partial_statistics(
+            partials[chunk] = partial_statistics(
+                spec.backend,
                 _logits(kept, weight, chunk),
-                _logits(taught, teacher_weight, chunk),
+                spec.teacher(taught, teacher_weight, chunk),
                 labels[chunk],
                 request=request,
                 **spec.shard,
+                scratch=True,
             )
-        supervised = labels != spec.shard["ignore_index"]
-        spec.statistics = merge(collectives.gather_partials(partials, spec.group), supervised, request)
+        spec.statistics, ctx.shift = merge_parts(
+            collectives.gather_partials(partials, spec.group),
+            labels,
+            spec.sparse_teacher,
+            request=request,
+            vocab_size=spec.vocab_size,
+            ignore_index=spec.shard["ignore_index"],
+        )
         kept_loss, ctx.token_gradient = evaluate(spec.objective, spec.statistics, spec.inputs)
         ctx.spec, ctx.hidden_shape = spec, hidden.shape
         # The parameter itself: main_grad is an attribute of that object.
@@ -178,11 +206,13 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         weight_sum = _WeightGradient(ctx.weight) if wants_weight else None
         for chunk in spec.chunks():
             logits = _logits(kept, weight, chunk)
-            spec.backend.logit_gradient(
+            logit_gradient(
+                spec.backend,
                 logits,
-                _logits(taught, teacher_weight, chunk),
+                spec.teacher(taught, teacher_weight, chunk),
                 labels[chunk],
                 residuals=spec.objective.residuals,
+                shift=None if ctx.shift is None else ctx.shift[:, chunk],
                 **spec.shard,
                 **ctx.token_gradient.rows(chunk).kernel_arguments(upstream[chunk], grad_loss.dtype),
                 out=logits,
@@ -250,18 +280,14 @@ def _kept_rows(supervised: Tensor) -> Tensor:
     return supervised.nonzero().squeeze(1)
 
 
-def _check(
-    hidden, weight, labels, teacher_hidden, teacher_weight, objective, group, sequence_parallel, chunk_size
-) -> None:
+def _check(hidden, weight, labels, teacher_hidden, teacher_weight, group, sequence_parallel, chunk_size) -> None:
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a number of tokens, 1 or more, got {chunk_size!r}")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 token ids, got {labels.dtype}")
     _check_pair("hidden", hidden, "weight", weight, labels, group, sequence_parallel)
-    if not objective.needs_teacher:
+    if teacher_hidden is None:
         return
-    if teacher_hidden is None or teacher_weight is None:
-        raise ValueError(f"objective {objective} needs a second model: pass teacher_hidden and teacher_weight")
     _check_pair("teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight, labels, group, sequence_parallel)
     if teacher_weight.shape[0] != weight.shape[0] or teacher_weight.device != weight.device:
         raise ValueError(

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
 from qtarget_megatron.objectives import Objective
-from qtarget_megatron.statistics import TokenStatistics, merge
+from qtarget_megatron.sparse_teacher import (
+    SparseTeacher,
+    Teacher,
+    check_residuals,
+    logit_gradient,
+    merge_parts,
+    partial_statistics,
+)
+from qtarget_megatron.statistics import TokenStatistics
 from qtarget_megatron.token_loss import check_labels, evaluate, flat_inputs, reshaped, true_vocab_size, vocabulary_shard
 
 
@@ -24,6 +32,7 @@ def qtarget_cross_entropy(
     *,
     objective: Objective,
     teacher_logits: Tensor | None = None,
+    sparse_teacher: SparseTeacher | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
@@ -43,6 +52,7 @@ def qtarget_cross_entropy(
         objective: from qtarget_megatron.objectives.
         teacher_logits: ``[..., V_local]``, sharded like logits; never receives a gradient. Read only by objectives with
             a residual b != 0.
+        sparse_teacher: in its place, the largest probabilities of the second model, ``[..., K]``: see SparseTeacher.
         token_inputs: per-token side inputs, each ``[...]`` and the same on every rank; those that the objective does
             not name are not read.
         group: tensor-parallel process group; None where the vocabulary is not sharded.
@@ -57,31 +67,38 @@ def qtarget_cross_entropy(
 
     Collectives: one all-gather over ``group`` per call, none in backward. Its payload is objective.request.width
     float32 per token and rank (float64 for float64 logits): 4, and 3 or 4 for each residual, which is 16 to 48 bytes,
-    and what the objective requests besides (k for the k largest logits).
+    and what the objective requests besides (k for the k largest logits); twice that with a sparse teacher.
 
     Raises ValueError for a missing teacher or token input and for mismatched shapes; on CPU tensors also for a label
     outside of the vocabulary and for a token input that is not finite or out of its range (on the GPU, where the check
     would wait for the device, the loss is NaN or follows the value). A NaN or +inf logit makes that token's loss NaN;
     so does a teacher row that is -inf throughout.
     """
-    local_vocab = _check_shapes(logits, labels, teacher_logits, objective)
+    local_vocab = _check_shapes(logits, labels, teacher_logits, sparse_teacher, objective)
     vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
     check_labels(labels, vocab_size, ignore_index)
     inputs = flat_inputs(objective, token_inputs, labels, labels != ignore_index)
 
     flat_logits = logits.reshape(-1, local_vocab)
-    flat_teacher = None
-    if teacher_logits is not None and objective.needs_teacher:
-        flat_teacher = teacher_logits.detach().reshape(-1, local_vocab)
+    flat_teacher: Teacher = None
+    if objective.needs_teacher:
+        everyone = slice(None)
+        flat_teacher = (
+            sparse_teacher.rows(everyone)
+            if sparse_teacher is not None
+            else _unit_stride(teacher_logits.detach().reshape(-1, local_vocab))
+        )
     spec = _Spec(
         backend=kernels.select(backend, logits),
         objective=objective,
         inputs=inputs,
+        teacher=flat_teacher,
+        vocab_size=vocab_size,
         group=group,
         shard=vocabulary_shard(collectives.rank(group), local_vocab, vocab_size, ignore_index),
         inplace=inplace,
     )
-    loss = _QTargetCrossEntropy.apply(flat_logits, flat_teacher, labels.reshape(-1), spec)
+    loss = _QTargetCrossEntropy.apply(flat_logits, labels.reshape(-1), spec)
     loss = loss.reshape(labels.shape)
     if not return_statistics:
         return loss
@@ -95,6 +112,8 @@ class _Spec:
     backend: ModuleType
     objective: Objective
     inputs: Mapping[str, Tensor]
+    teacher: Teacher
+    vocab_size: int
     group: collectives.Group
     shard: dict
     inplace: bool
@@ -103,18 +122,23 @@ class _Spec:
 
 class _QTargetCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, teacher_logits, labels, spec):
+    def forward(ctx, logits, labels, spec):
         logits = _unit_stride(logits)
-        if teacher_logits is not None:
-            teacher_logits = _unit_stride(teacher_logits)
         labels = labels.contiguous()
         request = spec.objective.request
-        partials = spec.backend.partial_statistics(logits, teacher_logits, labels, request=request, **spec.shard)
-        supervised = labels != spec.shard["ignore_index"]
-        spec.statistics = merge(collectives.gather_partials(partials, spec.group), supervised, request)
+        partials = partial_statistics(spec.backend, logits, spec.teacher, labels, request=request, **spec.shard)
+        spec.statistics, ctx.shift = merge_parts(
+            collectives.gather_partials(partials, spec.group),
+            labels,
+            spec.teacher,
+            request=request,
+            vocab_size=spec.vocab_size,
+            ignore_index=spec.shard["ignore_index"],
+        )
         loss, ctx.token_gradient = evaluate(spec.objective, spec.statistics, spec.inputs)
         ctx.spec, ctx.consumed = spec, False
-        ctx.save_for_backward(logits, teacher_logits, labels)
+        # Saved, so that autograd notices a teacher that was overwritten in between.
+        ctx.save_for_backward(logits, labels, spec.teacher if isinstance(spec.teacher, Tensor) else None)
         return loss.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
     @staticmethod
@@ -128,14 +152,16 @@ class _QTargetCrossEntropy(torch.autograd.Function):
                     "overwritten: use inplace=False with retain_graph=True"
                 )
             ctx.consumed = True
-        logits, teacher_logits, labels = ctx.saved_tensors
+        logits, labels, dense_teacher = ctx.saved_tensors
         out = logits if spec.inplace else torch.empty_like(logits)
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        spec.backend.logit_gradient(
+        logit_gradient(
+            spec.backend,
             logits.detach(),
-            teacher_logits,
+            spec.teacher if dense_teacher is None else dense_teacher,
             labels,
             residuals=spec.objective.residuals,
+            shift=ctx.shift,
             **spec.shard,
             **ctx.token_gradient.kernel_arguments(grad_loss, work),
             out=out.detach(),
@@ -143,7 +169,22 @@ class _QTargetCrossEntropy(torch.autograd.Function):
         if spec.inplace:
             # The native kernels write behind autograd's back: whoever saved the logits too must hear of it.
             torch.autograd.graph.increment_version(out)
-        return out, None, None, None
+        return out, None, None
+
+
+def check_second_model(
+    objective: Objective, labels: Tensor, dense: Mapping[str, Tensor | None], sparse_teacher: SparseTeacher | None
+) -> None:
+    """ValueError unless an objective that needs a second model has it in exactly one form. dense: arguments by name."""
+    if sparse_teacher is not None and any(value is not None for value in dense.values()):
+        raise ValueError(f"the second model is either {' and '.join(dense)} or sparse_teacher, got both: drop one")
+    if not objective.needs_teacher:
+        return
+    if sparse_teacher is None and any(value is None for value in dense.values()):
+        raise ValueError(f"objective {objective} needs a second model: pass {' and '.join(dense)}, or sparse_teacher")
+    if sparse_teacher is not None:
+        sparse_teacher.check_fits(labels)
+        check_residuals(objective.residuals, sparse_teacher.rule)
 
 
 def refuse_second_derivative(name: str) -> None:
@@ -155,7 +196,13 @@ def refuse_second_derivative(name: str) -> None:
         )
 
 
-def _check_shapes(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, objective: Objective) -> int:
+def _check_shapes(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None,
+    sparse_teacher: SparseTeacher | None,
+    objective: Objective,
+) -> int:
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must come from qtarget_megatron.objectives, got {type(objective).__name__}")
     if labels.dtype != torch.int64:
@@ -165,8 +212,7 @@ def _check_shapes(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None,
             f"logits must be [..., V_local] with labels [...], got logits {list(logits.shape)} and labels "
             f"{list(labels.shape)}"
         )
-    if objective.needs_teacher and teacher_logits is None:
-        raise ValueError(f"objective {objective} needs a second model: pass teacher_logits")
+    check_second_model(objective, labels, {"teacher_logits": teacher_logits}, sparse_teacher)
     if teacher_logits is not None:
         if teacher_logits.shape != logits.shape:
             raise ValueError(

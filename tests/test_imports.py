@@ -26,12 +26,13 @@ ALLOWED = {
     "objectives": {"objectives", "statistics"},
     "kernels": {"statistics", "kernels", "_C"},
     "token_loss": {"objectives", "statistics"},
-    "loss": {"objectives", "statistics", "kernels", "token_loss", "collectives"},
-    "linear_loss": {"objectives", "statistics", "kernels", "token_loss", "collectives", "loss"},
+    "sparse_teacher": {"statistics", "kernels"},
+    "loss": {"objectives", "statistics", "kernels", "token_loss", "collectives", "sparse_teacher"},
+    "linear_loss": {"objectives", "statistics", "kernels", "token_loss", "collectives", "sparse_teacher", "loss"},
     "inspection": {"objectives", "statistics", "loss"},
     "data": {"data", "side_inputs"},
     "checkpoint": {"checkpoint"},
-    "__init__": {"objectives", "statistics", "loss", "linear_loss", "inspection"},
+    "__init__": {"objectives", "statistics", "loss", "linear_loss", "inspection", "sparse_teacher"},
     "megatron": {
         "megatron", "loss", "linear_loss", "objectives", "statistics", "kernels", "data", "side_inputs",
         "resumable", "checkpoint",
@@ -39,7 +40,7 @@ ALLOWED = {
     "finetune": {"objectives", "data", "checkpoint", "megatron"},
 }  # fmt: skip
 TORCH_ONLY = {
-    "statistics", "collectives", "objectives", "kernels", "token_loss", "loss", "linear_loss", "inspection",
+    "statistics", "collectives", "objectives", "kernels", "token_loss", "sparse_teacher", "loss", "linear_loss", "inspection",
     "__init__",
 }  # fmt: skip
 WITH_COLLECTIVES = {"collectives", "megatron", "finetune"}

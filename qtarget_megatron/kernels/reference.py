@@ -106,10 +106,14 @@ def _valid(logits: Tensor, valid_columns: int) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _combine(z: Tensor, teacher_logits: Tensor | None, a: float, b: float, valid_columns: int) -> Tensor:
-    # A coefficient of 0 removes its operand: 0 * -inf would be NaN.
+def residual_logits(z: Tensor, t: Tensor | None, a: float, b: float) -> Tensor:
+    """u = a z + b t in the dtype of z. A coefficient of 0 removes its operand: 0 * -inf would be NaN."""
     u = a * z if a != 0 else torch.zeros_like(z)
-    return u + b * _valid(teacher_logits, valid_columns).to(z.dtype) if b != 0 else u
+    return u + b * t.to(z.dtype) if b != 0 else u
+
+
+def _combine(z: Tensor, teacher_logits: Tensor | None, a: float, b: float, valid_columns: int) -> Tensor:
+    return residual_logits(z, _valid(teacher_logits, valid_columns) if b != 0 else None, a, b)
 
 
 def _row_max(values: Tensor) -> Tensor:

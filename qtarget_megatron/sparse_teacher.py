@@ -1,0 +1,347 @@
+"""A second model known by its largest probabilities only: kept token ids, their log-probabilities, and the tail's mass.
+
+Its log-probability of token k is that of the kept entry; elsewhere, by rule, with T the tail's mass, K the kept ids::
+
+    uniform   log(T / (V - |K|))                the tail is spread evenly over the V - |K| other tokens
+    student   log T + log p_k - log(1 - p(K))   the tail is shared as the student shares it (detached)
+    drop      -inf                              the tail is left out, so that the kept entries are renormalised
+
+A residual r = softmax(a z + b t) then has one exponent outside of K, which needs no teacher: a z + const for uniform,
+(a + b) z + const for student, nothing for drop. So the kernels run over the student's logits as for a residual (a', 0),
+the kept entries form a small shard of their own, and the two meet in the merge like the shards of two ranks. No [N, V]
+teacher is built, and no kernel knows of any of this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qtarget_megatron.kernels import reference
+from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, merge
+
+TAIL_RULES = ("uniform", "student", "drop")
+_BASE = 4  # m, s, e, z_y
+# Rows whose logits are copied at a time, where the caller's must stay as they are.
+_COPIED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class SparseTeacher:
+    """The largest probabilities of a second model for each token.
+
+    ids:   int64 ``[..., K]`` global token ids, all different; -1 for an entry that is not used.
+    log_p: float ``[..., K]`` their log-probabilities in nats; whatever for an entry that is not used.
+    tail:  float ``[...]`` the mass of all other tokens, 0 or more.
+    rule:  what the tail is: "uniform", "student" or "drop".
+
+    The same on every tensor-parallel rank. ValueError for other shapes, dtypes or rules.
+    """
+
+    ids: Tensor
+    log_p: Tensor
+    tail: Tensor
+    rule: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.rule not in TAIL_RULES:
+            raise ValueError(f"tail rule must be one of {', '.join(TAIL_RULES)}, got {self.rule!r}")
+        if self.ids.dtype != torch.int64 or not self.log_p.is_floating_point() or not self.tail.is_floating_point():
+            raise ValueError(
+                f"a sparse teacher has int64 ids and floating log_p and tail, got {self.ids.dtype}, {self.log_p.dtype} "
+                f"and {self.tail.dtype}"
+            )
+        if self.ids.dim() == 0 or self.ids.shape != self.log_p.shape or self.ids.shape[:-1] != self.tail.shape:
+            raise ValueError(
+                f"a sparse teacher has ids [..., K], log_p [..., K] and tail [...], got {list(self.ids.shape)}, "
+                f"{list(self.log_p.shape)} and {list(self.tail.shape)}"
+            )
+
+    def check_fits(self, labels: Tensor) -> None:
+        """ValueError unless it is of these tokens."""
+        if self.tail.shape != labels.shape or self.tail.device != labels.device:
+            raise ValueError(
+                f"sparse_teacher must be of {list(labels.shape)} tokens on {labels.device} like labels, got "
+                f"{list(self.tail.shape)} on {self.tail.device}"
+            )
+
+    def rows(self, rows: Tensor | slice) -> SparseTeacher:
+        """Of some of the tokens, flattened: [n, K]."""
+        count = self.ids.shape[-1]
+        return SparseTeacher(
+            self.ids.reshape(-1, count)[rows],
+            self.log_p.reshape(-1, count)[rows].detach(),
+            self.tail.reshape(-1)[rows].detach(),
+            self.rule,
+        )
+
+
+def check_residuals(residuals: Residuals, rule: str) -> None:
+    """ValueError for residuals that a sparse teacher does not serve."""
+    if any(b < 0 for _, b in residuals):
+        raise ValueError(f"a sparse teacher serves residuals (a, b) with b >= 0, got {residuals}")
+    if rule == "student" and (0.0, 0.0) in residuals:
+        raise ValueError("a sparse teacher with the tail rule 'student' serves no uniform residual: use 'uniform'")
+
+
+Teacher = Tensor | SparseTeacher | None
+
+
+def partial_statistics(
+    backend: ModuleType,
+    logits: Tensor,
+    teacher: Teacher,
+    labels: Tensor,
+    *,
+    request: StatisticsRequest,
+    vocab_start: int,
+    valid_columns: int,
+    ignore_index: int,
+    scratch: bool = False,
+) -> Tensor:
+    """The kernels' partial_statistics for any second model: logits, none, or a sparse one of these N rows.
+
+    With a sparse one ``[N, 2 * request.width]``: the tail's part, then the kept entries'. scratch: the logits may be
+    overwritten.
+    """
+    shard = dict(vocab_start=vocab_start, valid_columns=valid_columns, ignore_index=ignore_index)
+    if not isinstance(teacher, SparseTeacher):
+        return backend.partial_statistics(logits, teacher, labels, request=request, **shard)
+    kept = _Kept.of(logits, teacher, vocab_start, valid_columns)
+    dense_request = dataclasses.replace(request, residuals=_dense_residuals(request.residuals, teacher.rule))
+    masked = teacher.rule == "student"
+    if not masked:
+        dense = backend.partial_statistics(logits, None, labels, request=dense_request, **shard)
+    else:
+        parts, step = [], max(len(labels), 1) if scratch else _COPIED_ROWS
+        for start in range(0, max(len(labels), 1), step):
+            rows = slice(start, start + step)
+            piece = logits[rows] if scratch else logits[rows].clone()
+            piece[kept.within(rows)] = -torch.inf
+            parts.append(backend.partial_statistics(piece, None, labels[rows], request=dense_request, **shard))
+        dense = torch.cat(parts)
+        dense[:, 3] = kept.label_logit(dense[:, 3], labels)
+
+    top = _kept_statistics(kept, labels, request, ignore_index, whole_base=masked)
+    for index, column in _teacher_columns(request):
+        if teacher.rule == "drop":
+            dense[:, column] = -torch.inf
+            dense[:, column + 1 : column + request.residual_width] = 0
+        elif teacher.rule == "uniform":
+            _take_out(dense, column, request, request.residuals[index][0], kept)
+        if request.residual_label:
+            is_kept = (kept.ids == labels[:, None]).any(-1)
+            dense[:, column + request.residual_width - 1].masked_fill_(is_kept, 0)
+    return torch.cat([dense, top.to(dense.dtype)], dim=-1)
+
+
+def merge_parts(
+    partials: Tensor,
+    labels: Tensor,
+    teacher: Teacher,
+    *,
+    request: StatisticsRequest,
+    vocab_size: int,
+    ignore_index: int,
+) -> tuple[TokenStatistics, Tensor | None]:
+    """Merge the gathered partials of all ranks: statistics, and the sparse teacher's constant ``[R, N]``.
+
+    The constant is what the exponent of each residual has besides a' z outside of the kept entries; 0 for a residual
+    that reads no teacher.
+    """
+    supervised = labels != ignore_index
+    if not isinstance(teacher, SparseTeacher):
+        return merge(partials, supervised, request), None
+    dense, top = partials.double().split(request.width, dim=-1)
+    dense = dense.clone()
+    shift = torch.zeros(len(request.residuals), *supervised.shape, dtype=torch.float64, device=partials.device)
+    tail = _log_tail(dense, teacher, vocab_size)
+    in_tail = ~(teacher.ids == labels[:, None]).any(-1)
+    for index, column in _teacher_columns(request):
+        shift[index] = torch.where(supervised, request.residuals[index][1] * tail, 0)
+        dense[..., column] += shift[index]
+        if request.residual_label:
+            # The label's exponent is a sum over shards: the constant enters it once.
+            label = dense[0, :, column + request.residual_width - 1]
+            label += torch.where(in_tail, -torch.inf if teacher.rule == "drop" else shift[index], 0)
+    return merge(torch.stack([dense, top], dim=1).flatten(0, 1), supervised, request), shift
+
+
+def logit_gradient(
+    backend: ModuleType,
+    logits: Tensor,
+    teacher: Teacher,
+    labels: Tensor,
+    *,
+    residuals: Residuals,
+    shift: Tensor | None,
+    vocab_start: int,
+    valid_columns: int,
+    ignore_index: int,
+    max_: Tensor,
+    scale: Tensor,
+    label_scale: Tensor,
+    residual_max: Tensor,
+    residual_scale: Tensor,
+    out: Tensor,
+) -> None:
+    """The kernels' logit_gradient for any second model of these rows; shift: the constant from merge_parts."""
+    shared = dict(
+        vocab_start=vocab_start,
+        valid_columns=valid_columns,
+        ignore_index=ignore_index,
+        max_=max_,
+        scale=scale,
+        label_scale=label_scale,
+        out=out,
+    )
+    if not isinstance(teacher, SparseTeacher):
+        scales = dict(residual_max=residual_max, residual_scale=residual_scale)
+        backend.logit_gradient(logits, teacher, labels, residuals=residuals, **scales, **shared)
+        return
+    kept = _Kept.of(logits, teacher, vocab_start, valid_columns)
+    dense_scale = residual_scale.clone()
+    if teacher.rule == "drop":
+        dense_scale[[index for index, (_, b) in enumerate(residuals) if b != 0]] = 0
+    backend.logit_gradient(
+        logits,
+        None,
+        labels,
+        residuals=_dense_residuals(residuals, teacher.rule),
+        residual_max=(residual_max - shift).to(residual_max.dtype).contiguous(),
+        residual_scale=dense_scale,
+        **shared,
+    )
+    # The kept entries: written over whatever the tail's exponent gave there.
+    gradient = (kept.logits - max_[:, None]).exp() * scale[:, None]
+    for (a, b), maximum, mass in zip(residuals, residual_max, residual_scale, strict=True):
+        u = reference.residual_logits(kept.logits, kept.log_p, a, b)
+        gradient -= torch.where(mass[:, None] == 0, 0, (u - maximum[:, None]).exp() * mass[:, None])
+    gradient -= torch.where(kept.ids == labels[:, None], label_scale[:, None], 0)
+    active = (labels != ignore_index) & ((scale != 0) | (label_scale != 0) | (residual_scale != 0).any(0))
+    gradient = torch.where(active[:, None], gradient, 0)
+    out[kept.index] = gradient[kept.here].to(out.dtype)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The kept entries that lie on this rank's shard.
+
+    ids: [n, K]. here: [n, K] bool. index: (rows, columns) of those here, in the order of here. logits, log_p: [n, K] of
+    the student and the teacher, -inf where not here.
+    """
+
+    ids: Tensor
+    here: Tensor
+    index: tuple[Tensor, Tensor]
+    logits: Tensor
+    log_p: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, teacher: SparseTeacher, vocab_start: int, valid_columns: int) -> _Kept:
+        local = teacher.ids - vocab_start
+        here = (teacher.ids >= 0) & (local >= 0) & (local < valid_columns)
+        rows, slots = here.nonzero(as_tuple=True)
+        index = rows, local[rows, slots]
+        work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        z = torch.full(here.shape, -torch.inf, dtype=work, device=logits.device)
+        z[here] = logits[index].to(work)
+        return cls(teacher.ids, here, index, z, torch.where(here, teacher.log_p.to(work), -torch.inf))
+
+    def within(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Index of the entries in a run of rows, counted from its first."""
+        inside = (self.index[0] >= rows.start) & (self.index[0] < rows.stop)
+        return self.index[0][inside] - rows.start, self.index[1][inside]
+
+    def label_logit(self, otherwise: Tensor, labels: Tensor) -> Tensor:
+        """The label's logit where it is kept and here."""
+        is_label = self.here & (self.ids == labels[:, None])
+        found = torch.where(is_label, self.logits, 0).sum(-1)
+        return torch.where(is_label.any(-1), found.to(otherwise.dtype), otherwise)
+
+
+def _dense_residuals(residuals: Residuals, rule: str) -> Residuals:
+    """The exponents outside of the kept entries, up to a constant."""
+    dense = {"uniform": lambda a, b: (a, 0.0), "student": lambda a, b: (a + b, 0.0), "drop": lambda a, b: (0.0, 0.0)}
+    return tuple((a, b) if b == 0 else dense[rule](a, b) for a, b in residuals)
+
+
+def _residual_columns(request: StatisticsRequest):
+    first = request.width - request.residual_width * len(request.residuals)
+    return [(index, first + request.residual_width * index) for index in range(len(request.residuals))]
+
+
+def _teacher_columns(request: StatisticsRequest):
+    """Index and first column of each residual that reads the teacher."""
+    return [(index, column) for index, column in _residual_columns(request) if request.residuals[index][1] != 0]
+
+
+def _kept_statistics(
+    kept: _Kept, labels: Tensor, request: StatisticsRequest, ignore_index: int, *, whole_base: bool
+) -> Tensor:
+    """The kept entries as a shard of their own.
+
+    whole_base: the other part does not hold them; otherwise only the residuals that read the teacher count here.
+    """
+    is_label = kept.here & (kept.ids == labels[:, None])
+    slots = kept.ids.shape[1]
+    position = torch.where(is_label.any(-1), is_label.int().argmax(-1), slots)
+    position = torch.where(labels == ignore_index, -1, position)
+    top = reference.partial_statistics(
+        kept.logits,
+        kept.log_p,
+        position,
+        request=request,
+        vocab_start=0,
+        valid_columns=slots,
+        ignore_index=-1,
+    )
+    top[:, 3] = 0  # the other part has the label's logit
+    if not whole_base:
+        # m stays: the residuals' sums are centred on it.
+        first = _BASE + request.collision
+        top[:, 1:first] = 0
+        top[:, first : first + request.top_k] = -torch.inf
+        for index, column in _residual_columns(request):
+            if request.residuals[index][1] == 0:
+                top[:, column] = -torch.inf
+                top[:, column + 1 : column + request.residual_width] = 0
+        supervised = labels != ignore_index
+        top = torch.where(supervised[:, None], top, torch.zeros_like(top))
+    return top
+
+
+def _take_out(dense: Tensor, column: int, request: StatisticsRequest, a: float, kept: _Kept) -> None:
+    """Subtract the kept entries from the sums over a z.
+
+    Well-conditioned: the tail's constant is not above a kept log_p, so what is subtracted is, in the merged residual,
+    not above what the kept entries put in its place.
+    """
+    centre, maximum = dense[:, :1], dense[:, column, None]
+    shifted = reference.residual_logits(kept.logits, None, a, 0.0) - maximum
+    weight = torch.where(kept.here, shifted.exp(), 0)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.where(weight == 0, 0, weight * values).sum(-1).to(dense.dtype)
+
+    dense[:, column + 1] = (dense[:, column + 1] - total(torch.ones_like(weight))).clamp_min(0)
+    dense[:, column + 2] -= total(kept.logits - centre)
+    if request.residual_entropy:
+        dense[:, column + 3] -= total(shifted)
+
+
+def _log_tail(dense: Tensor, teacher: SparseTeacher, vocab_size: int) -> Tensor:
+    """The tail's log-probability of one token, up to what depends on the token: [N] float64."""
+    log_mass = teacher.tail.double().log()
+    if teacher.rule == "drop":
+        return torch.zeros_like(log_mass)
+    if teacher.rule == "uniform":
+        others = vocab_size - (teacher.ids >= 0).sum(-1)
+        return torch.where(others > 0, log_mass - others.clamp_min(1).double().log(), -torch.inf)
+    m, s = dense[..., 0], dense[..., 1]
+    log_others = torch.logsumexp(torch.where(s > 0, m + s.log(), -torch.inf), dim=0)
+    return torch.where(log_others == -torch.inf, -torch.inf, log_mass - log_others)
