@@ -167,7 +167,14 @@ def _train(args, student, teacher, objective, tokenizer) -> None:
         origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
         print(f"qtarget_megatron: objective {objective}, starting from {origin}", flush=True)
     chunk_size = None if args.qtarget_materialize_logits else args.qtarget_chunk_size
-    settings = LossSettings(objective, student.vocab_size, args.qtarget_backend, chunk_size)
+    smaller = teacher is not None and teacher.vocab_size < student.vocab_size
+    settings = LossSettings(
+        objective,
+        student.vocab_size,
+        args.qtarget_backend,
+        chunk_size,
+        teacher_vocab_size=teacher.vocab_size if smaller else None,
+    )
     launch.run_pretrain(
         args,
         datasets=DatasetProvider(args, tokenizer, objective.token_inputs),

@@ -52,6 +52,7 @@ def qtarget_linear_cross_entropy(
     token_inputs: Mapping[str, Tensor] | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
+    teacher_vocab_size: int | None = None,
     ignore_index: int = -100,
     sequence_parallel: bool = False,
     chunk_size: int = 512,
@@ -67,6 +68,8 @@ def qtarget_linear_cross_entropy(
         labels: ``[...]`` int64, always of the whole sequence. Only supervised tokens get logits at all.
         teacher_hidden, teacher_weight: the same of the second model, of any width; no gradient.
         sparse_teacher: in their place, its largest probabilities, ``[..., K]`` of the whole sequence.
+        teacher_vocab_size: columns from it on have no mass under the second model (its true vocabulary, where it is the
+            smaller one). Default: all that vocab_size leaves.
         sequence_parallel: hidden and teacher_hidden are sharded over group along their first dimension.
         chunk_size: tokens whose logits exist at a time.
         others: as in qtarget_cross_entropy.
@@ -111,6 +114,9 @@ def qtarget_linear_cross_entropy(
         group=group,
         sparse_teacher=None if sparse_teacher is None else sparse_teacher.rows(rows),
         vocab_size=vocab_size,
+        teacher_columns=None
+        if teacher_vocab_size is None
+        else min(max(teacher_vocab_size - collectives.rank(group) * local_vocab, 0), local_vocab),
         shard=vocabulary_shard(collectives.rank(group), local_vocab, vocab_size, ignore_index),
         rows=rows,
         num_tokens=labels.numel(),
@@ -130,7 +136,10 @@ def qtarget_linear_cross_entropy(
 
 @dataclass
 class _Spec:
-    """What forward and backward share besides tensors. rows: flat positions of the supervised tokens."""
+    """What forward and backward share besides tensors.
+
+    rows: flat positions of the supervised tokens. teacher_columns: of the shard, that the second model knows.
+    """
 
     backend: ModuleType
     objective: Objective
@@ -138,6 +147,7 @@ class _Spec:
     group: collectives.Group
     sparse_teacher: SparseTeacher | None
     vocab_size: int
+    teacher_columns: int | None
     shard: dict
     rows: Tensor
     num_tokens: int
@@ -152,7 +162,12 @@ class _Spec:
 
     def teacher(self, hidden: Tensor | None, weight: Tensor | None, chunk: slice) -> Teacher:
         """The second model at a chunk of the supervised tokens."""
-        return _logits(hidden, weight, chunk) if self.sparse_teacher is None else self.sparse_teacher.rows(chunk)
+        if self.sparse_teacher is not None:
+            return self.sparse_teacher.rows(chunk)
+        logits = _logits(hidden, weight, chunk)
+        if logits is not None and self.teacher_columns is not None:
+            logits[:, self.teacher_columns :] = -torch.inf
+        return logits
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, len(self.rows), self.chunk_size):

@@ -25,7 +25,8 @@ COMMON = [
 
 
 def write_models(folder: Path) -> None:
-    """untied: a Llama; tied: a Qwen3 with qk norms and 2 key/value heads; teacher: another width, depth and tie."""
+    """untied: a Llama; tied: a Qwen3 with qk norms and 2 key/value heads; teacher: another width, depth and tie; deep:
+    a teacher of the student's depth."""
     tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
     # A vocabulary that no tensor-parallel size divides, so that every layout pads.
     sizes = dict(vocab_size=len(tokenizer) + 5 | 1, max_position_embeddings=64, num_attention_heads=4)
@@ -47,6 +48,7 @@ def write_models(folder: Path) -> None:
             dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, tie_word_embeddings=True),
         ),
     }
+    models["deep"] = ("Llama", dict(hidden_size=48, intermediate_size=40, num_hidden_layers=4))
     generator = torch.Generator().manual_seed(11)
     for name, (family, extra) in models.items():
         config = getattr(transformers, f"{family}Config")(**sizes, **extra)

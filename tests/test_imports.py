@@ -40,8 +40,8 @@ ALLOWED = {
     "finetune": {"objectives", "data", "checkpoint", "megatron"},
 }  # fmt: skip
 TORCH_ONLY = {
-    "statistics", "collectives", "objectives", "kernels", "token_loss", "sparse_teacher", "loss", "linear_loss", "inspection",
-    "__init__",
+    "statistics", "collectives", "objectives", "kernels", "token_loss", "sparse_teacher", "loss", "linear_loss",
+    "inspection", "__init__",
 }  # fmt: skip
 WITH_COLLECTIVES = {"collectives", "megatron", "finetune"}
 

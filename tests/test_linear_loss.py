@@ -365,3 +365,24 @@ def test_sharded_is_unsharded(world_size):
     for rank, outcomes in enumerate(run_ranks(world_size, check_on_ranks, [list(CASES)], timeout=180)):
         for name, differences in outcomes.items():
             assert max(differences) < 2e-5, f"{name} on rank {rank}: loss, dHidden, dWeight {differences}"
+
+
+@pytest.mark.parametrize("known", [0, 1, 100, VOCAB])
+def test_tokens_that_the_teacher_lacks_get_no_mass_from_it(known):
+    hidden, weight, labels, teacher_hidden, teacher_weight, upstream = draw()
+    case, found = CASES["target-sft"], []
+    for teacher in (
+        dict(teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_vocab_size=known),
+        dict(
+            teacher_logits=(teacher_hidden @ teacher_weight.t()).index_fill_(1, torch.arange(known, VOCAB), -math.inf)
+        ),
+    ):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if "teacher_logits" in teacher:
+            loss = qtarget_cross_entropy(leaves[0] @ leaves[1].t(), labels, objective=case.objective, **teacher)
+        else:
+            loss = qtarget_linear_cross_entropy(*leaves, labels, objective=case.objective, chunk_size=5, **teacher)
+        loss.backward(upstream)
+        found.append((loss.detach(), leaves[0].grad, leaves[1].grad))
+    assert_close(*found, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert found[0][0].isnan().any() == (known == 0)

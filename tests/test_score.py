@@ -132,7 +132,7 @@ BAD = {
     "heads": (["o.jsonl", "--tensor-model-parallel-size", 3], "3 does not divide the 4 attention heads"),
     "save": (["o.jsonl", "--save", "x"], "--save has no meaning"),
     "architecture flag": (["o.jsonl", "--num-layers", 2], "--num-layers follow"),
-    "reference's vocabulary": (["o.jsonl", "--reference-hf", "larger-vocabulary"], "vocabulary of 400"),
+    "reference's vocabulary": (["o.jsonl", "--reference-hf", "larger-vocabulary"], "embed_tokens"),
     "reference's tokenizer": (["o.jsonl", "--reference-hf", "other-tokenizer"], "vocabularies differ"),
     "weight limit": (["o.jsonl", *REFERENCE, "--max-weight", 0], "above 0, got 0.0"),
     "temperature": (["o.jsonl", *REFERENCE, "--temp", "nan"], "expected a finite number, got nan"),

@@ -151,7 +151,7 @@ def load_parameter(
     CPU tensor in the checkpoint's dtype; reads only the slices the shard consists of.
 
     - vocabulary: rows [r P/tp, (r+1) P/tp) of the P = ``padded_vocab_size`` rows, zeros from the
-      true vocabulary on. The output layer of a tied model reads the embedding.
+      true vocabulary on; rows from P on are left out. The output layer of a tied model reads the embedding.
     - linear_qkv: the same contiguous share of the grouped rows (for each query group its query
       heads, then its key head, then its value head), also where a share cuts a group.
     - linear_fc1: this rank's share of the gate rows, then its share of the up rows.
@@ -347,8 +347,6 @@ def _load_vocabulary(
     tp_size: int,
     padded_vocab_size: int,
 ) -> torch.Tensor:
-    if padded_vocab_size < arch.vocab_size:
-        raise ValueError(f"expected a padded vocabulary of at least {arch.vocab_size} entries, got {padded_vocab_size}")
     start, stop = _share(f"padded vocabulary of {source}", padded_vocab_size, tp_rank, tp_size)
     first, last = (min(edge, arch.vocab_size) for edge in (start, stop))
     if (first, last) == (start, stop):

@@ -120,6 +120,11 @@ def open_model(
     second = None
     if reference is not None:
         second = check_second_model(args, arch, load_model_tokenizer(hf_model, arch), reference, "--reference-hf")
+        if second.vocab_size != arch.vocab_size:
+            raise ValueError(
+                f"--reference-hf {reference} has a vocabulary of {second.vocab_size}, --hf-model one of "
+                f"{arch.vocab_size}: log-probabilities are compared over one vocabulary, use a model of the same size"
+            )
         args.teacher_hf = str(reference)
 
     cpu_platform.repair_megatron_wheel()
@@ -177,15 +182,10 @@ def check_second_model(
 ) -> Architecture:
     """The architecture of a second model to stack on the first, given by flag; of its weights headers only.
 
-    arch, tokenizer: the first model's. ValueError where the layout cannot cut the second model as well, or where the
-    two do not share one vocabulary.
+    arch, tokenizer: the first model's. Embeddings may be padded to different sizes. ValueError where the layout cannot
+    cut the second model as well, or where a token id means different tokens.
     """
     second = Architecture.from_hf(directory)
-    if second.vocab_size != arch.vocab_size:
-        raise ValueError(
-            f"{flag} {directory} has a vocabulary of {second.vocab_size}, --hf-model one of {arch.vocab_size}: use a "
-            "second model with the same vocabulary"
-        )
     check_layout(args, second, f"model of {flag}")
     uneven = (
         "decoder_first_pipeline_num_layers",
@@ -197,6 +197,13 @@ def check_second_model(
         raise ValueError(
             f"{given[0]} would cut the {second.num_layers} layers of {flag} as the {arch.num_layers} of --hf-model: "
             "drop it, or use a second model with as many layers"
+        )
+    pp, per_chunk = args.pipeline_model_parallel_size, args.num_layers_per_virtual_pipeline_stage
+    chunks = args.num_virtual_stages_per_pipeline_rank or (arch.num_layers // pp // per_chunk if per_chunk else 1)
+    if second.num_layers % (pp * chunks):
+        raise ValueError(
+            f"{flag} {directory} has {second.num_layers} layers, which {pp} pipeline stages of {chunks} chunks each "
+            f"cannot share: use a second model with a multiple of {pp * chunks} layers, or fewer stages"
         )
     check_tensors(HFReader(directory), second)
     compare_tokenizers(tokenizer, load_tokenizer(directory))

@@ -26,6 +26,7 @@ from qtarget_megatron.checkpoint import (
 def load_hf_weights(model: GPTModel, reader: HFReader, arch: Architecture) -> None:
     """Fill one pipeline stage from a Hugging Face checkpoint, reading only this rank's slices.
 
+    Rows of the vocabulary go by token id: zeros where the model has more of them, left out where it has fewer.
     ValueError where a parameter has no counterpart there or another shape.
     """
     group = model.pg_collection.tp

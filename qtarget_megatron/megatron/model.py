@@ -97,13 +97,17 @@ def build_gpt(
     pg_collection: ProcessGroupCollection,
     config: TransformerConfig | None = None,
     teacher: GPTModel | None = None,
+    vocab_size: int | None = None,
 ) -> GPTModel:
-    """One pipeline stage of the model, with Megatron's random initial weights."""
+    """One pipeline stage of the model, with Megatron's random initial weights.
+
+    vocab_size: of the embedding before padding, where it is not the architecture's.
+    """
     config = config or transformer_config(args, arch)
     model = StackedGPTModel(
         config=config,
         transformer_layer_spec=layer_spec(config, args, vp_stage, pg_collection.pp.rank()),
-        vocab_size=padded_vocab_size(arch.vocab_size, args),
+        vocab_size=padded_vocab_size(vocab_size or arch.vocab_size, args),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
@@ -121,9 +125,14 @@ def build_gpt(
     return model
 
 
-def build_teacher(args: argparse.Namespace, directory, arch: Architecture, **stage) -> GPTModel:
-    """One pipeline stage of the frozen second model: weights loaded, no gradients, evaluation mode, training dtype."""
-    teacher = build_gpt(args, arch, **stage)
+def build_teacher(
+    args: argparse.Namespace, directory, arch: Architecture, *, student_vocab_size: int, **stage
+) -> GPTModel:
+    """One pipeline stage of the frozen second model: weights loaded, no gradients, evaluation mode, training dtype.
+
+    Its vocabulary is cut, or filled up, to the student's, so that a column means the same token id at every rank.
+    """
+    teacher = build_gpt(args, arch, vocab_size=student_vocab_size, **stage)
     load_hf_weights(teacher, HFReader(directory), arch)
     teacher.requires_grad_(False)
     teacher.eval()
@@ -162,7 +171,13 @@ class ModelProvider:
         )
         teacher = None
         if self._teacher is not None:
-            teacher = build_teacher(self._args, self._args.teacher_hf, self._teacher, **stage)
+            teacher = build_teacher(
+                self._args,
+                self._args.teacher_hf,
+                self._teacher,
+                student_vocab_size=self._student.vocab_size,
+                **stage,
+            )
         model = build_gpt(self._args, self._student, config=config, teacher=teacher, **stage)
         if self._load_weights:
             load_hf_weights(model, HFReader(self._args.hf_model), self._student)

@@ -25,14 +25,15 @@ from qtarget_megatron.statistics import TokenStatistics
 class LossSettings:
     """What the loss needs besides the model.
 
-    vocab_size: of the true vocabulary. backend: of the kernels. chunk_size: tokens whose logits exist at a time; None
-    makes the logits of a whole micro-batch.
+    vocab_size, teacher_vocab_size: of the true vocabularies (the teacher's only where it is the smaller one).
+    backend: of the kernels. chunk_size: tokens whose logits exist at a time; None makes those of a whole micro-batch.
     """
 
     objective: Objective
     vocab_size: int
     backend: str = "auto"
     chunk_size: int | None = 512
+    teacher_vocab_size: int | None = None
 
 
 @dataclass
@@ -84,7 +85,9 @@ def output_processor(
     if settings.chunk_size is None:
         logits = scale_logits(student.logits())
         with torch.no_grad():
-            teacher_logits = None if teacher is None else teacher.logits()
+            teacher_logits = (
+                None if teacher is None else _known_logits(teacher.logits(), settings, output_layer.tp_group)
+            )
         loss, context.statistics = qtarget_cross_entropy(
             logits, like_hidden(labels), teacher_logits=teacher_logits, inplace=logits.requires_grad, **shared
         )
@@ -95,11 +98,20 @@ def output_processor(
             like_hidden(labels),
             teacher_hidden=None if teacher is None else teacher.hidden,
             teacher_weight=None if teacher is None else teacher.matrix(),
+            teacher_vocab_size=settings.teacher_vocab_size,
             sequence_parallel=output_layer.sequence_parallel,
             chunk_size=settings.chunk_size,
             **shared,
         )
     return loss.t().contiguous()
+
+
+def _known_logits(logits: Tensor, settings: LossSettings, group) -> Tensor:
+    """The teacher's logits, -inf where its vocabulary has no such token."""
+    if settings.teacher_vocab_size is not None:
+        known = max(settings.teacher_vocab_size - group.rank() * logits.shape[-1], 0)
+        logits[..., known:] = -torch.inf
+    return logits
 
 
 def forward_step(settings: LossSettings, check_for_nan: bool, data_iterator: Iterator, model):

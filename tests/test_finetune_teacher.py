@@ -1,0 +1,87 @@
+"""Teachers in fine-tuning: on the interleaved schedule, with vocabularies of other sizes, the student itself as one."""
+
+import pytest
+import transformers
+from finetune_runs import write_data, write_models
+from test_finetune import SEQUENCE_PARALLEL, assert_layouts, assert_same_training, launch, pp, tp
+
+from qtarget_megatron.data import load_tokenizer
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
+
+VIRTUAL = [*pp(2), "--num-layers-per-virtual-pipeline-stage", 1]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    write_models(folder)
+    write_data(folder / "train.jsonl", 40, seed=1)
+    student = transformers.AutoConfig.from_pretrained(folder / "untied").vocab_size
+    resize(folder, "deep", "larger", student + 60)
+    resize(folder, "larger", "cut", student)
+    resize(folder, "deep", "smaller", len(load_tokenizer(folder / "untied")))
+    return folder
+
+
+def resize(folder, source, name, vocab_size):
+    """A copy of a model whose embedding has another number of rows; new ones are noise, as padding rows are."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / source)
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    model.save_pretrained(folder / name)
+    load_tokenizer(folder / source).save_pretrained(folder / name)
+
+
+@pytest.fixture(scope="module")
+def models(workspace):
+    student = ["--hf-model", workspace / "untied", "--sft-train", workspace / "train.jsonl"]
+    kd, target = ["--objective", "kd"], ["--objective", "target-sft", "--objective-args", "eta=0.4"]
+    return {
+        **{f"kd {name}": [*student, *kd, "--teacher-hf", workspace / name] for name in ("deep", "larger", "cut")},
+        "target-sft smaller": [*student, *target, "--teacher-hf", workspace / "smaller"],
+        "asft itself": [*student, "--objective", "asft", "--teacher-hf", workspace / "untied"],
+        "sft": [*student, "--objective", "sft"],
+    }
+
+
+@pytest.fixture(scope="module")
+def single(workspace, models):
+    whole = [*models["target-sft smaller"], "--qtarget-materialize-logits"]
+    return launch(1, {**models, "target-sft smaller whole": whole}, workspace, timeout=200)
+
+
+def test_a_teachers_rows_beyond_the_students_vocabulary_are_left_out(single):
+    assert_same_training(single["kd larger"], single["kd cut"])
+
+
+def test_a_smaller_teacher_is_the_same_with_whole_logits(single):
+    assert_same_training(single["target-sft smaller whole"], single["target-sft smaller"])
+
+
+def test_the_reference_is_the_student_before_training(single):
+    """With the base model's own weights the KL term starts at 0, so that step 1 is dft's; later it pulls back."""
+    scalars = single["asft itself"]["scalars"]
+    assert scalars["residual mass"] == pytest.approx([0.05] * 4)
+    assert scalars["label mass"][0] == pytest.approx(scalars["p(y)"][0])
+
+
+def test_interleaved_and_sharded_teachers_train_like_one_process(workspace, models, single):
+    two = {
+        "kd deep at PP2 in 4 virtual stages": [*models["kd deep"], *VIRTUAL],
+        "sft at PP2 in 4 virtual stages": [*models["sft"], *VIRTUAL],
+        "asft itself at PP2 in 4 virtual stages": [*models["asft itself"], *VIRTUAL],
+        "kd larger at TP2": [*models["kd larger"], *tp(2), *SEQUENCE_PARALLEL],
+    }
+    assert_layouts(launch(2, two, workspace, timeout=240), single)
+    four = {
+        "target-sft smaller at TP2PP2": [*models["target-sft smaller"], *tp(2), *pp(2)],
+        "kd larger at TP4": [*models["kd larger"], *tp(4)],
+        "kd deep at TP2PP2 in 4 virtual stages": [*models["kd deep"], *tp(2), *VIRTUAL, *SEQUENCE_PARALLEL],
+        "kd deep at TP2PP2 recomputed": [
+            *models["kd deep"],
+            *tp(2),
+            *pp(2),
+            *("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1),
+        ],
+    }
+    assert_layouts(launch(4, four, workspace, timeout=300), single)
