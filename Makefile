@@ -25,6 +25,7 @@ help:
 	@echo '  make demo        fine-tune a real pretrained model on real data with 6 ranks, then export it'
 	@echo '  make test        run every test'
 	@echo '  make test-quick  run the tests that are not marked slow (about two minutes)'
+	@echo '  make bench       measure time and memory next to torch and Megatron (about 12 minutes, idle machine)'
 	@echo '  make lint        check style (ruff)'
 	@echo '  make format      apply the style'
 	@echo '  make install     only make the environment in $(VENV) and build the package'
@@ -35,6 +36,7 @@ help:
 	@echo '  PYTHON=/path/to/python3.12   the interpreter to use'
 	@echo '  PYTEST_ARGS="-k trust -x"    more arguments for pytest'
 	@echo '  DEMO_ARGS="--help"           arguments for the demo'
+	@echo '  BENCH_ARGS="kernels --quick" what to measure (--help lists it; default: all)'
 	@echo 'By hand: $(PY) -m qtarget_megatron.finetune --help'
 
 .PHONY: install
@@ -71,13 +73,20 @@ $(BUILD): $(DEPENDENCIES) $(NATIVE_SOURCES)
 demo: $(BUILD)
 	@$(PY) -m examples.demo.run $(DEMO_ARGS)
 
+# Two files at a time: each has launches of several ranks of its own.
+PYTEST = $(PY) -m pytest -n 2 --dist loadfile
+
 .PHONY: test
 test: $(BUILD)
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: test-quick
 test-quick: $(BUILD)
-	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: $(BUILD)
+	@$(PY) tools/benchmark.py $(or $(BENCH_ARGS),all)
 
 .PHONY: lint
 lint: $(BUILD)
