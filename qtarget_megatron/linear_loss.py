@@ -236,6 +236,8 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=kept_gradient[chunk])
             if wants_weight:
                 weight_sum.add(logits, kept[chunk])
+            # Before the next chunk is made: one exists at a time.
+            del logits
         hidden_gradient = _whole_gradient(kept_gradient, spec, ctx.hidden_shape) if wants_hidden else None
         return hidden_gradient, weight_sum.finish() if wants_weight else None, None, None, None, None
 

@@ -29,19 +29,23 @@ ALLOWED = {
     "sparse_teacher": {"statistics", "kernels"},
     "loss": {"objectives", "statistics", "kernels", "token_loss", "collectives", "sparse_teacher"},
     "linear_loss": {"objectives", "statistics", "kernels", "token_loss", "collectives", "sparse_teacher", "loss"},
+    "linear_top_k": {"statistics", "kernels", "token_loss", "collectives"},
     "inspection": {"objectives", "statistics", "loss"},
     "data": {"data", "side_inputs"},
+    "teacher_cache": {"teacher_cache", "data"},
     "checkpoint": {"checkpoint"},
     "__init__": {"objectives", "statistics", "loss", "linear_loss", "inspection", "sparse_teacher"},
     "megatron": {
         "megatron", "loss", "linear_loss", "objectives", "statistics", "kernels", "data", "side_inputs",
-        "resumable", "checkpoint",
+        "resumable", "checkpoint", "collectives", "linear_top_k", "sparse_teacher", "teacher_cache",
     },
-    "finetune": {"objectives", "data", "checkpoint", "megatron"},
+    "finetune": {
+        "objectives", "data", "checkpoint", "megatron", "resumable", "sparse_teacher", "teacher_cache",
+    },
 }  # fmt: skip
 TORCH_ONLY = {
     "statistics", "collectives", "objectives", "kernels", "token_loss", "sparse_teacher", "loss", "linear_loss",
-    "inspection", "__init__",
+    "linear_top_k", "inspection", "__init__",
 }  # fmt: skip
 WITH_COLLECTIVES = {"collectives", "megatron", "finetune"}
 

@@ -1,0 +1,212 @@
+"""The output layer and the loss together: logits a chunk at a time against logits as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtarget_megatron import objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
+from tools.benchmarking import figures, peers
+from tools.benchmarking.kernels import ETA
+from tools.benchmarking.measure import Subject, alternate, memory
+
+IGNORED = -100
+FUSED, MAIN_GRAD = "fused head", "fused head, main_grad"
+WHOLE, TORCH, EAGER = "whole logits, in place", "whole logits, torch", "whole logits, eager"
+# Gradients of float32 and of bfloat16 products that are summed in another order, as a share of the largest entry.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape. supervised: share of the tokens with a label; teacher: measure target-sft with a second head of the same
+    shape, else sft; chunk_sizes: of the fused head, the first one also with the ignored tokens."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    dtype: str
+    chunk_sizes: list[int] = field(default_factory=lambda: [512])
+    supervised: list[float] = field(default_factory=lambda: [1.0, 0.3])
+    teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Head:
+    """The tensors of one case."""
+
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+
+def measure(
+    *, say: Callable[[str], None], cases: list[dict[str, Any]], seconds: float, min_rounds: int
+) -> list[dict[str, Any]]:
+    """One row for each case, share of supervised tokens, method and chunk size. Times are of forward and backward, with
+    the gradients of hidden states and weight; memory is that of one run, before the timed ones.
+
+    resident_bytes: growth of the process's resident memory; allocated_bytes, extra_bytes: of torch's allocator, with
+    and without the gradients that the run returns."""
+    # Thread pools and the libraries' own buffers, on a small shape.
+    _run_once(Case(8, 16, 64, "float32", chunk_sizes=[4]))
+    _run_once(Case(8, 16, 64, "bfloat16", chunk_sizes=[4]))
+    rows = []
+    for arguments in cases:
+        case = Case(**arguments)
+        for share in case.supervised:
+            say(
+                f"{case.tokens} tokens ({share:.0%} supervised), hidden {case.hidden}, vocabulary {case.vocabulary}, "
+                f"{case.dtype}{', with a teacher' if case.teacher else ''}: memory, and checking that all agree"
+            )
+            rows += _case(case, share, say, seconds, min_rounds)
+    return rows
+
+
+def _run_once(case: Case) -> None:
+    head = draw(case, 1.0)
+    for subject in methods(case, head, 1.0).values():
+        subject.prepare()
+        subject.run()
+
+
+def methods(case: Case, head: Head, share: float) -> dict[tuple[str, int | None], Subject]:
+    """(name, chunk size) -> forward and backward: loss per token, gradients of hidden states and weight."""
+    objective = objectives.target_sft(eta=ETA) if case.teacher else objectives.sft()
+    chunk_sizes = case.chunk_sizes if share == 1.0 else case.chunk_sizes[:1]
+    found: dict[tuple[str, int | None], Callable[[], Tensor]] = {}
+    for chunk_size in chunk_sizes:
+        found[FUSED, chunk_size] = partial(_fused, head, objective, chunk_size)
+    found[WHOLE, None] = partial(_whole, head, objective)
+    if case.teacher:
+        found[EAGER, None] = partial(_eager, head)
+    else:
+        found[TORCH, None] = partial(_torch, head)
+    upstream = torch.ones(case.tokens)
+
+    def step(loss_of: Callable[[], Tensor], weight: Tensor) -> tuple[Tensor, ...]:
+        loss = loss_of()
+        of_hidden, of_weight = torch.autograd.grad(loss, (head.hidden, weight), upstream.to(loss.dtype))
+        return loss.detach(), of_hidden, getattr(weight, "main_grad", of_weight)
+
+    subjects = {key: Subject(partial(step, loss_of, head.weight)) for key, loss_of in found.items()}
+    if head.weight.dtype != torch.float32:
+        # As in training by Megatron, where the float32 sum is there already.
+        weight = head.weight.detach().requires_grad_()
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        loss_of = partial(_fused, replace(head, weight=weight), objective, chunk_sizes[0])
+        subjects[MAIN_GRAD, chunk_sizes[0]] = Subject(partial(step, loss_of, weight), weight.main_grad.zero_)
+    return subjects
+
+
+def _fused(head: Head, objective, chunk_size: int) -> Tensor:
+    return qtarget_linear_cross_entropy(
+        head.hidden,
+        head.weight,
+        head.labels,
+        objective=objective,
+        teacher_hidden=head.teacher_hidden,
+        teacher_weight=head.teacher_weight,
+        chunk_size=chunk_size,
+    )
+
+
+def _whole(head: Head, objective) -> Tensor:
+    return qtarget_cross_entropy(
+        head.hidden @ head.weight.t(),
+        head.labels,
+        objective=objective,
+        teacher_logits=_teacher_logits(head) if objective.needs_teacher else None,
+        inplace=True,
+    )
+
+
+def _torch(head: Head) -> Tensor:
+    return peers.torch_cross_entropy(head.hidden @ head.weight.t(), head.labels)
+
+
+def _eager(head: Head) -> Tensor:
+    loss = peers.eager_target_sft(head.hidden @ head.weight.t(), _teacher_logits(head), head.labels.clamp(min=0), ETA)
+    return loss.masked_fill(head.labels == IGNORED, 0)
+
+
+def _teacher_logits(head: Head) -> Tensor:
+    with torch.no_grad():
+        return head.teacher_hidden @ head.teacher_weight.t()
+
+
+def draw(case: Case, share: float) -> Head:
+    """Random tensors, logits of standard deviation 3, and labels for a share of the tokens."""
+    generator = torch.Generator().manual_seed(2)
+    dtype = getattr(torch, case.dtype)
+
+    def matrix(rows: int, scale: float) -> Tensor:
+        return torch.randn(rows, case.hidden, generator=generator).mul_(scale).to(dtype)
+
+    labels = torch.randint(case.vocabulary, (case.tokens,), generator=generator)
+    labels[torch.randperm(case.tokens, generator=generator)[round(share * case.tokens) :]] = IGNORED
+    scale = 3 / case.hidden**0.5
+    rows = case.vocabulary if case.teacher else 0
+    return Head(
+        hidden=matrix(case.tokens, 1).requires_grad_(),
+        weight=matrix(case.vocabulary, scale).requires_grad_(),
+        teacher_hidden=matrix(case.tokens, 1),
+        teacher_weight=matrix(rows, scale),
+        labels=labels,
+    )
+
+
+def _case(
+    case: Case, share: float, say: Callable[[str], None], seconds: float, min_rounds: int
+) -> list[dict[str, Any]]:
+    device = torch.device("cpu")
+    head = draw(case, share)
+    subjects = methods(case, head, share)
+    used, reference = {}, None
+    for key, subject in subjects.items():
+        used[key], results = memory(subject, device)
+        reference = results if reference is None else reference
+        _check(key[0], results, reference)
+        del results
+    del reference
+    times = alternate(subjects, device=device, seconds=seconds, min_rounds=min_rounds)
+    say(f"{len(next(iter(times.values())))} rounds of {len(subjects)} methods are done")
+    return [
+        {
+            "tokens": case.tokens,
+            "hidden": case.hidden,
+            "vocabulary": case.vocabulary,
+            "dtype": case.dtype,
+            "objective": "target-sft" if case.teacher else "sft",
+            "supervised": share,
+            "threads": torch.get_num_threads(),
+            "method": name,
+            "chunk_size": chunk_size,
+            "allocated_bytes": used[name, chunk_size].peak,
+            "extra_bytes": used[name, chunk_size].extra,
+            "resident_bytes": used[name, chunk_size].resident,
+            "seconds": times[name, chunk_size],
+            **figures.summary(times[name, chunk_size]),
+        }
+        for name, chunk_size in subjects
+    ]
+
+
+def _check(name: str, results: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> None:
+    """Refuse to time something that computes something else."""
+    tolerance = _TOLERANCE[reference[1].dtype]
+    for what, found, expected in zip(("loss", "dHidden", "dWeight"), results, reference, strict=True):
+        # A row at a time: no copy of the matrix is made.
+        off = max((a.float() - b.float()).abs().max() for a, b in zip(found, expected, strict=True))
+        off = off / expected.abs().max()
+        if not off <= tolerance:
+            raise RuntimeError(
+                f"{name}: {what} differs from that of {FUSED} by {off:.2g} of its largest value, {tolerance} allowed"
+            )

@@ -1,0 +1,111 @@
+"""What each part of the benchmark measures: shapes, number of processes and threads, and how long it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from tools.benchmarking import figures, machine, step, workers
+
+Say = Callable[[str], None]
+Rows = list[dict[str, Any]]
+
+_DTYPES = ["float32", "bfloat16"]
+
+
+def kernels(say: Say, quick: bool) -> Rows:
+    """One process for each number of threads: torch.compile builds that number in."""
+    arguments = dict(tokens=512, vocabularies=[32_000, 151_936], dtypes=_DTYPES, seconds=8.0, min_rounds=5)
+    arguments["compiled"] = ["sft", "target-sft"]
+    threads = sorted({1, min(2, machine.cores())})
+    if quick:
+        arguments |= dict(tokens=16, vocabularies=[2048], dtypes=["float32"], seconds=0.2, min_rounds=3)
+        arguments["compiled"] = ["target-sft"]
+        threads = [1]
+    rows = []
+    for number in threads:
+        rows += workers.run(f"{_PACKAGE}.kernels:measure", arguments, say=say, threads=number, timeout=600)[0]
+    return rows
+
+
+def cuda(say: Say, quick: bool) -> Rows:
+    arguments = dict(tokens=8192, vocabularies=[131_072], dtypes=["bfloat16"], seconds=10.0, min_rounds=20)
+    arguments["compiled"] = ["sft", "target-sft"]
+    if quick:
+        arguments |= dict(tokens=512, vocabularies=[32_768], seconds=0.5, min_rounds=3)
+    arguments["device"] = "cuda"
+    return workers.run(f"{_PACKAGE}.kernels:measure", arguments, say=say, threads=machine.cores(), timeout=900)[0]
+
+
+def head(say: Say, quick: bool) -> Rows:
+    # At most 4 GiB: the largest weight with its float32 gradient, and the logits as a whole.
+    cases = [
+        dict(tokens=1024, hidden=576, vocabulary=32_000, dtype="float32", chunk_sizes=[512, 256]),
+        dict(tokens=1024, hidden=576, vocabulary=32_000, dtype="float32", teacher=True, supervised=[1.0]),
+        dict(tokens=1024, hidden=576, vocabulary=151_936, dtype="bfloat16"),
+        dict(tokens=1024, hidden=2048, vocabulary=32_000, dtype="bfloat16", supervised=[1.0]),
+    ]
+    arguments, threads = dict(cases=cases, seconds=4.0, min_rounds=3), machine.cores()
+    if quick:
+        small = dict(tokens=64, hidden=32, vocabulary=2048, chunk_sizes=[32, 16])
+        arguments["cases"] = [small | dict(dtype="float32"), small | dict(dtype="bfloat16", teacher=True)]
+        arguments["seconds"], threads = 0.2, 1
+    return workers.run(f"{_PACKAGE}.head:measure", arguments, say=say, threads=threads, timeout=900)[0]
+
+
+def collective(say: Say, quick: bool) -> Rows:
+    arguments = dict(tokens=[512, 4096], rounds=200)
+    sizes = [2, 4]
+    if quick:
+        arguments, sizes = dict(tokens=[64], rounds=10), [2]
+    rows = []
+    for ranks in sizes:
+        by_rank = workers.run(f"{_PACKAGE}.collective:measure", arguments, say=say, ranks=ranks, timeout=300)
+        for same in zip(*by_rank, strict=True):
+            # A run is over when the last rank is.
+            seconds = [max(values) for values in zip(*(row["seconds"] for row in same), strict=True)]
+            rows.append(same[0] | {"ranks": ranks, "seconds": seconds, **figures.summary(seconds)})
+    return rows
+
+
+def training_step(say: Say, quick: bool) -> Rows:
+    shape, variants, sizes = step.Shape(), list(step.VARIANTS), [1, 2]
+    if quick:
+        shape = step.Shape(vocabulary=512, hidden=64, layers=2, seq_length=64, global_batch=2, steps=4)
+        variants, sizes = variants[-1:], [1]
+    arguments = dict(shape=asdict(shape), variants=variants, tensor_parallel=sizes, timeout=180)
+    return workers.run(f"{_PACKAGE}.step:measure", arguments, say=say, timeout=900)[0]
+
+
+def growth(say: Say, quick: bool) -> Rows:
+    arguments = dict(
+        tokens=[32, 64, 128, 256, 512, 1024],
+        tokens_at=32_000,
+        vocabularies=[8192, 16_384, 32_768, 65_536, 131_072, 262_144],
+        vocabularies_at=128,
+        shards=[1, 2, 4],
+        shards_at=(256, 131_072),
+        memory_tokens=[256, 512, 1024, 2048, 4096],
+        memory_at=(256, 32_000),
+        chunk_size=512,
+        seconds=4.0,
+    )
+    if quick:
+        arguments |= dict(tokens=[16, 32, 64], tokens_at=2048, vocabularies=[1024, 2048, 4096], vocabularies_at=16)
+        arguments |= dict(shards_at=(16, 4096), memory_tokens=[64, 128], memory_at=(32, 1024), chunk_size=32)
+        arguments["seconds"] = 0.1
+    return workers.run(f"{_PACKAGE}.growth:measure", arguments, say=say, threads=1, timeout=300)[0]
+
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+# In the order of the report.
+PLANS: dict[str, Callable[[Say, bool], Rows]] = {
+    "kernels": kernels,
+    "head": head,
+    "collective": collective,
+    "step": training_step,
+    "growth": growth,
+    "cuda": cuda,
+}

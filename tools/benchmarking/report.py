@@ -1,0 +1,324 @@
+"""REPORT.md, from the results that are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tools.benchmarking import figures
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+MIB = 2**20
+# Load average per core above which times are marked as not to be trusted.
+BUSY = 0.5
+
+
+def load(folder: Path, name: str) -> Result | None:
+    """What a part measured; None where it has not been run. ValueError where the file is not one of ours."""
+    path = folder / f"{name}.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: expected results of this benchmark, got no JSON ({error}): remove it") from None
+    if not isinstance(data, dict) or data.get("benchmark") != name or "rows" not in data:
+        raise ValueError(f"{path}: expected results of {name}: remove it")
+    return data
+
+
+def write(folder: Path) -> list[Path]:
+    """Write pictures and REPORT.md, each only once it is complete; returns their paths. ValueError without results."""
+    from tools.benchmarking import pictures
+
+    results = {name: load(folder, name) for name in SECTIONS}
+    results = {name: result for name, result in results.items() if result is not None}
+    if not results:
+        raise ValueError(f"{folder} holds no results to report: measure something first")
+    written = []
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".incomplete-") as incomplete:
+        names = [f"{name}.png" for name in results if name in pictures.DRAWN]
+        for name in names:
+            part = name.removesuffix(".png")
+            pictures.DRAWN[part](results[part]["rows"], Path(incomplete, name))
+        Path(incomplete, "REPORT.md").write_text(markdown(results, set(pictures.DRAWN)), encoding="utf-8")
+        for name in [*names, "REPORT.md"]:
+            os.replace(Path(incomplete, name), folder / name)
+            written.append(folder / name)
+    return written
+
+
+def markdown(results: dict[str, Result], pictured: set[str]) -> str:
+    """The report as Markdown, its sections in the order of SECTIONS."""
+    newest = max(results.values(), key=lambda result: result["date"])
+    lines = ["# Benchmarks", "", _INTRODUCTION, "", *table(["machine and versions", ""], newest["machine"].items())]
+    lines += ["", "Times are medians [first to third quartile]. A ratio is that of the medians, in brackets the"]
+    lines += ["quartiles of the ratios of runs that followed each other."]
+    for name, (title, section) in SECTIONS.items():
+        lines += ["", f"## {title}", ""]
+        if name not in results:
+            lines += [f"Not measured (`python tools/benchmark.py {name}`)."]
+            continue
+        result = results[name]
+        lines += [_origin(result, newest["machine"]), ""]
+        if name in pictured:
+            lines += [f"![{title}]({name}.png)", ""]
+        lines += section(result["rows"])
+    return "\n".join(lines) + "\n"
+
+
+_INTRODUCTION = """\
+Written by `make bench` (`tools/benchmark.py`; `--help` says what it measures). Every run's time is in the JSON files
+next to this one."""
+
+
+def _origin(result: Result, machine: dict[str, str]) -> str:
+    dirty = " with uncommitted changes" if result["dirty"] else ""
+    commit, date = result["commit"][:12], result["date"].replace("T", " ").replace("+00:00", " UTC")
+    load, cores = result["load_average"], result["cores"]
+    parts = [f"Measured {date} at commit `{commit}`{dirty} in {result['took']:.0f} s; load average before: {load:.2f}."]
+    other = [f"{key}: {value}" for key, value in result["machine"].items() if machine.get(key) != value]
+    if other:
+        parts.append(f"Not on the machine above, but: {'; '.join(other)}.")
+    if result["quick"]:
+        parts.append("**Small shapes and few runs, to try the tool (`--quick`): no figures to quote.**")
+    if load > BUSY * cores:
+        parts.append("**The machine was busy: no figures to quote.**")
+    return " ".join(parts)
+
+
+def table(heads: Sequence[str], rows) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+
+
+def figure(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:.0f}" if abs(value) >= 99.5 else f"{value:#.3g}"
+
+
+def spread(row: Row, factor: float = 1.0) -> str:
+    """median [q1 to q3], times factor."""
+    median, q1, q3 = (figure(row[key] * factor) for key in ("median", "q1", "q3"))
+    return f"{median} [{q1} to {q3}]"
+
+
+def compare(row: Row, with_: Row | None) -> str:
+    """How many times as long as another row, with the quartiles of the pairs; nothing for the row itself."""
+    if with_ is None or with_ is row:
+        return "-"
+    found = figures.ratio(row["seconds"], with_["seconds"])
+    return f"{figure(found['value'])} [{figure(found['q1'])} to {figure(found['q3'])}]"
+
+
+def _groups(rows: list[Row], *keys: str) -> Iterator[tuple[tuple, list[Row]]]:
+    def key(row: Row) -> tuple:
+        return tuple(row[name] for name in keys)
+
+    order = {value: number for number, value in enumerate(dict.fromkeys(map(key, rows)))}
+    for value, group in groupby(sorted(rows, key=lambda row: order[key(row)]), key):
+        yield value, list(group)
+
+
+def _pick(rows: list[Row], **values: Any) -> Row | None:
+    return next((row for row in rows if all(row[key] == value for key, value in values.items())), None)
+
+
+# ---- the sections
+
+
+def kernels(rows: list[Row]) -> list[str]:
+    lines = [
+        "Forward and backward of the loss of given logits, all of whose tokens are supervised. *In place* writes the "
+        "gradient over the logits, as Megatron does by itself with float32; elsewhere it is new memory in each run"
+        + (", whose pages the system must provide." if rows[0]["threads"] else "."),
+        "",
+        f"Floor: passes x bytes of the logits / bandwidth, with {figures.PASSES} passes without a teacher (read z, "
+        f"read z, write the gradient), {figures.PASSES_WITH_TEACHER} with one (read z and t, read z and t, write the "
+        f"gradient). Bandwidth: {figures.COPY_PASSES} x bytes of the logits / median time of copying them, which takes "
+        "its turn among the methods, on as many threads. Where the logits fit the last-level cache, so does the copy.",
+        "",
+        "Extra memory: the most that torch's allocator holds at once beyond inputs and results, as a multiple of the "
+        "logits. `target-sft` with eta = 0.5; *eager* is the loss as one would write it in torch, *torch.compile* the "
+        "same compiled for the shape (for `sft` of `cross_entropy` of a float32 copy). 16-bit logits in plain *torch* "
+        "keep a 16-bit loss.",
+    ]
+    for (tokens, vocabulary, dtype, threads), group in _groups(rows, "tokens", "vocabulary", "dtype", "threads"):
+        copied = _pick(group, method="copy")
+        speed = figures.bandwidth(copied["logits_bytes"], copied["seconds"]) / 1e9
+        where = f", {threads} thread(s)" if threads else ""
+        lines += [
+            "",
+            f"### {tokens} x {vocabulary}, {dtype}{where}",
+            "",
+            f"Logits: {figure(copied['logits_bytes'] / MIB)} MiB; a copy takes {spread(copied, 1e3)} ms, which is "
+            f"{speed:.1f} GB/s.",
+            "",
+        ]
+        heads = ["objective", "method", "ms", "times the floor", "times qtarget", "times qtarget, in place"]
+        cells = []
+        for row in group:
+            if row is copied:
+                continue
+            floor = figures.floor_seconds(row["passes"], copied["logits_bytes"], copied["seconds"])
+            same = [other for other in group if other["objective"] == row["objective"]]
+            cells.append(
+                [
+                    row["objective"],
+                    row["method"],
+                    spread(row, 1e3),
+                    figure(row["median"] / floor),
+                    compare(row, _pick(same, method="qtarget")),
+                    compare(row, _pick(same, method="qtarget, in place")),
+                    f"{row['extra_bytes'] / row['logits_bytes']:.2f}",
+                ]
+            )
+        order = list(dict.fromkeys(row[0] for row in cells))
+        lines += table([*heads, "extra memory"], sorted(cells, key=lambda row: order.index(row[0])))
+    return lines
+
+
+def head(rows: list[Row]) -> list[str]:
+    lines = [
+        "Forward and backward of output layer and loss, with the gradients of hidden states and weight. *Fused head*: "
+        "`qtarget_linear_cross_entropy`, four matrix products instead of three, on supervised tokens only. *Whole "
+        "logits, in place*: the product, then `qtarget_cross_entropy(inplace=True)`; *torch*: the product, then "
+        "`cross_entropy`; *eager*: both products, then Target-SFT as one would write it. The fused head adds the "
+        "weight's gradient up in float32: with 16-bit weights that is extra memory, except where it is Megatron's "
+        "`main_grad` (*main_grad*), as in training.",
+        "",
+        "Memory is that of one run. Extra: the most that torch's allocator holds at once beyond inputs and results "
+        "(loss and gradients), exact, recorded by the allocator itself. Resident: growth of the process's peak "
+        "resident memory, results included (`VmHWM`, reset before the run), which also sees what the libraries take "
+        "for themselves.",
+    ]
+    keys = ("tokens", "hidden", "vocabulary", "dtype", "objective", "supervised", "threads")
+    for (tokens, hidden, vocabulary, dtype, objective, share, threads), group in _groups(rows, *keys):
+        size = tokens * vocabulary * (4 if dtype == "float32" else 2) / MIB
+        lines += [
+            "",
+            f"### {objective}, {tokens} tokens ({share:.0%} supervised), hidden {hidden}, vocabulary {vocabulary}, "
+            f"{dtype}, {threads} thread(s)",
+            "",
+            f"Logits as a whole: {figure(size)} MiB.",
+            "",
+        ]
+        first = group[0]
+        lines += table(
+            ["method", "chunk", "ms", "times the fused head", "extra MiB", "allocated MiB", "resident MiB"],
+            [
+                [
+                    row["method"],
+                    row["chunk_size"] or "-",
+                    spread(row, 1e3),
+                    compare(row, first),
+                    figure(row["extra_bytes"] / MIB),
+                    figure(row["allocated_bytes"] / MIB),
+                    "-" if row["resident_bytes"] is None else figure(row["resident_bytes"] / MIB),
+                ]
+                for row in group
+            ],
+        )
+    return lines
+
+
+def collective(rows: list[Row]) -> list[str]:
+    lines = [
+        "Over gloo on this machine's loopback, a run from when all ranks are there until the last one is done. First "
+        "the collectives alone: our all-gather with the merge of the statistics that follows it, and as many "
+        "all-reduces of float32 as Megatron's losses make, without the arithmetic between them. Then whole losses, "
+        "forward and backward, of few columns, so that the collectives are what is seen.",
+        "",
+    ]
+    cells = []
+    for (ranks, tokens), group in _groups(rows, "ranks", "tokens"):
+        raw = [row for row in group if not row["method"].startswith("whole loss")]
+        for part in (raw, [row for row in group if row not in raw]):
+            cells += [[ranks, tokens, row["method"], spread(row, 1e6), compare(row, part[0])] for row in part]
+    return lines + table(["ranks", "tokens", "method", "µs", "times ours (sft)"], cells)
+
+
+def step(rows: list[Row]) -> list[str]:
+    first = rows[0]
+    lines = [
+        f"`python -m qtarget_megatron.finetune` in float32 on random Llama models of hidden size {first['hidden']}, "
+        f"{first['layers']} layers and {first['vocabulary']} tokens (the teacher has the student's shape), "
+        f"{first['global_batch']} samples of {first['seq_length']} tokens a step, {first['supervised']:.0%} of them "
+        "supervised, Adam. *Whole logits* is nearest to Megatron's own SFT: its output layer and its three matrix "
+        "products; the loss of the logits is ours there too, as Megatron's cross-entropy has no place in the plug-in. "
+        "Runs are one after another, the ranks share the cores. Peak: resident memory of each rank, libraries "
+        "included.",
+        "",
+    ]
+    cells = []
+    for (size,), group in _groups(rows, "tensor_parallel"):
+        base = group[0]
+        for row in group:
+            change = "-" if row is base else figure(row["median"] / base["median"])
+            tokens = row["global_batch"] * row["seq_length"] / row["median"]
+            peaks = ", ".join(f"{peak:.2f}" for peak in row["peak_gib"])
+            cells.append([size, row["threads"], row["variant"], spread(row), change, figure(tokens), peaks])
+    heads = ["ranks", "threads each", "variant", "s per step", "times the first", "tokens per s", "peak GiB"]
+    return lines + table(heads, cells)
+
+
+def growth(rows: list[Row]) -> list[str]:
+    lines = [
+        "One thread, float32, gradient in place, forward and backward. The slope is that of a straight line fitted to "
+        "time against size, both as logarithms: 1 is proportional, below 1 a fixed cost that weighs less and less. "
+        "Shards are timed one after another, collectives are not in it; the slowest shard counts.",
+        "",
+    ]
+    cells = []
+    for (name, objective), points in series(rows).items():
+        x, y = zip(*points, strict=True)
+        slope, _ = figures.power_law(x, y)
+        sizes = f"{figure(x[0])} to {figure(x[-1])}" if name == "time by shards" else f"{x[0]} to {x[-1]}"
+        cells.append([name, objective, sizes, f"{slope:.3f}", figure(y[0] * 1e3), figure(y[-1] * 1e3)])
+    lines += table(["series", "objective", "sizes", "slope", "ms, smallest", "ms, largest"], cells)
+    memory = [row for row in rows if row["series"] == "memory"]
+    shape = memory[0]
+    lines += [
+        "",
+        f"Memory of output layer and loss (hidden {shape['hidden']}, vocabulary {shape['vocabulary']}), MiB of torch's "
+        "allocator beyond inputs and results, by number of tokens:",
+        "",
+    ]
+    tokens = list(dict.fromkeys(row["tokens"] for row in memory))
+    body = [
+        [name, *(figure(row["extra_bytes"] / MIB) for row in group)] for (name,), group in _groups(memory, "method")
+    ]
+    return lines + table(["method", *map(str, tokens)], body)
+
+
+def series(rows: list[Row]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """(series, objective) -> points (size, median seconds), by size; of shards 1/T and the slowest shard."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for row in rows:
+        if row["series"] == "memory":
+            continue
+        size = {"time by tokens": row["tokens"], "time by vocabulary": row["vocabulary"]}.get(row["series"])
+        if size is None:
+            size = 1 / row["shards"]
+        points = found.setdefault((row["series"], row["objective"]), {})
+        points[size] = max(points.get(size, 0.0), row["median"])
+    order = list(dict.fromkeys(name for name, _ in found))
+    return {key: sorted(found[key].items()) for key in sorted(found, key=lambda key: order.index(key[0]))}
+
+
+SECTIONS: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
+    "kernels": ("Kernels", kernels),
+    "head": ("Output layer and loss", head),
+    "collective": ("Collectives", collective),
+    "step": ("Training steps", step),
+    "growth": ("Growth", growth),
+    "cuda": ("Kernels on a GPU", kernels),
+}
