@@ -42,6 +42,9 @@ from qtarget_megatron.megatron.arguments import (
     record_architecture,
 )
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
+from qtarget_megatron.resumable import file_digest
+from qtarget_megatron.sparse_teacher import check_residuals
+from qtarget_megatron.teacher_cache import TeacherCache
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,12 +92,13 @@ def run(argv: list[str]) -> None:
     _fill_in(args, student)
     _check(args, student, objective)
     tokenizer, teacher = _check_models(args, student)
+    caches = _open_caches(args, student, tokenizer)
 
     cpu_platform.repair_megatron_wheel()
     args.calculate_per_token_loss = True
     record_architecture(args, student)
     launch.initialize(args)
-    _train(args, student, teacher, objective, tokenizer)
+    _train(args, student, teacher, objective, tokenizer, caches)
 
 
 def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
@@ -119,10 +123,7 @@ def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
 
 def _check(args: argparse.Namespace, student: Architecture, objective: objectives.Objective) -> None:
     """What needs no file but the small ones: objective, layout, data, output directory."""
-    if objective.needs_teacher and args.teacher_hf is None:
-        raise ValueError(f"objective {objective} reads a second model: give --teacher-hf DIR")
-    if not objective.needs_teacher and args.teacher_hf is not None:
-        raise ValueError(f"objective {objective} reads no second model: drop --teacher-hf or choose another objective")
+    _check_second_model_flags(args, objective)
     check_layout(args, student, "student")
     check_head(args)
     if args.sft_train is None and not args.skip_train:
@@ -145,6 +146,45 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
         )
 
 
+def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Objective) -> None:
+    caches = [f for f in ("teacher_cache", "teacher_cache_valid") if getattr(args, f) is not None]
+    given = [f"--{key.replace('_', '-')}" for key in (["teacher_hf"] if args.teacher_hf else []) + caches]
+    if not objective.needs_teacher:
+        if given:
+            raise ValueError(
+                f"objective {objective} reads no second model: drop {given[0]} or choose another objective"
+            )
+        return
+    if not given:
+        raise ValueError(f"objective {objective} reads a second model: give --teacher-hf DIR or --teacher-cache DIR")
+    if args.teacher_hf is not None and caches:
+        raise ValueError(f"the second model is live or cached: drop --teacher-hf or {given[1]}")
+    if caches:
+        check_residuals(objective.residuals, args.teacher_tail)
+    for data, cache in (("sft_train", "teacher_cache"), ("sft_valid", "teacher_cache_valid")):
+        if caches and (getattr(args, data) is None) != (getattr(args, cache) is None):
+            missing, present = (cache, data) if getattr(args, cache) is None else (data, cache)
+            raise ValueError(
+                f"--{present.replace('_', '-')} without --{missing.replace('_', '-')}: a cache belongs to one data "
+                "file, written by tools/cache_teacher.py"
+            )
+
+
+def _open_caches(args: argparse.Namespace, student: Architecture, tokenizer) -> dict[Path, TeacherCache]:
+    """Data file -> its teacher cache, checked against everything that training reads it with."""
+    caches = {}
+    for data, directory in ((args.sft_train, args.teacher_cache), (args.sft_valid, args.teacher_cache_valid)):
+        if directory is not None:
+            caches[data] = TeacherCache(directory)
+            caches[data].check(
+                data_digest=file_digest(data),
+                tokenizer=tokenizer,
+                seq_length=args.seq_length,
+                vocab_size=student.vocab_size,
+            )
+    return caches
+
+
 def _check_models(args: argparse.Namespace, student: Architecture):
     """Weights and tokenizers of both models, headers only: (tokenizer, the teacher's architecture or None)."""
     tokenizer = load_model_tokenizer(args.hf_model, student)
@@ -154,7 +194,7 @@ def _check_models(args: argparse.Namespace, student: Architecture):
     return tokenizer, check_second_model(args, student, tokenizer, args.teacher_hf, "--teacher-hf")
 
 
-def _train(args, student, teacher, objective, tokenizer) -> None:
+def _train(args, student, teacher, objective, tokenizer, caches) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
     from qtarget_megatron.megatron.datasets import DatasetProvider
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
@@ -174,10 +214,11 @@ def _train(args, student, teacher, objective, tokenizer) -> None:
         args.qtarget_backend,
         chunk_size,
         teacher_vocab_size=teacher.vocab_size if smaller else None,
+        teacher_tail=args.teacher_tail,
     )
     launch.run_pretrain(
         args,
-        datasets=DatasetProvider(args, tokenizer, objective.token_inputs),
+        datasets=DatasetProvider(args, tokenizer, objective.token_inputs, caches),
         model_provider=models,
         forward_step=partial(forward_step, settings, args.check_for_nan_in_loss_and_grad),
     )

@@ -65,7 +65,7 @@ CASES = {
     ),
     "objective argument out of range": ({"--objective-args": "lam=1.5"}, ["lam", "[0, 1]", "1.5"]),
     "objective argument without value": ({"--objective-args": "lam"}, ["KEY=VALUE", "'lam'"]),
-    "teacher missing": ({"--objective": "kd", "--objective-args": None}, ["kd", "--teacher-hf"]),
+    "teacher missing": ({"--objective": "kd", "--objective-args": None}, ["kd", "--teacher-hf", "--teacher-cache"]),
     "teacher superfluous": ({"--teacher-hf": "teacher"}, ["label-smoothing", "drop --teacher-hf"]),
     "teacher with another tokenizer": (
         {"--objective": "kd", "--objective-args": None, "--teacher-hf": "other-tokenizer"},

@@ -10,6 +10,7 @@ from pathlib import Path
 from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.kernels import BACKENDS
+from qtarget_megatron.sparse_teacher import TAIL_RULES
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,6 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="DIR",
         help="Hugging Face directory of the frozen second model (teacher, reference or base), for the objectives "
         "that read one. It is stacked on the student's pipeline stages; same tokenizer, any size.",
+    )
+    group.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="DIR",
+        help="in place of --teacher-hf: the second model's largest probabilities for each token of --sft-train, "
+        "written by tools/cache_teacher.py at any layout",
+    )
+    group.add_argument(
+        "--teacher-cache-valid", type=Path, metavar="DIR", help="the same for --sft-valid, which is another file"
+    )
+    group.add_argument(
+        "--teacher-tail",
+        choices=TAIL_RULES,
+        default=TAIL_RULES[0],
+        help="what the mass outside of the cached tokens is: spread evenly (uniform), shared as the student shares it "
+        "(student), or left out (drop) (default: uniform)",
     )
     group.add_argument(
         "--sft-train",

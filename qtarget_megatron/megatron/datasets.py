@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from megatron.core.datasets.utils import Split
 
-from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, inspect_samples
+from qtarget_megatron.data import IGNORE_INDEX, JsonlFile, SampleStatus, SupervisedDataset, inspect_samples
+from qtarget_megatron.teacher_cache import TeacherCache
+
+
+class TaughtDataset(torch.utils.data.Dataset):
+    """A SupervisedDataset whose items also hold what a cached teacher keeps of each token, aligned with labels.
+
+    teacher_ids int64 [S, k] (-1: not used), teacher_log_p float32 [S, k], teacher_tail float32 [S].
+    """
+
+    def __init__(self, dataset: SupervisedDataset, cache: TeacherCache):
+        self._dataset, self._cache = dataset, cache
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        sample = self._dataset[item]
+        labels = sample["labels"].numpy()
+        rows = labels != IGNORE_INDEX
+        # The sample as the teacher read it; what follows the last supervised token does not matter.
+        input_ids = np.append(sample["tokens"].numpy(), labels[-1])
+        ids, log_p, tail = self._cache.sample(int(sample["sample"]), input_ids, np.append(False, rows))
+        teacher_ids = np.full((len(labels), ids.shape[1]), -1)
+        teacher_log_p = np.full(teacher_ids.shape, -np.inf, dtype=np.float32)
+        teacher_tail = np.zeros(len(labels), dtype=np.float32)
+        teacher_ids[rows], teacher_log_p[rows], teacher_tail[rows] = ids, log_p, tail
+        return sample | {
+            "teacher_ids": torch.from_numpy(teacher_ids),
+            "teacher_log_p": torch.from_numpy(teacher_log_p),
+            "teacher_tail": torch.from_numpy(teacher_tail),
+        }
 
 
 class DatasetProvider:
@@ -20,9 +52,16 @@ class DatasetProvider:
     # Megatron then calls it on every rank, not only on tensor-parallel rank 0.
     is_distributed = True
 
-    def __init__(self, args: argparse.Namespace, tokenizer, token_inputs: Sequence[str] = ()):
-        """token_inputs: side inputs of the objective; each record holds a field for each."""
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        tokenizer,
+        token_inputs: Sequence[str] = (),
+        teacher_caches: Mapping[Path, TeacherCache] | None = None,
+    ):
+        """token_inputs: side inputs of the objective, fields of each record. teacher_caches: by data file."""
         self.args, self.tokenizer, self.token_inputs = args, tokenizer, tuple(token_inputs)
+        self._caches = dict(teacher_caches or {})
         self._built: dict[Path, tuple[JsonlFile, np.ndarray]] = {}
 
     def __call__(self, num_samples, vp_stage=None):
@@ -57,6 +96,8 @@ class DatasetProvider:
             pad_id=pad_id(self.tokenizer),
             token_inputs=self.token_inputs,
         )
+        if path in self._caches:
+            dataset = TaughtDataset(dataset, self._caches[path])
         dataset.split = split
         return dataset
 

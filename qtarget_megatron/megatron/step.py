@@ -18,6 +18,7 @@ from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.loss import qtarget_cross_entropy
 from qtarget_megatron.megatron.teacher import OutputHead
 from qtarget_megatron.objectives import Objective
+from qtarget_megatron.sparse_teacher import SparseTeacher
 from qtarget_megatron.statistics import TokenStatistics
 
 
@@ -27,6 +28,7 @@ class LossSettings:
 
     vocab_size, teacher_vocab_size: of the true vocabularies (the teacher's only where it is the smaller one).
     backend: of the kernels. chunk_size: tokens whose logits exist at a time; None makes those of a whole micro-batch.
+    teacher_tail: the rule for the mass that a cached teacher does not keep.
     """
 
     objective: Objective
@@ -34,17 +36,20 @@ class LossSettings:
     backend: str = "auto"
     chunk_size: int | None = 512
     teacher_vocab_size: int | None = None
+    teacher_tail: str = "uniform"
 
 
 @dataclass
 class LossContext:
     """Travels through GPTModel.forward to the output processor and brings the statistics back.
 
-    token_inputs: the objective's side inputs by name, each [b, s] like the labels.
+    token_inputs: the objective's side inputs by name, each [b, s] like the labels. sparse_teacher: a cached second
+    model, of [b, s] tokens.
     """
 
     settings: LossSettings
     token_inputs: dict[str, Tensor] = field(default_factory=dict)
+    sparse_teacher: SparseTeacher | None = None
     teacher: OutputHead | None = None
     statistics: TokenStatistics | None = None
 
@@ -71,10 +76,14 @@ def output_processor(
     teacher = context.teacher if settings.objective.needs_teacher else None
 
     def like_hidden(values: Tensor) -> Tensor:
-        return values.t().contiguous()
+        return values.transpose(0, 1).contiguous()
 
+    cached = context.sparse_teacher
+    if cached is not None:
+        cached = SparseTeacher(*map(like_hidden, (cached.ids, cached.log_p, cached.tail)), cached.rule)
     shared = dict(
         objective=settings.objective,
+        sparse_teacher=cached,
         token_inputs={name: like_hidden(values) for name, values in context.token_inputs.items()},
         group=output_layer.tp_group,
         vocab_size=settings.vocab_size,
@@ -121,6 +130,9 @@ def forward_step(settings: LossSettings, check_for_nan: bool, data_iterator: Ite
     context = LossContext(settings)
     if is_last:
         context.token_inputs = {name: batch[name] for name in settings.objective.token_inputs}
+        if "teacher_ids" in batch:
+            kept = (batch[name] for name in ("teacher_ids", "teacher_log_p", "teacher_tail"))
+            context.sparse_teacher = SparseTeacher(*kept, settings.teacher_tail)
     output = model(
         batch["tokens"],
         batch["position_ids"],
