@@ -161,7 +161,7 @@ def one(workspace):
             "one": job("one", *EXACT),
             "again": job("one", *EXACT, "--micro-batch-size", 3),
             "half": job("half", "--micro-batch-size", 7),
-            "teacher": job("teacher-cache", "--top-p", 0.6, "--micro-batch-size", 4, model="teacher", k=40),
+            "teacher": job("teacher-cache", "--top-p", 0.2, "--micro-batch-size", 4, model="teacher", k=40),
             "import": ["import", "--hf-model", "untied", "--save", "ckpt"],
             "load": job("load", *EXACT, "--load", "ckpt", model="with-nan"),
             "bf16": job("bf16", "--bf16", "--micro-batch-size", 4),
@@ -184,7 +184,7 @@ def four(workspace, one):
                 "dp2-pp2-vpp2", *EXACT, *PP2, "--num-virtual-stages-per-pipeline-rank", 2, "--micro-batch-size", 3
             ),
             "dp2-tp2": job("dp2-tp2", *TP2, "--micro-batch-size", 3),
-            "teacher": job("teacher-tp4", "--tensor-model-parallel-size", 4, "--top-p", 0.6, model="teacher", k=40),
+            "teacher": job("teacher-tp4", "--tensor-model-parallel-size", 4, "--top-p", 0.2, model="teacher", k=40),
             "resumed": job("interrupted", *EXACT, *TP2, "--micro-batch-size", 2),
         },
     )
@@ -239,15 +239,18 @@ def assert_entries(directory, expected, *, k=K, top_p=None, tolerance=TOLERANCE,
 
 
 def assert_same(one, other, *, unit=0.0):
-    """Two caches hold the same entries; tokens closer than the rounding of sums may have changed places."""
+    """Two caches hold the same entries; tokens closer than the rounding of sums may have changed places.
+
+    unit: of the rounding of log p, relative to its distance from the top.
+    """
     one, other = TeacherCache(one), TeacherCache(other)
     places = changed = 0
     for index in range(len(one)):
         (ids, log_p, tail), (ids_there, log_p_there, tail_there) = one.sample(index), other.sample(index)
-        np.testing.assert_allclose(log_p, log_p_there, rtol=0, atol=TOLERANCE + unit)
+        assert (np.abs(log_p - log_p_there) <= TOLERANCE + unit * (log_p[:, :1] - log_p)).all()
         np.testing.assert_allclose(tail, tail_there, rtol=0, atol=TOLERANCE)
         places, changed = places + ids.size, changed + (ids != ids_there).sum()
-    assert changed <= 4 < places / 500
+    assert changed <= places // 500, f"{changed} of {places} ids differ"
 
 
 def test_one_process_finds_what_transformers_finds(workspace, one, log_p):
@@ -256,7 +259,7 @@ def test_one_process_finds_what_transformers_finds(workspace, one, log_p):
     assert_entries(workspace / "one", log_p["untied"])
     assert_entries(workspace / "load", log_p["untied"])
     assert_entries(workspace / "half", log_p["untied"], rounding=HALF)
-    assert_entries(workspace / "teacher-cache", log_p["teacher"], k=40, top_p=0.6, rounding=HALF)
+    assert_entries(workspace / "teacher-cache", log_p["teacher"], k=40, top_p=0.2, rounding=HALF)
     cache = TeacherCache(workspace / "teacher-cache")
     counts = np.concatenate([(cache.sample(i)[0] >= 0).sum(-1) for i in range(len(cache))])
     assert len(set(counts.tolist())) > 5, "top-p keeps different numbers"
@@ -271,9 +274,9 @@ def test_every_layout_writes_the_same_entries(workspace, four, log_p, name):
 
 def test_layouts_agree_in_float16_and_with_top_p(workspace, four, log_p):
     assert [result[name][0] for result in four for name in ("dp2-tp2", "teacher")] == [0] * 8, four
-    assert_same(workspace / "half", workspace / "dp2-tp2", unit=2 * HALF)
+    assert_same(workspace / "half", workspace / "dp2-tp2", unit=2**-10)
     assert_entries(workspace / "dp2-tp2", log_p["untied"], rounding=HALF)
-    assert_entries(workspace / "teacher-tp4", log_p["teacher"], k=40, top_p=0.6, rounding=HALF)
+    assert_entries(workspace / "teacher-tp4", log_p["teacher"], k=40, top_p=0.2, rounding=HALF)
 
 
 def test_half_precision_of_the_teacher_is_used_when_asked_for(workspace, one, log_p):
@@ -331,7 +334,7 @@ def test_the_student_s_chat_template_is_what_the_teacher_reads(workspace, one):
 def test_what_is_printed(workspace, one):
     lines = one["one"][1].splitlines()
     cache = TeacherCache(workspace / "one")
-    assert "data.jsonl: 33 samples, 1 truncated to 32 tokens, 3 without" in lines[0] or "truncated to 32" in lines[0]
+    assert lines[0].endswith("data.jsonl: 33 samples, 3 truncated to 32 tokens, 3 without a supervised token")
     assert f"cache_teacher: {cache.num_tokens} supervised tokens of 56 bytes" in lines[1]
     assert "cache_teacher: 33/33 samples" in lines[-2] and "0:00:00 left" in lines[-2]
     assert f"33 samples, {cache.num_tokens} supervised tokens, 8.0 entries each" in lines[-1]

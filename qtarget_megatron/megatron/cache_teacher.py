@@ -124,13 +124,14 @@ class _Caching:
         return TopTokens(found.ids.int().cpu(), found.log_p.float().cpu(), found.counts.cpu(), found.tail.float().cpu())
 
     def split(self, samples: list[EncodedSample], result: TopTokens) -> list[SampleEntries]:
-        ends = np.cumsum([sample.supervised.sum() for sample in samples])[:-1]
-        arrays = (result.ids, result.log_p, result.counts, result.tail)
-        rows = zip(*(np.split(array.numpy(), ends) for array in arrays), strict=True)
-        return [
-            SampleEntries(*of_sample, context_digests(sample.input_ids, sample.supervised))
-            for of_sample, sample in zip(rows, samples, strict=True)
-        ]
+        arrays = [values.numpy() for values in (result.ids, result.log_p, result.counts, result.tail)]
+        entries, begin = [], 0
+        for sample in samples:
+            context = context_digests(sample.input_ids, sample.supervised)
+            end = begin + len(context)
+            entries.append(SampleEntries(*(array[begin:end] for array in arrays), context))
+            begin = end
+        return entries
 
     def open(self) -> int:
         if done := self.writer.open():
