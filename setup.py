@@ -26,12 +26,30 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
 CPU_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/scalar.cpp"]
-AVX2_SOURCE = "cpu/avx2.cpp"
 CUDA_SOURCES = ["cuda/launch.cu", "cuda/rows_fp32.cu", "cuda/rows_bf16.cu", "cuda/rows_fp16.cu"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # row_math.h carries unrolling hints for nvcc; only explicit fused multiply-adds are wanted.
 CXX_FLAGS += ["-Wno-unknown-pragmas", "-ffp-contract=off"]
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+# Each is compiled for its own instructions; the processor chooses at run time.
+VECTOR_SOURCES = {"avx2": "cpu/avx2.cpp", "avx512": "cpu/avx512.cpp"}
+VECTOR_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    # GCC's own header of the intrinsics reads variables that it leaves uninitialized on purpose.
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ],
+}
+# What older compilers or assemblers do not know, besides the flags.
+AVX512_PROBE = """
+#include <immintrin.h>
+int main() {
+    __m512 wide = _mm512_setzero_ps();
+    __m256i half;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(wide));
+    return __builtin_cpu_supports("avx512bf16") + _mm256_extract_epi32(half, 0);
+}
+"""
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
@@ -89,8 +107,9 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cuda = find_cuda()
-        avx2 = platform.machine().lower() in ("x86_64", "amd64")
-        cpu = "cpu (scalar + avx2)" if avx2 else "cpu (scalar)"
+        objects = Path(self.build_temp, "qtarget")
+        vectors = vector_sets(objects)
+        cpu = f"cpu ({' + '.join(['scalar', *vectors])})"
         if cuda is not None:
             archs = ", ".join(f"sm_{arch}" for arch in cuda.archs)
             print(f"qtarget_megatron: building {cpu} and cuda ({archs}) with nvcc {cuda.version}")
@@ -98,16 +117,15 @@ class BuildNative(build_ext):
             reason = "QTARGET_CUDA=0" if os.environ.get("QTARGET_CUDA") == "0" else "nvcc not found"
             print(f"qtarget_megatron: building {cpu} only: {reason}")
 
-        objects = Path(self.build_temp, "qtarget")
-        commands = self.compile_commands(objects, cuda, avx2)
+        commands = self.compile_commands(objects, cuda, vectors)
         jobs = int(os.environ.get("QTARGET_BUILD_JOBS", os.cpu_count() or 1))
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run, commands.values()))
         self.link(ext, list(commands), cuda)
 
-    def compile_commands(self, objects: Path, cuda: Cuda | None, avx2: bool) -> dict[Path, list[str]]:
+    def compile_commands(self, objects: Path, cuda: Cuda | None, vectors: list[str]) -> dict[Path, list[str]]:
         includes = [f"-I{pybind11.get_include()}", *(f"-I{path}" for path in self.include_dirs)]
-        defines = ["-DQTARGET_WITH_AVX2"] if avx2 else []
+        defines = [f"-DQTARGET_WITH_{name.upper()}" for name in vectors]
         if cuda is not None:
             archs = ";".join(cuda.archs)
             defines += [
@@ -120,8 +138,9 @@ class BuildNative(build_ext):
         for source in CUDA_SOURCES if cuda is not None else []:
             target = object_path(objects, source)
             commands[target] = [cuda.nvcc, *cuda.flags(), *in_out(source, target)]
-        for source in [*CPU_SOURCES, AVX2_SOURCE] if avx2 else CPU_SOURCES:
-            flags = [*CXX_FLAGS, *(AVX2_FLAGS if source == AVX2_SOURCE else [])]
+        flags_of = {VECTOR_SOURCES[name]: VECTOR_FLAGS[name] for name in reversed(vectors)}
+        for source, own_flags in (flags_of | dict.fromkeys(CPU_SOURCES, [])).items():
+            flags = [*CXX_FLAGS, *own_flags]
             target = object_path(objects, source)
             commands[target] = [*cxx(), *flags, *defines, *includes, *in_out(source, target)]
         return commands
@@ -143,6 +162,21 @@ def cxx() -> list[str]:
     if not command or shutil.which(command[0]) is None:
         raise SystemExit(f"no C++ compiler {command}: install one with OpenMP (GCC), or set CXX")
     return command
+
+
+def vector_sets(folder: Path) -> list[str]:
+    """The instruction sets besides plain C++ that the compiler can build for, slowest first."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    probe, out = folder / "probe.cpp", folder / "probe.o"
+    probe.write_text(AVX512_PROBE)
+    command = [*cxx(), "-std=c++17", *VECTOR_FLAGS["avx512"], "-c", str(probe), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return ["avx2", "avx512"]
+    print(f"qtarget_megatron: no AVX-512, which {cxx()[0]} does not build: {done.stderr.strip().splitlines()[:1]}")
+    return ["avx2"]
 
 
 def object_path(objects: Path, source: str) -> Path:

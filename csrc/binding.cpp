@@ -117,9 +117,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("build_info", &build_info,
                "What this binary was built with: cpu, compiler, cuda, cuda_archs, nvcc.");
     module.def("cpu_isa", &qtarget::cpu_isa,
-               "Instruction set in use on the CPU: 'scalar' or 'avx2'.");
+               "Instruction set in use on the CPU: 'scalar', 'avx2' or 'avx512'.");
     module.def("set_cpu_isa", &qtarget::set_cpu_isa, "name"_a,
-               "Force 'scalar' or 'avx2'; 'auto' takes it back.");
+               "Force 'scalar', 'avx2' or 'avx512'; 'auto' takes it back.");
 
     module.def(
         "cpu_partial_statistics",

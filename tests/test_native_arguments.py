@@ -5,15 +5,36 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from native_formulas import IGNORE, ISAS
 
 from qtarget_megatron import _C
 from qtarget_megatron.kernels import native
 
-IGNORE = -100
 MIXED = (0.5, 0.5)
+
+
+def is_available(isa):
+    try:
+        _C.set_cpu_isa(isa)
+    except ValueError:
+        return False
+    finally:
+        _C.set_cpu_isa("auto")
+    return True
+
+
+def skip_without(isa):
+    if not is_available(isa):
+        pytest.skip(f"this processor or this build has no {isa}")
+
+
+def run_with(isa, *arguments):
+    environment = os.environ | {"QTARGET_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240)
 
 
 def call(**changes):
@@ -77,13 +98,32 @@ def test_a_layout_of_another_width_than_the_output_is_refused():
     assert (out.flatten()[:26] != 7).all() and (out.flatten()[26:] == 7).all()
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "sse9"])
+@pytest.mark.parametrize("isa", [*ISAS, "sse9"])
 def test_environment_chooses_the_instruction_set(isa):
     code = "import torch; from qtarget_megatron import _C; print(_C.cpu_isa())"
-    environment = os.environ | {"QTARGET_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = run_with(isa, "-c", code)
     if isa == "sse9":
         assert done.returncode != 0
-        assert "ValueError: QTARGET_CPU_ISA=sse9: unknown instruction set, expected scalar or avx2" in done.stderr
-    else:
-        assert done.stdout.strip() == isa
+        assert (
+            "ValueError: QTARGET_CPU_ISA=sse9: unknown instruction set, expected scalar, avx2 or avx512" in done.stderr
+        )
+        return
+    skip_without(isa)
+    assert done.stdout.strip() == isa
+
+
+def test_the_fastest_instruction_set_is_the_default():
+    available = [isa for isa in ISAS if is_available(isa)]
+    _C.set_cpu_isa("auto")
+    assert _C.cpu_isa() == os.environ.get("QTARGET_CPU_ISA", available[-1])
+    assert _C.build_info()["cpu"] == [isa for isa in ISAS if isa in _C.build_info()["cpu"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("isa", ISAS[:-1])
+def test_every_test_of_the_loss_passes_with_the_slower_instruction_sets(isa):
+    skip_without(isa)
+    tests = Path(__file__).with_name("test_loss.py")
+    done = run_with(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp", str(tests))
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

@@ -4,129 +4,140 @@
 
 #include "rows.h"
 #include "variants.h"
+#include "vector_math.h"
 
 namespace qtarget {
 namespace {
 
-using Vec = __m256;
-
-// exp(x) for x <= 0; NaN stays NaN. Below -87.7 the result is exactly 0 (float32 subnormals are not
-// worth their cost). x is clamped to -127 ln 2 on the way, so that weight * x is 0 there and not 0
-// * -inf. 2^k 2^f with k = round(x / ln 2); degree-6 minimax polynomial for exp on [-ln 2 / 2, ln 2
-// / 2], relative error 2e-9.
-inline Vec exp_nonpositive(Vec& x) {
-    // max returns its second operand where one is NaN.
-    x = _mm256_max_ps(_mm256_set1_ps(-88.02969193f), x);
-    // 1.5 * 2^23 rounds to an integer in the low bits; 127 is the exponent bias.
-    const Vec magic = _mm256_set1_ps(12582912.0f + 127.0f);
-    const Vec shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(1.44269504f), magic);
-    const Vec power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
-    const Vec k = _mm256_sub_ps(shifted, magic);
-    const Vec f = _mm256_fnmadd_ps(k, _mm256_set1_ps(0.693147181f), x);
-    Vec p = _mm256_set1_ps(0.001384364441f);
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.008374162950f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.041668001562f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.166664317250f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.499999940395f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
-    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
-    return _mm256_mul_ps(p, power);
-}
-
-inline double sum_lanes(Vec v) {
-    const __m256d pair = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)),
-                                       _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
-    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(pair), _mm256_extractf128_pd(pair, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
-}
-
-inline float max_lanes(Vec v) {
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
-}
-
-inline Vec residual_vector(float a, float b, Vec z, Vec t) {
-    const Vec u = a != 0.0f ? _mm256_mul_ps(_mm256_set1_ps(a), z) : _mm256_setzero_ps();
-    return b != 0.0f ? _mm256_fmadd_ps(_mm256_set1_ps(b), t, u) : u;
-}
-
-inline __m128i to_bfloat16(Vec v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
-    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-}
-
-struct Avx2Ops {
+struct Avx2 {
+    using Vec = __m256;
     static constexpr int64_t kWidth = 8;
+    // More would not fit the 16 registers.
+    static constexpr int kSumsInFlight = 2;
+    static constexpr int kGradientInFlight = 4;
+    static constexpr bool kStreams = true;
 
-    static void load(const char* source, Dtype dtype, int64_t count, float* values) {
-        if (dtype == Dtype::kFloat32) {
-            std::memcpy(values, source, count * sizeof(float));
-            return;
+    using Mode = FlushSubnormals;
+
+    struct Sum {
+        Vec lanes = _mm256_setzero_ps();
+        void add(Vec v) { lanes = lanes + v; }
+        void add_product(Vec a, Vec b) { lanes = _mm256_fmadd_ps(a, b, lanes); }
+        void add_weighted(Vec weight, Vec v) {
+            // Unordered or unequal: a weight of NaN counts.
+            const Vec counts = _mm256_cmp_ps(weight, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+            lanes = lanes + _mm256_and_ps(weight * v, counts);
         }
-        int64_t k = 0;
-        for (; k + 8 <= count; k += 8) {
-            const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 2 * k));
-            const Vec wide =
-                dtype == Dtype::kBFloat16
-                    ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))
-                    : _mm256_cvtph_ps(half);
-            _mm256_storeu_ps(values + k, wide);
+        double total() const {
+            const __m256d pair = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(lanes)),
+                                               _mm256_cvtps_pd(_mm256_extractf128_ps(lanes, 1)));
+            const __m128d two =
+                _mm_add_pd(_mm256_castpd256_pd128(pair), _mm256_extractf128_pd(pair, 1));
+            return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
         }
-        for (; k < count; ++k) {
-            uint16_t half;
-            std::memcpy(&half, source + 2 * k, sizeof half);
-            values[k] =
-                dtype == Dtype::kBFloat16 ? bfloat16_to_float(half) : float16_to_float(half);
+    };
+
+    static Vec set(float value) { return _mm256_set1_ps(value); }
+    static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+
+    // max returns its second operand where one is NaN: `current` never turns NaN.
+    static Vec larger(Vec candidate, Vec current) { return _mm256_max_ps(candidate, current); }
+
+    static float max_lanes(Vec v) {
+        __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+    }
+
+    template <Dtype D>
+    static Vec load(const char* at) {
+        if constexpr (D == Dtype::kFloat32) {
+            return _mm256_loadu_ps(reinterpret_cast<const float*>(at));
+        } else {
+            const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+            if constexpr (D == Dtype::kFloat16) return _mm256_cvtph_ps(half);
+            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
         }
     }
 
-    static void store(const float* values, Dtype dtype, int64_t count, char* target) {
-        if (dtype == Dtype::kFloat32) {
-            std::memcpy(target, values, count * sizeof(float));
-            return;
-        }
-        int64_t k = 0;
-        for (; k + 8 <= count; k += 8) {
-            const Vec wide = _mm256_loadu_ps(values + k);
-            const __m128i half =
-                dtype == Dtype::kBFloat16
-                    ? to_bfloat16(wide)
-                    : _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(target + 2 * k), half);
-        }
-        for (; k < count; ++k) {
-            const uint16_t half = dtype == Dtype::kBFloat16 ? float_to_bfloat16(values[k])
-                                                            : float_to_float16(values[k]);
-            std::memcpy(target + 2 * k, &half, sizeof half);
+    // Rounds to nearest even in the high halves of the lanes. v: no NaN but the canonical one,
+    // which others could round up to infinity or -0.
+    static __m256i round_to_bfloat16(Vec v) {
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded =
+            _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        return _mm256_srli_epi32(rounded, 16);
+    }
+
+    template <int U>
+    static void make_nan_canonical(Vec (&v)[U]) {
+        Vec nan = _mm256_setzero_ps();
+        for (int i = 0; i < U; i += 2)
+            nan = _mm256_or_ps(nan, _mm256_cmp_ps(v[i], v[i + 1], _CMP_UNORD_Q));
+        if (__builtin_expect(_mm256_movemask_ps(nan) == 0, 1)) return;
+        for (Vec& value : v) {
+            const Vec is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+            value = _mm256_blendv_ps(value, _mm256_set1_ps(NAN), is_nan);
         }
     }
 
-    static float max(const float* values, int64_t count) {
-        // max returns its second operand where one is NaN: the running maximum comes second and
-        // never turns NaN.
-        Vec top[4];
-        for (Vec& lane : top) lane = _mm256_set1_ps(-INFINITY);
-        int64_t k = 0;
-        for (; k + 32 <= count; k += 32) {
-            for (int i = 0; i < 4; ++i)
-                top[i] = _mm256_max_ps(_mm256_loadu_ps(values + k + 8 * i), top[i]);
+    template <Dtype D, bool Stream, int U>
+    static void store(char* at, Vec (&v)[U]) {
+        __m256i* const target = reinterpret_cast<__m256i*>(at);
+        const auto put = [](__m256i* where, __m256i what) {
+            Stream ? _mm256_stream_si256(where, what) : _mm256_storeu_si256(where, what);
+        };
+        if constexpr (D == Dtype::kFloat32) {
+            for (int i = 0; i < U; ++i) put(target + i, _mm256_castps_si256(v[i]));
+        } else if constexpr (D == Dtype::kFloat16) {
+            constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+            for (int i = 0; i < U; i += 2) {
+                put(target + i / 2, _mm256_set_m128i(_mm256_cvtps_ph(v[i + 1], kNearest),
+                                                     _mm256_cvtps_ph(v[i], kNearest)));
+            }
+        } else {
+            make_nan_canonical(v);
+            for (int i = 0; i < U; i += 2) {
+                // Packs within each half of the registers: quarters 0 2 1 3 of the result.
+                const __m256i mixed =
+                    _mm256_packus_epi32(round_to_bfloat16(v[i]), round_to_bfloat16(v[i + 1]));
+                put(target + i / 2, _mm256_permute4x64_epi64(mixed, 0xd8));
+            }
         }
-        for (; k < count; k += 8) top[0] = _mm256_max_ps(_mm256_loadu_ps(values + k), top[0]);
-        return max_lanes(
-            _mm256_max_ps(_mm256_max_ps(top[0], top[1]), _mm256_max_ps(top[2], top[3])));
     }
 
-    static void combine(float a, float b, const float* z, const float* t, int64_t count, float* u) {
-        for (int64_t k = 0; k < count; k += 8) {
-            _mm256_storeu_ps(u + k,
-                             residual_vector(a, b, _mm256_loadu_ps(z + k), _mm256_loadu_ps(t + k)));
+    static void fence() { _mm_sfence(); }
+
+    // At -127 ln 2 the power of two below is exactly 0, further down it would be anything. Where x
+    // is NaN, max returns it: its second operand.
+    static Vec raised(Vec x) { return _mm256_max_ps(set(-88.02969193f), x); }
+
+    template <int Degree, int U>
+    static void exp(Vec (&x)[U], Vec (&weight)[U]) {
+        for (Vec& value : x) value = raised(value);
+        exp_of_raised<Degree>(x, weight);
+    }
+
+    template <int Degree, int U>
+    static void exp_alone(const Vec (&x)[U], Vec (&weight)[U]) {
+        Vec y[U];
+        for (int i = 0; i < U; ++i) y[i] = raised(x[i]);
+        exp_of_raised<Degree>(y, weight);
+    }
+
+    // e^x = 2^k e^r with k = round(x / ln 2).
+    template <int Degree, int U>
+    static void exp_of_raised(const Vec (&x)[U], Vec (&weight)[U]) {
+        // 1.5 * 2^23 rounds to an integer in the low bits; 127 is the exponent's bias.
+        const Vec magic = set(12582912.0f + 127.0f);
+        Vec shifted[U], r[U];
+        for (int i = 0; i < U; ++i) shifted[i] = fma(x[i], set(kLog2E), magic);
+        for (int i = 0; i < U; ++i) r[i] = fma(shifted[i] - magic, set(-kLn2), x[i]);
+        evaluate<Avx2>(Polynomial<Degree>::kExp, r, weight);
+        for (int i = 0; i < U; ++i) {
+            const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted[i]), 23);
+            weight[i] = weight[i] * _mm256_castsi256_ps(power);
         }
     }
 
@@ -152,102 +163,13 @@ struct Avx2Ops {
         for (; k < count; k += 8) take(k, compare(k));
         return found;
     }
-
-    template <bool Collision>
-    static BlockSums base_sums(const float* z, int64_t count, float z_centre) {
-        const Vec origin = _mm256_set1_ps(z_centre);
-        Vec s[2], e[2], c[2];
-        for (int i = 0; i < 2; ++i) s[i] = e[i] = c[i] = _mm256_setzero_ps();
-        const auto step = [&](int64_t k, int i) {
-            Vec shifted = _mm256_sub_ps(_mm256_loadu_ps(z + k), origin);
-            const Vec weight = exp_nonpositive(shifted);
-            s[i] = _mm256_add_ps(s[i], weight);
-            e[i] = _mm256_fmadd_ps(weight, shifted, e[i]);
-            if (Collision) {
-                // 2^60: squares of weights down to e^-85 are then no subnormal numbers, which some
-                // processors add a hundred times slower, and a block's sum stays below 2^127.
-                const Vec scaled = _mm256_mul_ps(weight, _mm256_set1_ps(0x1p60f));
-                c[i] = _mm256_fmadd_ps(scaled, scaled, c[i]);
-            }
-        };
-        int64_t k = 0;
-        for (; k + 16 <= count; k += 16) {
-            for (int i = 0; i < 2; ++i) step(k + 8 * i, i);
-        }
-        if (k < count) step(k, 0);
-        return {sum_lanes(s[0]) + sum_lanes(s[1]), sum_lanes(e[0]) + sum_lanes(e[1]),
-                Collision ? (sum_lanes(c[0]) + sum_lanes(c[1])) * 0x1p-120 : 0.0};
-    }
-
-    template <bool Entropy>
-    static ResidualBlockSums residual_sums(const float* u, const float* z, int64_t count,
-                                           float u_centre, float z_centre) {
-        const Vec u_origin = _mm256_set1_ps(u_centre);
-        const Vec z_origin = _mm256_set1_ps(z_centre);
-        Vec s[2], x[2], h[2];
-        for (int i = 0; i < 2; ++i) s[i] = x[i] = h[i] = _mm256_setzero_ps();
-        const auto step = [&](int64_t k, int i) {
-            Vec shifted = _mm256_sub_ps(_mm256_loadu_ps(u + k), u_origin);
-            const Vec weight = exp_nonpositive(shifted);
-            const Vec cross =
-                _mm256_mul_ps(weight, _mm256_sub_ps(_mm256_loadu_ps(z + k), z_origin));
-            // Unordered or unequal: a weight of NaN counts, a weight of 0 removes 0 * -inf.
-            const Vec counts = _mm256_cmp_ps(weight, _mm256_setzero_ps(), _CMP_NEQ_UQ);
-            s[i] = _mm256_add_ps(s[i], weight);
-            x[i] = _mm256_add_ps(x[i], _mm256_and_ps(cross, counts));
-            if (Entropy) h[i] = _mm256_fmadd_ps(weight, shifted, h[i]);
-        };
-        int64_t k = 0;
-        for (; k + 16 <= count; k += 16) {
-            for (int i = 0; i < 2; ++i) step(k + 8 * i, i);
-        }
-        if (k < count) step(k, 0);
-        return {sum_lanes(s[0]) + sum_lanes(s[1]), sum_lanes(x[0]) + sum_lanes(x[1]),
-                Entropy ? sum_lanes(h[0]) + sum_lanes(h[1]) : 0.0};
-    }
-
-    static double uniform_cross(const float* z, int64_t count, float z_centre) {
-        const Vec origin = _mm256_set1_ps(z_centre);
-        Vec x[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-        int64_t k = 0;
-        for (; k + 16 <= count; k += 16) {
-            for (int i = 0; i < 2; ++i) {
-                x[i] = _mm256_add_ps(x[i], _mm256_sub_ps(_mm256_loadu_ps(z + k + 8 * i), origin));
-            }
-        }
-        double total = sum_lanes(x[0]) + sum_lanes(x[1]);
-        for (; k < count; ++k) total += z[k] - z_centre;
-        return total;
-    }
-
-    template <int Terms>
-    static void gradient(const float* z, const float* t, int64_t count, float max, float scale,
-                         float constant, const GradientTerm* terms, float* result) {
-        const Vec origin = _mm256_set1_ps(max);
-        const Vec mass = _mm256_set1_ps(scale);
-        const Vec flat = _mm256_set1_ps(constant);
-        for (int64_t k = 0; k < count; k += 8) {
-            const Vec logit = _mm256_loadu_ps(z + k);
-            Vec shifted = _mm256_sub_ps(logit, origin);
-            Vec value = _mm256_sub_ps(_mm256_mul_ps(exp_nonpositive(shifted), mass), flat);
-            for (int i = 0; i < Terms; ++i) {
-                const Vec u =
-                    residual_vector(terms[i].a, terms[i].b, logit, _mm256_loadu_ps(t + k));
-                Vec shifted_u = _mm256_sub_ps(u, _mm256_set1_ps(terms[i].max));
-                // Not fused: equal terms cancel to exactly 0.
-                value = _mm256_sub_ps(value, _mm256_mul_ps(exp_nonpositive(shifted_u),
-                                                           _mm256_set1_ps(terms[i].scale)));
-            }
-            _mm256_storeu_ps(result + k, value);
-        }
-    }
 };
 
 }  // namespace
 
 const RowFunctions kAvx2Rows = {
-    {statistics_row<Avx2Ops, 0>, statistics_row<Avx2Ops, 1>, statistics_row<Avx2Ops, 2>},
-    gradient_row<Avx2Ops>,
+    {statistics_row<Avx2, 0>, statistics_row<Avx2, 1>, statistics_row<Avx2, 2>},
+    gradient_row<Avx2>,
 };
 
 }  // namespace qtarget

@@ -1,11 +1,10 @@
-// Scalar conversions between float and the two 16-bit formats, rounding to nearest even, NaN kept
-// as NaN.
+// One element in any of the dtypes. Rounding is to nearest even, NaN stays NaN.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "../row_math.h"
+#include "../core.h"
 
 namespace qtarget {
 
@@ -54,6 +53,34 @@ QTARGET_FN uint16_t float_to_float16(float value) {
     }
     const uint32_t rounded = magnitude + 0x0fffu + ((magnitude >> 13) & 1u);
     return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+QTARGET_FN constexpr int64_t size_of(Dtype dtype) {
+    return dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+template <Dtype D>
+QTARGET_FN float read(const char* source) {
+    if constexpr (D == Dtype::kFloat32) {
+        float value;
+        std::memcpy(&value, source, sizeof value);
+        return value;
+    } else {
+        uint16_t half;
+        std::memcpy(&half, source, sizeof half);
+        return D == Dtype::kBFloat16 ? bfloat16_to_float(half) : float16_to_float(half);
+    }
+}
+
+template <Dtype D>
+QTARGET_FN void write(char* target, float value) {
+    if constexpr (D == Dtype::kFloat32) {
+        std::memcpy(target, &value, sizeof value);
+    } else {
+        const uint16_t half =
+            D == Dtype::kBFloat16 ? float_to_bfloat16(value) : float_to_float16(value);
+        std::memcpy(target, &half, sizeof half);
+    }
 }
 
 }  // namespace qtarget

@@ -30,31 +30,59 @@ bool processor_has_avx2() {
 #endif
 }
 
-const Isa kScalar = {"scalar", &kScalarRows};
-#if defined(QTARGET_WITH_AVX2)
-const Isa kAvx2 = {"avx2", &kAvx2Rows};
+bool processor_has_avx512() {
+#if defined(QTARGET_WITH_AVX512)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+    return false;
+#endif
+}
+
+#if defined(QTARGET_WITH_AVX512)
+bool processor_has_avx512_bf16() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16");
+}
 #endif
 
-const Isa* find_isa(const std::string& name, const char* source) {
-    if (name == "scalar") return &kScalar;
-    if (name == "avx2") {
+// Slowest first.
+const Isa kIsas[] = {
+    {"scalar", &kScalarRows},
 #if defined(QTARGET_WITH_AVX2)
-        if (processor_has_avx2()) return &kAvx2;
+    {"avx2", &kAvx2Rows},
 #endif
-        throw std::invalid_argument(std::string(source) +
-                                    "avx2: this processor or this build has no AVX2, use scalar");
+#if defined(QTARGET_WITH_AVX512)
+    {"avx512", &kAvx512Rows},
+#endif
+};
+
+bool processor_has(const std::string& name) {
+    return name == "scalar" || (name == "avx2" && processor_has_avx2()) ||
+           (name == "avx512" && processor_has_avx512());
+}
+
+const Isa* find_isa(const std::string& name, const char* source) {
+    if (name != "scalar" && name != "avx2" && name != "avx512") {
+        throw std::invalid_argument(std::string(source) + name +
+                                    ": unknown instruction set, expected scalar, avx2 or avx512");
+    }
+    for (const Isa& isa : kIsas) {
+        if (name == isa.name && processor_has(name)) return &isa;
     }
     throw std::invalid_argument(std::string(source) + name +
-                                ": unknown instruction set, expected scalar or avx2");
+                                ": this processor or this build does not have it, use scalar");
 }
 
 const Isa* default_isa() {
     if (const char* const name = std::getenv("QTARGET_CPU_ISA"))
         return find_isa(name, "QTARGET_CPU_ISA=");
-#if defined(QTARGET_WITH_AVX2)
-    if (processor_has_avx2()) return &kAvx2;
-#endif
-    return &kScalar;
+    const Isa* best = nullptr;
+    for (const Isa& isa : kIsas) {
+        if (processor_has(isa.name)) best = &isa;
+    }
+    return best;
 }
 
 std::atomic<const Isa*> chosen{nullptr};
@@ -81,12 +109,14 @@ void for_rows(const ShardArgs& shard, int num_threads, const Function& function)
 
 }  // namespace
 
-std::vector<std::string> compiled_isas() {
-#if defined(QTARGET_WITH_AVX2)
-    return {"scalar", "avx2"};
-#else
-    return {"scalar"};
+#if defined(QTARGET_WITH_AVX512)
+const bool kHasAvx512Bf16 = processor_has_avx512_bf16();
 #endif
+
+std::vector<std::string> compiled_isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : kIsas) names.push_back(isa.name);
+    return names;
 }
 
 std::string cpu_isa() {

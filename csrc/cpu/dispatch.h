@@ -8,7 +8,7 @@
 
 namespace qtarget {
 
-// Instruction sets compiled into this binary, slowest first.
+// Instruction sets compiled into this binary, slowest first: scalar, avx2, avx512.
 std::vector<std::string> compiled_isas();
 
 // The instruction set in use: QTARGET_CPU_ISA where set, else the best that the processor has.

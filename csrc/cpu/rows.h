@@ -1,85 +1,94 @@
-// One row of each kernel, written once over a set of vector operations.
+// One row of each kernel, written once over a type V of vector operations (blocks.h).
 //
-// A row is visited in blocks that fit the first-level cache: the block is loaded (and widened to
-// float32), its maximum found, the row's sums moved to the new maximum, and the block's sums taken
-// in float32 lanes and folded into double.
-//
-// Ops provides, for float32 arrays whose length is a multiple of Ops::kWidth (the tail holds -inf,
-// which has no weight):
-//   load, store, max, above, combine, base_sums, residual_sums, uniform_cross, gradient.
+// A row is visited in blocks that fit the first-level cache: a block's sums are taken in float32
+// lanes, centred on the largest value before it, and folded into double. Where a block rises far
+// above that centre, the row's sums are moved to its maximum and the block's are taken again.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "../core.h"
-#include "convert.h"
+#include "blocks.h"
 #include "top_k.h"
 
 namespace qtarget {
 
-// Four float32 arrays of this many columns are alive at once: 16 KiB.
+// A block of the logits and one of the teacher stay in the first-level cache: 8 KiB.
 constexpr int64_t kBlock = 1024;
 
+// How far above their centre values may lie: the squares of weights up to e^8 add up in float32.
+constexpr double kSlack = 8.0;
+
+// A gradient of this many bytes is written past the caches, which could not keep it.
+constexpr int64_t kStreamBytes = int64_t{1} << 24;
+
+// One block of float32.
 struct alignas(64) Block {
     float values[kBlock];
 };
 
-struct BlockSums {
-    double s, e, c;
-};
+template <Dtype D>
+using DtypeTag = std::integral_constant<Dtype, D>;
 
-struct ResidualBlockSums {
-    double s, x, h;
-};
+// function(tag): the dtype as a constant.
+template <class Function>
+QTARGET_FN auto with_dtype(Dtype dtype, const Function& function) {
+    switch (dtype) {
+        case Dtype::kFloat32:
+            return function(DtypeTag<Dtype::kFloat32>());
+        case Dtype::kBFloat16:
+            return function(DtypeTag<Dtype::kBFloat16>());
+        default:
+            return function(DtypeTag<Dtype::kFloat16>());
+    }
+}
 
-// The operands that one residual really uses in the gradient, with its per-row numbers.
-struct GradientTerm {
-    float a, b, max, scale;
-};
+// function(logits' tag, teacher's tag). Blocks of the teacher are float32 where it has another
+// dtype than the logits: see teacher_block.
+template <class Function>
+QTARGET_FN auto with_dtypes(const ShardArgs& shard, bool with_teacher, const Function& function) {
+    return with_dtype(shard.logits.dtype, [&](auto z) {
+        if (with_teacher && shard.teacher.dtype != z.value)
+            return function(z, DtypeTag<Dtype::kFloat32>());
+        return function(z, z);
+    });
+}
 
-QTARGET_FN int64_t element_size(Dtype dtype) {
-    return dtype == Dtype::kFloat32 ? 4 : 2;
+// function(tag): the number of a gradient's terms as a constant.
+template <class Function>
+QTARGET_FN void with_number(int terms, const Function& function) {
+    static_assert(kMaxResiduals == 2, "one case for each number");
+    switch (terms) {
+        case 0:
+            return function(std::integral_constant<int, 0>());
+        case 1:
+            return function(std::integral_constant<int, 1>());
+        default:
+            return function(std::integral_constant<int, 2>());
+    }
 }
 
 QTARGET_FN char* element(const MatrixView& matrix, int64_t row, int64_t column) {
     return static_cast<char*>(matrix.data) +
-           (row * matrix.row_stride + column) * element_size(matrix.dtype);
+           (row * matrix.row_stride + column) * size_of(matrix.dtype);
 }
 
 QTARGET_FN float read_element(const MatrixView& matrix, int64_t row, int64_t column) {
-    const char* const source = element(matrix, row, column);
-    float value;
-    uint16_t half;
-    switch (matrix.dtype) {
-        case Dtype::kFloat32:
-            std::memcpy(&value, source, sizeof value);
-            return value;
-        case Dtype::kBFloat16:
-            std::memcpy(&half, source, sizeof half);
-            return bfloat16_to_float(half);
-        default:
-            std::memcpy(&half, source, sizeof half);
-            return float16_to_float(half);
-    }
+    return with_dtype(matrix.dtype,
+                      [&](auto tag) { return read<tag.value>(element(matrix, row, column)); });
 }
 
-QTARGET_FN int64_t padded_length(int64_t count, int64_t width) {
-    return (count + width - 1) / width * width;
-}
-
-QTARGET_FN void pad(float* values, int64_t count, int64_t padded) {
-    for (int64_t k = count; k < padded; ++k) values[k] = lowest<float>();
-}
-
-template <class Ops>
-QTARGET_FN const float* load_block(const MatrixView& matrix, int64_t row, int64_t start,
-                                   int64_t count, Block& buffer) {
-    const char* const source = element(matrix, row, start);
-    if (matrix.dtype == Dtype::kFloat32 && count % Ops::kWidth == 0)
-        return reinterpret_cast<const float*>(source);
-    Ops::load(source, matrix.dtype, count, buffer.values);
-    pad(buffer.values, count, padded_length(count, Ops::kWidth));
-    return buffer.values;
+// The teacher's columns of a block in dtype T: its own, or float32 (a copy where it is not).
+template <class V, Dtype T>
+QTARGET_FN const char* teacher_block(const MatrixView& teacher, int64_t row, int64_t start,
+                                     int64_t count, Block& buffer) {
+    const char* const source = element(teacher, row, start);
+    if (teacher.dtype == T) return source;
+    with_dtype(teacher.dtype, [&](auto tag) {
+        Blocks<V, V::kSumsInFlight>::template widen<tag.value>(source, count, buffer.values);
+    });
+    return reinterpret_cast<const char*>(buffer.values);
 }
 
 QTARGET_FN bool is_uniform(Residual residual) {
@@ -92,8 +101,82 @@ QTARGET_FN bool reads_teacher(const ShardArgs& shard) {
     return reads;
 }
 
+// One visit of the row: its sums, centred on its maxima, and its largest logits.
+template <class V, int R, Dtype Z, Dtype T>
+static void row_sums(const StatisticsArgs& args, int64_t row, TopValues& top,
+                     RowSums<double, R, true, true>& sums) {
+    using Ops = Blocks<V, V::kSumsInFlight>;
+    static_assert(kBlock % Ops::kStep == 0, "only a row's last block has columns beyond");
+    const ShardArgs& shard = args.shard;
+    const Layout& layout = args.layout;
+    const bool with_teacher = reads_teacher(shard);
+    Block t_buffer, wide_buffer;
+    [[maybe_unused]] const typename V::Mode mode;
+    // In float32, which subnormal maxima survive in this mode.
+    float z_max = lowest<float>();
+    float u_max[R > 0 ? R : 1];
+    for (float& maximum : u_max) maximum = lowest<float>();
+    for (int64_t start = 0; start < shard.valid_columns; start += kBlock) {
+        const int64_t left = shard.valid_columns - start;
+        const int64_t count = left < kBlock ? left : kBlock;
+        const char* const z = element(shard.logits, row, start);
+        const auto base_block = [&] {
+            const float z_centre = static_cast<float>(centre(sums.m));
+            return layout.collision ? Ops::template base_sums<Z, true>(z, count, z_centre)
+                                    : Ops::template base_sums<Z, false>(z, count, z_centre);
+        };
+        BaseSums base = base_block();
+        if (base.m > sums.m + kSlack) {
+            raise_base(sums, static_cast<double>(base.m));
+            base = base_block();
+        }
+        z_max = larger(base.m, z_max);
+        // What the layout leaves out is 0 in the block's sums; moving a 0 costs nothing.
+        sums.s += base.s;
+        sums.e += base.e;
+        sums.c += base.c;
+        if (layout.top_k > 0 && base.m > top.threshold) {
+            Ops::template widen<Z>(z, count, wide_buffer.values);
+            enter<V>(top, wide_buffer.values, count, z_max);
+        }
+        if (R == 0) continue;
+        const float z_centre = static_cast<float>(centre(sums.m));
+        const char* const t =
+            with_teacher ? teacher_block<V, T>(shard.teacher, row, start, count, t_buffer) : z;
+        for (int r = 0; r < R; ++r) {
+            const float a = shard.residuals[r].a, b = shard.residuals[r].b;
+            ResidualSums<double, true>& acc = sums.residual[r];
+            if (is_uniform(shard.residuals[r])) {
+                // u = 0 in every valid column: weight 1, no exponential.
+                acc.m = u_max[r] = 0.0f;
+                acc.s += static_cast<double>(count);
+                acc.x += Ops::template uniform_cross<Z>(z, count, z_centre);
+                continue;
+            }
+            const auto residual_block = [&] {
+                const float u_centre = static_cast<float>(centre(acc.m));
+                return layout.residual_entropy ? Ops::template residual_sums<Z, T, true>(
+                                                     a, b, z, t, count, u_centre, z_centre)
+                                               : Ops::template residual_sums<Z, T, false>(
+                                                     a, b, z, t, count, u_centre, z_centre);
+            };
+            ResidualBlockSums part = residual_block();
+            if (part.m > acc.m + kSlack) {
+                raise_residual(acc, static_cast<double>(part.m));
+                part = residual_block();
+            }
+            u_max[r] = larger(part.m, u_max[r]);
+            acc.s += part.s;
+            acc.x += part.x;
+            acc.h += part.h;
+        }
+    }
+    raise_base(sums, static_cast<double>(z_max));
+    for (int r = 0; r < R; ++r) raise_residual(sums.residual[r], static_cast<double>(u_max[r]));
+}
+
 // workspace: room for top_room(top_count(args)) where the layout asks for the largest logits.
-template <class Ops, int R>
+template <class V, int R>
 static void statistics_row(const StatisticsArgs& args, int64_t row, float* workspace) {
     const ShardArgs& shard = args.shard;
     const Layout& layout = args.layout;
@@ -105,57 +188,11 @@ static void statistics_row(const StatisticsArgs& args, int64_t row, float* works
         return;
     }
     const bool with_teacher = reads_teacher(shard);
-    Block z_buffer, t_buffer, u_buffer[R > 0 ? R : 1];
     TopValues top = {workspace, top_count(args), 0, lowest<float>()};
-    // What the layout leaves out is left out of each block's sums; moving a 0 costs nothing.
     RowSums<double, R, true, true> sums;
     clear(sums);
-    for (int64_t start = 0; start < shard.valid_columns; start += kBlock) {
-        const int64_t left = shard.valid_columns - start;
-        const int64_t count = left < kBlock ? left : kBlock;
-        const int64_t padded = padded_length(count, Ops::kWidth);
-        const float* const z = load_block<Ops>(shard.logits, row, start, count, z_buffer);
-        const float* const t =
-            with_teacher ? load_block<Ops>(shard.teacher, row, start, count, t_buffer) : z;
-        const float z_max = Ops::max(z, padded);
-        raise_base(sums, static_cast<double>(z_max));
-        const float z_centre = static_cast<float>(centre(sums.m));
-        const BlockSums block = layout.collision
-                                    ? Ops::template base_sums<true>(z, padded, z_centre)
-                                    : Ops::template base_sums<false>(z, padded, z_centre);
-        sums.s += block.s;
-        sums.e += block.e;
-        sums.c += block.c;
-        if (layout.top_k > 0 && z_max > top.threshold)
-            enter<Ops>(top, z, padded, static_cast<float>(sums.m));
-        for (int r = 0; r < R; ++r) {
-            const Residual residual = shard.residuals[r];
-            ResidualSums<double, true>& acc = sums.residual[r];
-            if (is_uniform(residual)) {
-                // u = 0 in every valid column: weight 1, no exponential.
-                acc.m = 0.0;
-                acc.s += static_cast<double>(count);
-                acc.x += Ops::uniform_cross(z, count, z_centre);
-                continue;
-            }
-            const bool plain_teacher = residual.a == 0.0f && residual.b == 1.0f;
-            const float* u = t;
-            if (!plain_teacher) {
-                Ops::combine(residual.a, residual.b, z, t, padded, u_buffer[r].values);
-                pad(u_buffer[r].values, count, padded);
-                u = u_buffer[r].values;
-            }
-            raise_residual(acc, static_cast<double>(Ops::max(u, padded)));
-            const float u_centre = static_cast<float>(centre(acc.m));
-            const ResidualBlockSums part =
-                layout.residual_entropy
-                    ? Ops::template residual_sums<true>(u, z, padded, u_centre, z_centre)
-                    : Ops::template residual_sums<false>(u, z, padded, u_centre, z_centre);
-            acc.s += part.s;
-            acc.x += part.x;
-            acc.h += part.h;
-        }
-    }
+    with_dtypes(shard, with_teacher,
+                [&](auto z, auto t) { row_sums<V, R, z.value, t.value>(args, row, top, sums); });
     const int64_t column = label - shard.vocab_start;
     float label_logit = 0.0f;
     float label_residual[R > 0 ? R : 1] = {};
@@ -174,67 +211,82 @@ static void statistics_row(const StatisticsArgs& args, int64_t row, float* works
     }
 }
 
-template <class Ops>
-static void gradient_row(const GradientArgs& args, int64_t row) {
+template <class V, Dtype Z, Dtype T, int Terms, bool Stream>
+static void gradient_columns(const GradientArgs& args, int64_t row, const GradientRow& terms,
+                             bool with_teacher) {
+    using Ops = Blocks<V, V::kGradientInFlight>;
     const ShardArgs& shard = args.shard;
-    const int64_t size = element_size(args.out.dtype);
-    const float scale = args.scale[row];
-    const float label_scale = args.label_scale[row];
-    const int64_t label = shard.labels[row];
-    const int64_t label_column = label - shard.vocab_start;
+    Block t_buffer;
+    const auto teacher = [&](int64_t start, int64_t count, const char* z) {
+        return with_teacher ? teacher_block<V, T>(shard.teacher, row, start, count, t_buffer) : z;
+    };
+    // Before its logit may be overwritten.
+    const int64_t label_column = shard.labels[row] - shard.vocab_start;
+    const bool has_label = label_column >= 0 && label_column < shard.valid_columns;
+    float at_label = 0.0f;
+    if (has_label) {
+        const char* const z = element(shard.logits, row, label_column);
+        const char* const t = teacher(label_column, 1, z);
+        at_label = Ops::template gradient_of<Z, T, Terms>(terms, z, t) - args.label_scale[row];
+    }
+    int64_t count = kBlock;
+    if (Stream) {
+        // The first block ends where a line of the cache does: stores past the caches are aligned.
+        const auto address = reinterpret_cast<uintptr_t>(element(args.out, row, 0));
+        count = static_cast<int64_t>(-address % 64) / size_of(Z);
+        if (count == 0) count = kBlock;
+    }
+    for (int64_t start = 0; start < shard.valid_columns; start += count, count = kBlock) {
+        const int64_t left = shard.valid_columns - start;
+        if (left < count) count = left;
+        const char* const z = element(shard.logits, row, start);
+        Ops::template gradient<Z, T, Terms, Stream>(terms, z, teacher(start, count, z), count,
+                                                    element(args.out, row, start));
+    }
+    if (has_label) write<Z>(element(args.out, row, label_column), at_label);
+    if constexpr (Stream) V::fence();
+}
+
+template <class V>
+static void gradient_row(const GradientArgs& args, int64_t row) {
+    [[maybe_unused]] const typename V::Mode mode;
+    const ShardArgs& shard = args.shard;
+    const int64_t size = size_of(args.out.dtype);
 
     // A uniform residual is one constant per row; one of scale 0 is left out; the others are terms.
-    GradientTerm terms[kMaxResiduals];
-    int num_terms = 0;
+    GradientRow terms = {args.max[row], args.scale[row], 0.0f, 0, {}};
     bool with_teacher = false;
-    bool active = scale != 0.0f || label_scale != 0.0f;
-    float constant = 0.0f;
+    bool active = terms.scale != 0.0f || args.label_scale[row] != 0.0f;
     for (int r = 0; r < shard.num_residuals; ++r) {
         const float residual_max = args.residual_max[r * shard.rows + row];
         const float residual_scale = args.residual_scale[r * shard.rows + row];
         if (residual_scale == 0.0f) continue;
         active = true;
         if (is_uniform(shard.residuals[r])) {
-            constant += softmax_term(0.0f, residual_max, residual_scale);
+            terms.constant += softmax_term(0.0f, residual_max, residual_scale);
             continue;
         }
-        terms[num_terms++] = {shard.residuals[r].a, shard.residuals[r].b, residual_max,
-                              residual_scale};
+        terms.terms[terms.num_terms++] = {shard.residuals[r].a, shard.residuals[r].b, residual_max,
+                                          residual_scale};
         with_teacher |= shard.residuals[r].b != 0.0f;
     }
-    if (label == shard.ignore_index || !active) {
+    if (shard.labels[row] == shard.ignore_index || !active) {
         std::memset(element(args.out, row, 0), 0, args.columns * size);
         return;
     }
-
-    Block z_buffer, t_buffer, result_buffer;
-    for (int64_t start = 0; start < shard.valid_columns; start += kBlock) {
-        const int64_t left = shard.valid_columns - start;
-        const int64_t count = left < kBlock ? left : kBlock;
-        const int64_t padded = padded_length(count, Ops::kWidth);
-        const float* const z = load_block<Ops>(shard.logits, row, start, count, z_buffer);
-        const float* const t =
-            with_teacher ? load_block<Ops>(shard.teacher, row, start, count, t_buffer) : z;
-        char* const target = element(args.out, row, start);
-        const bool direct = args.out.dtype == Dtype::kFloat32 && count == padded;
-        float* const result = direct ? reinterpret_cast<float*>(target) : result_buffer.values;
-        switch (num_terms) {
-            case 0:
-                Ops::template gradient<0>(z, t, padded, args.max[row], scale, constant, terms,
-                                          result);
-                break;
-            case 1:
-                Ops::template gradient<1>(z, t, padded, args.max[row], scale, constant, terms,
-                                          result);
-                break;
-            default:
-                Ops::template gradient<2>(z, t, padded, args.max[row], scale, constant, terms,
-                                          result);
-        }
-        if (label_column >= start && label_column < start + count)
-            result[label_column - start] -= label_scale;
-        if (!direct) Ops::store(result, args.out.dtype, count, target);
-    }
+    const bool stream = V::kStreams && args.out.data != shard.logits.data &&
+                        shard.rows * args.columns * size >= kStreamBytes;
+    with_dtypes(shard, with_teacher, [&](auto z, auto t) {
+        with_number(terms.num_terms, [&](auto count) {
+            if (V::kStreams && stream) {
+                gradient_columns<V, z.value, t.value, count.value, V::kStreams>(args, row, terms,
+                                                                                with_teacher);
+            } else {
+                gradient_columns<V, z.value, t.value, count.value, false>(args, row, terms,
+                                                                          with_teacher);
+            }
+        });
+    });
     if (args.columns > shard.valid_columns) {
         std::memset(element(args.out, row, shard.valid_columns), 0,
                     (args.columns - shard.valid_columns) * size);

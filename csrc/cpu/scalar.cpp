@@ -1,4 +1,4 @@
-// The rows in portable C++: the formulas of row_math.h, column by column.
+// The rows in portable C++, column by column.
 
 #include <algorithm>
 #include <functional>
@@ -9,42 +9,47 @@
 namespace qtarget {
 namespace {
 
-struct ScalarOps {
+struct Scalar {
+    using Vec = float;
     static constexpr int64_t kWidth = 1;
+    static constexpr int kSumsInFlight = 1;
+    static constexpr int kGradientInFlight = 1;
+    static constexpr bool kStreams = false;
 
-    static void load(const char* source, Dtype dtype, int64_t count, float* values) {
-        if (dtype == Dtype::kFloat32) {
-            std::memcpy(values, source, count * sizeof(float));
-            return;
-        }
-        for (int64_t k = 0; k < count; ++k) {
-            uint16_t half;
-            std::memcpy(&half, source + 2 * k, sizeof half);
-            values[k] =
-                dtype == Dtype::kBFloat16 ? bfloat16_to_float(half) : float16_to_float(half);
-        }
+    struct Mode {};
+
+    struct Sum {
+        double value = 0.0;
+        void add(Vec v) { value += v; }
+        void add_product(Vec a, Vec b) { value += static_cast<double>(a) * b; }
+        void add_weighted(Vec weight, Vec v) { value += weighted(weight, v); }
+        double total() const { return value; }
+    };
+
+    static Vec set(float value) { return value; }
+    static Vec fma(Vec a, Vec b, Vec c) { return fmaf(a, b, c); }
+    static Vec larger(Vec candidate, Vec current) { return qtarget::larger(candidate, current); }
+    static float max_lanes(Vec v) { return v; }
+
+    template <Dtype D>
+    static Vec load(const char* at) {
+        return read<D>(at);
     }
 
-    static void store(const float* values, Dtype dtype, int64_t count, char* target) {
-        if (dtype == Dtype::kFloat32) {
-            std::memcpy(target, values, count * sizeof(float));
-            return;
-        }
-        for (int64_t k = 0; k < count; ++k) {
-            const uint16_t half = dtype == Dtype::kBFloat16 ? float_to_bfloat16(values[k])
-                                                            : float_to_float16(values[k]);
-            std::memcpy(target + 2 * k, &half, sizeof half);
-        }
+    template <Dtype D, bool Stream, int U>
+    static void store(char* at, const Vec (&v)[U]) {
+        write<D>(at, v[0]);
     }
 
-    static float max(const float* values, int64_t count) {
-        float top = lowest<float>();
-        for (int64_t k = 0; k < count; ++k) top = larger(values[k], top);
-        return top;
+    template <int Degree, int U>
+    static void exp(Vec (&x)[U], Vec (&weight)[U]) {
+        x[0] = x[0] < kLowestExponent ? kLowestExponent : x[0];
+        exp_alone<Degree>(x, weight);
     }
 
-    static void combine(float a, float b, const float* z, const float* t, int64_t count, float* u) {
-        for (int64_t k = 0; k < count; ++k) u[k] = residual_logit(a, b, z[k], t[k]);
+    template <int Degree, int U>
+    static void exp_alone(const Vec (&x)[U], Vec (&weight)[U]) {
+        weight[0] = expf(x[0]);
     }
 
     static int64_t above(const float* values, int64_t count, float threshold, float* hits) {
@@ -53,52 +58,6 @@ struct ScalarOps {
             if (values[k] > threshold) hits[found++] = values[k];
         }
         return found;
-    }
-
-    template <bool Collision>
-    static BlockSums base_sums(const float* z, int64_t count, float z_centre) {
-        double s = 0.0, e = 0.0, c = 0.0;
-        for (int64_t k = 0; k < count; ++k) {
-            const float shifted = z[k] - z_centre;
-            const float weight = exp_float(shifted);
-            s += weight;
-            e += weighted(weight, shifted);
-            if (Collision) c += static_cast<double>(weight) * weight;
-        }
-        return {s, e, c};
-    }
-
-    template <bool Entropy>
-    static ResidualBlockSums residual_sums(const float* u, const float* z, int64_t count,
-                                           float u_centre, float z_centre) {
-        double s = 0.0, x = 0.0, h = 0.0;
-        for (int64_t k = 0; k < count; ++k) {
-            const float shifted = u[k] - u_centre;
-            const float weight = exp_float(shifted);
-            s += weight;
-            x += weighted(weight, z[k] - z_centre);
-            if (Entropy) h += weighted(weight, shifted);
-        }
-        return {s, x, h};
-    }
-
-    static double uniform_cross(const float* z, int64_t count, float z_centre) {
-        double x = 0.0;
-        for (int64_t k = 0; k < count; ++k) x += z[k] - z_centre;
-        return x;
-    }
-
-    template <int Terms>
-    static void gradient(const float* z, const float* t, int64_t count, float max, float scale,
-                         float constant, const GradientTerm* terms, float* result) {
-        for (int64_t k = 0; k < count; ++k) {
-            float value = softmax_term(z[k], max, scale) - constant;
-            for (int i = 0; i < Terms; ++i) {
-                value -= softmax_term(residual_logit(terms[i].a, terms[i].b, z[k], t[k]),
-                                      terms[i].max, terms[i].scale);
-            }
-            result[k] = value;
-        }
     }
 };
 
@@ -109,8 +68,8 @@ void sort_descending(float* values, int64_t count) {
 }
 
 const RowFunctions kScalarRows = {
-    {statistics_row<ScalarOps, 0>, statistics_row<ScalarOps, 1>, statistics_row<ScalarOps, 2>},
-    gradient_row<ScalarOps>,
+    {statistics_row<Scalar, 0>, statistics_row<Scalar, 1>, statistics_row<Scalar, 2>},
+    gradient_row<Scalar>,
 };
 
 }  // namespace qtarget

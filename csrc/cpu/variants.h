@@ -16,5 +16,10 @@ extern const RowFunctions kScalarRows;
 #if defined(QTARGET_WITH_AVX2)
 extern const RowFunctions kAvx2Rows;
 #endif
+#if defined(QTARGET_WITH_AVX512)
+extern const RowFunctions kAvx512Rows;
+// Whether the processor converts to bfloat16 itself.
+extern const bool kHasAvx512Bf16;
+#endif
 
 }  // namespace qtarget
