@@ -87,16 +87,13 @@ def product_sum(weight, values):
 
 
 def exact_gradient(z, t, labels, residuals, vocab_start, valid, scales):
-    """The definition in float64 and, of the same shape, the sum of its exponentials' magnitudes."""
     z64, out = z.double().cpu(), torch.zeros(z.shape, dtype=torch.float64)
-    size = torch.zeros_like(out)
     s = {name: value.double().cpu() for name, value in scales.items()}
     for i, label in enumerate(labels.tolist()):
         all_scales = [s["scale"][i], s["label_scale"][i], *s["residual_scale"][:, i]]
         if label == IGNORE or not any(all_scales):
             continue
         out[i, :valid] = (z64[i, :valid] - s["max_"][i]).exp() * s["scale"][i]
-        size[i] = out[i].abs()
         if 0 <= label - vocab_start < valid:
             out[i, label - vocab_start] -= s["label_scale"][i]
         for r, (a, b) in enumerate(residuals):
@@ -104,10 +101,8 @@ def exact_gradient(z, t, labels, residuals, vocab_start, valid, scales):
             u = u + a * z64[i, :valid] if a else u
             u = u + b * t[i, :valid].double().cpu() if b else u
             if s["residual_scale"][r, i] != 0:
-                term = (u - s["residual_max"][r, i]).exp() * s["residual_scale"][r, i]
-                out[i, :valid] -= term
-                size[i, :valid] += term.abs()
-    return out, size
+                out[i, :valid] -= (u - s["residual_max"][r, i]).exp() * s["residual_scale"][r, i]
+    return out
 
 
 def draw(rows, columns, dtype, device="cpu", spread=3.0, seed=0):

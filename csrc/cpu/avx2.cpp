@@ -113,28 +113,28 @@ struct Avx2 {
     // is NaN, max returns it: its second operand.
     static Vec raised(Vec x) { return _mm256_max_ps(set(-88.02969193f), x); }
 
-    template <int Degree, int U>
+    template <int U>
     static void exp(Vec (&x)[U], Vec (&weight)[U]) {
         for (Vec& value : x) value = raised(value);
-        exp_of_raised<Degree>(x, weight);
+        exp_of_raised(x, weight);
     }
 
-    template <int Degree, int U>
+    template <int U>
     static void exp_alone(const Vec (&x)[U], Vec (&weight)[U]) {
         Vec y[U];
         for (int i = 0; i < U; ++i) y[i] = raised(x[i]);
-        exp_of_raised<Degree>(y, weight);
+        exp_of_raised(y, weight);
     }
 
     // e^x = 2^k e^r with k = round(x / ln 2).
-    template <int Degree, int U>
+    template <int U>
     static void exp_of_raised(const Vec (&x)[U], Vec (&weight)[U]) {
         // 1.5 * 2^23 rounds to an integer in the low bits; 127 is the exponent's bias.
         const Vec magic = set(12582912.0f + 127.0f);
         Vec shifted[U], r[U];
         for (int i = 0; i < U; ++i) shifted[i] = fma(x[i], set(kLog2E), magic);
         for (int i = 0; i < U; ++i) r[i] = fma(shifted[i] - magic, set(-kLn2), x[i]);
-        evaluate<Avx2>(Polynomial<Degree>::kExp, r, weight);
+        evaluate<Avx2>(kExp, r, weight);
         for (int i = 0; i < U; ++i) {
             const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted[i]), 23);
             weight[i] = weight[i] * _mm256_castsi256_ps(power);

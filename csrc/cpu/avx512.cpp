@@ -100,21 +100,21 @@ struct Avx512 {
 
     static void fence() { _mm_sfence(); }
 
-    template <int Degree, int U>
+    template <int U>
     static void exp(Vec (&x)[U], Vec (&weight)[U]) {
         // Its second operand where x is NaN.
         for (Vec& value : x) value = _mm512_max_ps(set(kLowestExponent), value);
-        exp_alone<Degree>(x, weight);
+        exp_alone(x, weight);
     }
 
     // e^x = 2^k 2^r with k = floor(x / ln 2), which scalef takes from x / ln 2 itself; 0 at -inf.
-    template <int Degree, int U>
+    template <int U>
     static void exp_alone(const Vec (&x)[U], Vec (&weight)[U]) {
         constexpr int kFloor = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
         Vec t[U], r[U];
         for (int i = 0; i < U; ++i) t[i] = x[i] * set(kLog2E);
         for (int i = 0; i < U; ++i) r[i] = _mm512_reduce_ps(t[i], kFloor);
-        evaluate<Avx512>(Polynomial<Degree>::kExp2, r, weight);
+        evaluate<Avx512>(kExp2, r, weight);
         for (int i = 0; i < U; ++i) weight[i] = _mm512_scalef_ps(weight[i], t[i]);
     }
 

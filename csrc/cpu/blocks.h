@@ -4,9 +4,9 @@
 //   store<Dtype, Stream>  of U vectors; Stream: past the caches, to an aligned address
 //   fence                 after the last store past the caches, so that other threads see them
 //   Sum                   adds up many Vecs; add_weighted: 0 * -inf is 0
-//   exp<Degree>           of U vectors, by a polynomial of that degree, up to e^80; 0 at -inf, NaN
-//                         at NaN. Raises x where its exponential is 0: x times that is then 0
-//   exp_alone<Degree>     the same, of an x that does not matter afterwards
+//   exp                   of U vectors, up to e^80; 0 at -inf, NaN at NaN. Raises x where its
+//                         exponential is 0: x times that is then 0
+//   exp_alone             the same, of an x that does not matter afterwards
 //   Mode                  lives while a row is worked on
 //
 // Columns are read in their own dtype and widened in registers, U vectors at a time: an exponential
@@ -62,12 +62,6 @@ struct Blocks {
     static constexpr int64_t kWidth = V::kWidth;
     static constexpr int64_t kStep = kWidth * U;
 
-    // Errors of 1e-7 in the statistics and in float32 gradients, of 3e-6 in those that are rounded
-    // to 16 bits: about 1% of that rounding.
-    static constexpr int kDegree = 5;
-    template <Dtype D>
-    static constexpr int kGradientDegree = D == Dtype::kFloat32 ? kDegree : 4;
-
     // The columns of a step that lie in the row, and `rest` in the others.
     template <Dtype D>
     struct Padded {
@@ -117,7 +111,7 @@ struct Blocks {
             load<D>(at, x);
             for (int i = 0; i < U; ++i) top = V::larger(x[i], top);
             for (int i = 0; i < U; ++i) x[i] = x[i] - origin;
-            V::template exp<kDegree>(x, w);
+            V::exp(x, w);
             for (int i = 0; i < U; ++i) s.add(w[i]);
             for (int i = 0; i < U; ++i) e.add_product(w[i], x[i]);
             if (Collision)
@@ -145,9 +139,9 @@ struct Blocks {
                                   for (int i = 0; i < U; ++i) top = V::larger(u[i], top);
                                   for (int i = 0; i < U; ++i) u[i] = u[i] - u_origin;
                                   if constexpr (Entropy) {
-                                      V::template exp<kDegree>(u, w);
+                                      V::exp(u, w);
                                   } else {
-                                      V::template exp_alone<kDegree>(u, w);
+                                      V::exp_alone(u, w);
                                   }
                                   for (int i = 0; i < U; ++i) s.add(w[i]);
                                   for (int i = 0; i < U; ++i)
@@ -186,7 +180,7 @@ struct Blocks {
         Vec logit[U], x[U];
         load<Z>(z, logit);
         for (int i = 0; i < U; ++i) x[i] = logit[i] - origin;
-        V::template exp_alone<kGradientDegree<Z>>(x, value);
+        V::exp_alone(x, value);
         for (int i = 0; i < U; ++i) value[i] = value[i] * mass - flat;
         for (int n = 0; n < Terms; ++n) {
             const GradientTerm& term = row.terms[n];
@@ -196,7 +190,7 @@ struct Blocks {
             load<T>(t, teacher);
             for (int i = 0; i < U; ++i)
                 x[i] = residual_vector<V>(term.a, term.b, logit[i], teacher[i]) - u_origin;
-            V::template exp_alone<kGradientDegree<Z>>(x, w);
+            V::exp_alone(x, w);
             // Not fused: equal terms cancel to exactly 0.
             for (int i = 0; i < U; ++i) value[i] = value[i] - w[i] * u_mass;
         }

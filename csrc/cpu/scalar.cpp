@@ -41,13 +41,13 @@ struct Scalar {
         write<D>(at, v[0]);
     }
 
-    template <int Degree, int U>
+    template <int U>
     static void exp(Vec (&x)[U], Vec (&weight)[U]) {
         x[0] = x[0] < kLowestExponent ? kLowestExponent : x[0];
-        exp_alone<Degree>(x, weight);
+        exp_alone(x, weight);
     }
 
-    template <int Degree, int U>
+    template <int U>
     static void exp_alone(const Vec (&x)[U], Vec (&weight)[U]) {
         weight[0] = expf(x[0]);
     }

@@ -8,27 +8,12 @@
 namespace qtarget {
 
 // Coefficients c_1, c_2, ... of 1 + c_1 r + c_2 r^2 + ..., of least relative error.
-template <int Degree>
-struct Polynomial;
-
-template <>
-struct Polynomial<4> {
-    // e^r on [-ln 2 / 2, ln 2 / 2], error 2.8e-6.
-    static constexpr float kExp[] = {0.999966800213f, 0.50003027916f, 0.167875647545f,
-                                     0.0415128991008f};
-    // 2^r on [0, 1], exact at both ends, error 3.4e-6.
-    static constexpr float kExp2[] = {0.6930321455f, 0.241379767656f, 0.0520323701203f,
-                                      0.0135557167232f};
-};
-
-template <>
-struct Polynomial<5> {
-    // Errors 9.2e-8 and 1.0e-7.
-    static constexpr float kExp[] = {0.999999701977f, 0.499991476536f, 0.166676491499f,
-                                     0.041898176074f, 0.00828963331878f};
-    static constexpr float kExp2[] = {0.693151712418f, 0.240159273148f, 0.0558186769485f,
-                                      0.0089909946546f, 0.00187934283167f};
-};
+// e^r on [-ln 2 / 2, ln 2 / 2], error 9.2e-8.
+constexpr float kExp[] = {0.999999701977f, 0.499991476536f, 0.166676491499f, 0.041898176074f,
+                          0.00828963331878f};
+// 2^r on [0, 1], exact at both ends, error 1.0e-7.
+constexpr float kExp2[] = {0.693151712418f, 0.240159273148f, 0.0558186769485f, 0.0089909946546f,
+                           0.00187934283167f};
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
