@@ -3,12 +3,13 @@
 forward:  for each chunk, logits = hidden @ weight^T -> statistics; one all-gather for all tokens; objective
 backward: for each chunk, logits once more -> their gradient in place -> dHidden and dWeight; one reduction of dHidden
 
-The logits of student and teacher never exist as [N, V_local]. The price is one matrix product more (four, not three).
+The logits of student and teacher never exist as [N, V_local]. The price is one matrix product more (four, not three),
+except for the last chunk: its logits lie in the one buffer that both passes use, and backward begins with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -80,7 +81,8 @@ def qtarget_linear_cross_entropy(
     The gradient of the weight is added up in float32. Where the weight has Megatron's main_grad, it is added to that,
     and grad_added_to_main_grad is set, as Megatron's fused accumulation does.
 
-    Memory: the gradients, chunk_size rows of student and teacher logits, and O(N H). Collectives over group: one
+    Memory: the gradients, chunk_size rows of student and teacher logits (from forward to backward), and O(N H).
+    Collectives over group: one
     all-gather of the statistics, as in qtarget_cross_entropy, and in backward one all-reduce of dHidden [n, H] for the
     n supervised tokens; with sequence_parallel instead one all-gather of hidden (and of teacher_hidden) in forward and
     one reduce-scatter of dHidden in backward.
@@ -160,18 +162,52 @@ class _Spec:
         whole = collectives.gather_sequence(hidden, self.group) if self.sequence_parallel else hidden
         return whole.reshape(-1, hidden.shape[-1])[self.rows]
 
-    def teacher(self, hidden: Tensor | None, weight: Tensor | None, chunk: slice) -> Teacher:
-        """The second model at a chunk of the supervised tokens."""
-        if self.sparse_teacher is not None:
-            return self.sparse_teacher.rows(chunk)
-        logits = _logits(hidden, weight, chunk)
-        if logits is not None and self.teacher_columns is not None:
-            logits[:, self.teacher_columns :] = -torch.inf
-        return logits
+    @property
+    def overwrites_logits(self) -> bool:
+        """Whether the statistics take the kept entries out of the student's logits."""
+        return self.sparse_teacher is not None and self.sparse_teacher.rule == "student"
 
-    def chunks(self) -> Iterator[slice]:
-        for start in range(0, len(self.rows), self.chunk_size):
-            yield slice(start, min(start + self.chunk_size, len(self.rows)))
+    def chunks(self) -> list[slice]:
+        starts = range(0, len(self.rows), self.chunk_size)
+        return [slice(start, min(start + self.chunk_size, len(self.rows))) for start in starts]
+
+
+class _Logits:
+    """Logits of both models for a chunk of the supervised tokens, in the same memory for each chunk."""
+
+    def __init__(self, spec: _Spec):
+        self._spec = spec
+        self.release()
+
+    def of(
+        self, chunk: slice, kept: Tensor, weight: Tensor, taught: Tensor | None, teacher_weight: Tensor | None
+    ) -> tuple[Tensor, Teacher]:
+        """Of the student, and the second model at these tokens. kept, taught: hidden states [n, H] of both."""
+        spec = self._spec
+        if self._student is None:
+            shape = min(spec.chunk_size, len(kept)), len(weight)
+            self._student = kept.new_empty(shape)
+            self._teacher = None if taught is None else taught.new_empty(shape)
+        rows = slice(chunk.stop - chunk.start)
+        logits, teacher = self._student[rows], None if taught is None else self._teacher[rows]
+        if chunk != self._there:
+            torch.mm(kept[chunk], weight.t(), out=logits)
+            if teacher is not None:
+                torch.mm(taught[chunk], teacher_weight.t(), out=teacher)
+                if spec.teacher_columns is not None:
+                    teacher[:, spec.teacher_columns :] = -torch.inf
+            self._there = chunk
+        return logits, teacher if spec.sparse_teacher is None else spec.sparse_teacher.rows(chunk)
+
+    def spoil(self) -> None:
+        """What is there is overwritten: the next of() makes it anew."""
+        self._there = None
+
+    def release(self) -> None:
+        """The memory is given back; the next of() takes it again."""
+        self._student: Tensor | None = None
+        self._teacher: Tensor | None = None
+        self._there: slice | None = None
 
 
 class _QTargetLinearCrossEntropy(torch.autograd.Function):
@@ -183,16 +219,18 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         width = request.width if spec.sparse_teacher is None else 2 * request.width
         partials = torch.empty(len(labels), width, dtype=work, device=hidden.device)
+        logits = _Logits(spec)
         for chunk in spec.chunks():
             partials[chunk] = partial_statistics(
                 spec.backend,
-                _logits(kept, weight, chunk),
-                spec.teacher(taught, teacher_weight, chunk),
+                *logits.of(chunk, kept, weight.detach(), taught, teacher_weight),
                 labels[chunk],
                 request=request,
                 **spec.shard,
                 scratch=True,
             )
+            if spec.overwrites_logits:
+                logits.spoil()
         spec.statistics, ctx.shift = merge_parts(
             collectives.gather_partials(partials, spec.group),
             labels,
@@ -205,6 +243,7 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         ctx.spec, ctx.hidden_shape = spec, hidden.shape
         # The parameter itself: main_grad is an attribute of that object.
         ctx.weight = weight
+        ctx.logits = logits if any(ctx.needs_input_grad) else None
         ctx.save_for_backward(kept, taught, teacher_weight, labels)
         loss = kept_loss.new_zeros(spec.num_tokens, dtype=work)
         loss[spec.rows] = kept_loss.to(work)
@@ -213,31 +252,33 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         refuse_second_derivative("qtarget_linear_cross_entropy")
-        spec, weight = ctx.spec, ctx.weight.detach()
+        spec, weight, logits = ctx.spec, ctx.weight.detach(), ctx.logits
         kept, taught, teacher_weight, labels = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         upstream = grad_loss[spec.rows]
         kept_gradient = torch.empty_like(kept) if wants_hidden else None
         weight_sum = _WeightGradient(ctx.weight) if wants_weight else None
-        for chunk in spec.chunks():
-            logits = _logits(kept, weight, chunk)
+        # From the last one, whose logits are still there.
+        for chunk in reversed(spec.chunks()):
+            gradient, teacher = logits.of(chunk, kept, weight, taught, teacher_weight)
+            logits.spoil()
             logit_gradient(
                 spec.backend,
-                logits,
-                spec.teacher(taught, teacher_weight, chunk),
+                gradient,
+                teacher,
                 labels[chunk],
                 residuals=spec.objective.residuals,
                 shift=None if ctx.shift is None else ctx.shift[:, chunk],
                 **spec.shard,
                 **ctx.token_gradient.rows(chunk).kernel_arguments(upstream[chunk], grad_loss.dtype),
-                out=logits,
+                out=gradient,
             )
             if wants_hidden:
-                torch.mm(logits, weight, out=kept_gradient[chunk])
+                torch.mm(gradient, weight, out=kept_gradient[chunk])
             if wants_weight:
-                weight_sum.add(logits, kept[chunk])
-            # Before the next chunk is made: one exists at a time.
-            del logits
+                weight_sum.add(gradient, kept[chunk])
+        gradient = teacher = None
+        logits.release()
         hidden_gradient = _whole_gradient(kept_gradient, spec, ctx.hidden_shape) if wants_hidden else None
         return hidden_gradient, weight_sum.finish() if wants_weight else None, None, None, None, None
 
@@ -250,19 +291,24 @@ class _WeightGradient:
         self._main_grad = getattr(weight, "main_grad", None)
         wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
         into_main_grad = self._main_grad is not None and self._main_grad.dtype == wide
-        self._sum = self._main_grad if into_main_grad else torch.zeros_like(weight, dtype=wide)
+        self._sum = self._main_grad if into_main_grad else torch.empty_like(weight, dtype=wide)
+        self._is_empty = not into_main_grad
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
         if hidden.dtype == self._sum.dtype:
-            self._sum.addmm_(logit_gradient.t(), hidden)
-            return
-        for start in range(0, self._sum.shape[0], _COLUMN_TILE):
-            tile = slice(start, start + _COLUMN_TILE)
-            self._sum[tile] += logit_gradient[:, tile].t() @ hidden
+            torch.addmm(self._sum, logit_gradient.t(), hidden, beta=0 if self._is_empty else 1, out=self._sum)
+        else:
+            for start in range(0, self._sum.shape[0], _COLUMN_TILE):
+                tile = slice(start, start + _COLUMN_TILE)
+                product = logit_gradient[:, tile].t() @ hidden
+                self._sum[tile].copy_(product) if self._is_empty else self._sum[tile].add_(product)
+        self._is_empty = False
 
     def finish(self) -> Tensor:
         """What autograd gets: the gradient, or in its place, where main_grad has it, a tensor that nobody adds."""
         weight = self._weight
+        if self._is_empty:  # not one supervised token
+            self._sum.zero_()
         if self._main_grad is None:
             return self._sum.to(weight.dtype)
         if self._sum is not self._main_grad:
@@ -270,10 +316,6 @@ class _WeightGradient:
         weight.grad_added_to_main_grad = True
         # Megatron's hook adds this to main_grad after all where an embedding shares the weight.
         return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
-
-
-def _logits(hidden: Tensor | None, weight: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if hidden is None else hidden[chunk] @ weight.t()
 
 
 def _whole_gradient(kept_gradient: Tensor, spec: _Spec, shape: torch.Size) -> Tensor:

@@ -149,7 +149,7 @@ class TokenStatistics:
 
     def weighted_nll(self, weight: Tensor) -> Tensor:
         """-weight log p(y), and exactly 0 where the weight is 0 (0 * inf is no loss)."""
-        return torch.where(weight == 0, torch.zeros_like(self.log_p), -weight * self.log_p)
+        return (-weight * self.log_p).masked_fill(weight == 0, 0.0)
 
     def top_k_entropy(self) -> Tensor:
         """Entropy in nats of softmax over the k largest logits, k = top_k; the objective requests top_k."""
@@ -166,56 +166,60 @@ def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> T
 
     Args:
         partials: ``[T, N, request.width]``, one slice per tensor-parallel rank, in rank order.
-        supervised: ``[N]`` bool; statistics of the other tokens are 0.
+        supervised: ``[N]`` bool; the partials of the other tokens are 0, as the kernels write them, and so are their
+            statistics.
         request: what the partials hold.
 
     A shard without any finite column has m = -inf and contributes nothing. A NaN anywhere stays NaN.
     """
-    # One layout for every rank and every device: the sums below run over dim 0 in rank order.
+    # One layout for every rank and every device: the sums below run over dim 0 in rank order. As few operations as
+    # can be: on a GPU each is a launch.
     columns = iter(partials.double().unbind(-1))
     m, s, e, z_y = (next(columns) for _ in range(_BASE_WIDTH))
-    keep = _masker(supervised)
+    ignored = ~supervised
 
     shift = _Shift(m)
-    sum_exp = shift.total(s)
     # e is centred on the local maximum; centre it on the global one.
-    centred = shift.total(e + shift.offset * s)
+    sum_exp, centred = shift.totals(s, shift.recentred(e, s))
+    sum_exp = sum_exp.masked_fill(ignored, 1.0)
     log_sum = sum_exp.log()
     # Subtracting the maximum first keeps the precision of the label logit at large offsets.
-    log_p = (z_y.sum(0) - shift.max) - log_sum
+    log_p = (_summed(z_y) - shift.max) - log_sum
 
     collision = top_logits = None
     if request.collision:
-        collision = keep(shift.total(next(columns), power=2) / sum_exp**2)
+        (collision,) = shift.totals(next(columns), power=2)
+        collision = collision / sum_exp**2
     if request.top_k:
         of_all_ranks = torch.cat([next(columns).t() for _ in range(request.top_k)], dim=-1)
-        top_logits = of_all_ranks.topk(request.top_k, dim=-1).values
-        top_logits = torch.where(supervised[:, None], top_logits, torch.zeros_like(top_logits))
+        top_logits = of_all_ranks.topk(request.top_k, dim=-1).values if len(partials) > 1 else of_all_ranks
 
     residuals = []
     for _ in request.residuals:
         m_u, s_u, x_u = (next(columns) for _ in range(_RESIDUAL_WIDTH))
         shift_u = _Shift(m_u)
-        sum_exp_u = shift_u.total(s_u)
-        # A shard whose logits are all -inf but which carries residual mass makes the mean -inf, as it should.
-        z_offset = torch.where(s_u == 0, torch.zeros_like(m), m - shift.max)
-        mean_logit = shift_u.total(x_u + z_offset * s_u) / sum_exp_u + shift.max
+        sums = [s_u, x_u]
+        if len(partials) > 1:
+            # A shard whose logits are all -inf but which carries residual mass makes the mean -inf, as it should.
+            sums[1] = x_u + (m - shift.max).masked_fill(s_u == 0, 0.0) * s_u
+        if request.residual_entropy:
+            sums.append(shift_u.recentred(next(columns), s_u))
+        sum_exp_u, cross, *centred_u = shift_u.totals(*sums)
+        sum_exp_u = sum_exp_u.masked_fill(ignored, 1.0)
         entropy_u = log_r_y = None
         if request.residual_entropy:
-            entropy_u = keep(sum_exp_u.log() - shift_u.total(next(columns) + shift_u.offset * s_u) / sum_exp_u)
+            entropy_u = sum_exp_u.log() - centred_u[0] / sum_exp_u
         if request.residual_label:
-            log_r_y = keep((next(columns).sum(0) - shift_u.max) - sum_exp_u.log())
-        residuals.append(
-            ResidualStatistics(keep(shift_u.max), keep(sum_exp_u, 1.0), keep(mean_logit), entropy_u, log_r_y)
-        )
+            log_r_y = (_summed(next(columns)) - shift_u.max) - sum_exp_u.log()
+        residuals.append(ResidualStatistics(shift_u.max, sum_exp_u, cross / sum_exp_u + shift.max, entropy_u, log_r_y))
 
     return TokenStatistics(
         supervised=supervised,
-        max=keep(shift.max),
-        sum_exp=keep(sum_exp, 1.0),
-        log_p=keep(log_p),
-        p=keep(log_p.exp()),
-        entropy=keep(log_sum - centred / sum_exp),
+        max=shift.max,
+        sum_exp=sum_exp,
+        log_p=log_p,
+        p=log_p.exp().masked_fill(ignored, 0.0),
+        entropy=log_sum - centred / sum_exp,
         collision=collision,
         top_logits=top_logits,
         residuals=tuple(residuals),
@@ -223,25 +227,33 @@ def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> T
 
 
 class _Shift:
-    """Moves sums centred on each rank's maximum to the global maximum."""
+    """Moves sums centred on each rank's maximum [T, N] to the global maximum [N]; of one rank they are there."""
 
     def __init__(self, local_max: Tensor):
+        self._alone = len(local_max) == 1
+        self.max = local_max[0] if self._alone else local_max.amax(0)
+        if self._alone:
+            return
         empty = local_max == -torch.inf
-        self.max = local_max.amax(0)
-        self.offset = torch.where(empty, torch.zeros_like(local_max), local_max - self.max)
-        self._factor = torch.where(empty, torch.zeros_like(local_max), self.offset.exp())
+        self._offset = (local_max - self.max).masked_fill(empty, 0.0)
+        self._factor = self._offset.exp().masked_fill(empty, 0.0)
+        self._gone = self._factor == 0
 
-    def total(self, local_sum: Tensor, power: int = 1) -> Tensor:
-        """Sum over ranks of sum_k exp(power (z_k - m)) terms, moved to the global maximum."""
-        scaled = local_sum * self._factor**power
+    def recentred(self, local_sum: Tensor, weights: Tensor) -> Tensor:
+        """sum_k w_k (z_k - m) of each rank, as a sum of w_k (z_k - global m); weights: sum_k w_k."""
+        return local_sum if self._alone else local_sum + self._offset * weights
+
+    def totals(self, *local_sums: Tensor, power: int = 1) -> tuple[Tensor, ...]:
+        """Sums over ranks of sum_k exp(power (z_k - m)) terms, moved to the global maximum."""
+        if self._alone:
+            return tuple(local_sum[0] for local_sum in local_sums)
+        sums = torch.stack(local_sums)
+        scaled = sums * self._factor**power
         # factor 0 belongs to an empty shard or to one that underflows; its -inf mean logit must not turn into NaN,
         # while a NaN has to survive.
-        scaled = torch.where((self._factor == 0) & ~local_sum.isnan(), torch.zeros_like(scaled), scaled)
-        return scaled.sum(0)
+        return scaled.masked_fill(self._gone & (sums == sums), 0.0).sum(1).unbind()
 
 
-def _masker(supervised: Tensor):
-    def keep(value: Tensor, otherwise: float = 0.0) -> Tensor:
-        return torch.where(supervised, value, torch.full_like(value, otherwise))
-
-    return keep
+def _summed(column: Tensor) -> Tensor:
+    """Over the ranks, of which all but one have 0."""
+    return column[0] if len(column) == 1 else column.sum(0)

@@ -19,48 +19,38 @@ class TokenGradient:
 
     exp(z - max) * (mass / sum_exp), not exp(z - lse): an order of magnitude less rounding error.
 
-    max, scale, label_scale: [N]; residual_max, residual_scale: [R, N].
+    maxima: [1 + R, N], of z and of each residual's u. scales: [2 + R, N], of exp(z - max), of the label, and of each
+    residual's exp(u - max).
     """
 
-    max: Tensor
-    scale: Tensor
-    label_scale: Tensor
-    residual_max: Tensor
-    residual_scale: Tensor
+    maxima: Tensor
+    scales: Tensor
 
     @classmethod
     def of(cls, stats: TokenStatistics, residual_masses: list[Tensor]) -> TokenGradient:
-        def stack(rows: list[Tensor]) -> Tensor:
-            return torch.stack(rows) if rows else stats.max.new_empty(0, stats.max.shape[0])
-
-        scales = [mass / r.sum_exp for mass, r in zip(residual_masses, stats.residuals, strict=True)]
+        of_residuals = [mass / r.sum_exp for mass, r in zip(residual_masses, stats.residuals, strict=True)]
         return cls(
-            max=stats.max,
-            scale=stats.total_mass / stats.sum_exp,
-            label_scale=stats.label_mass,
-            residual_max=stack([r.max for r in stats.residuals]),
-            residual_scale=stack(scales),
+            maxima=torch.stack([stats.max, *(r.max for r in stats.residuals)]),
+            scales=torch.stack([stats.total_mass / stats.sum_exp, stats.label_mass, *of_residuals]),
         )
 
     def kernel_arguments(self, upstream: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Keywords of logit_gradient in dtype, for the upstream gradient [N] of each token's loss."""
         upstream = upstream.double()
-
-        def scaled(mass: Tensor) -> Tensor:
-            # A token masked out downstream has upstream exactly 0: its NaN must not leak.
-            return torch.where(upstream == 0, torch.zeros_like(mass), mass * upstream).to(dtype).contiguous()
-
+        # A token masked out downstream has upstream exactly 0: its NaN must not leak.
+        scales = (self.scales * upstream).masked_fill(upstream == 0, 0.0).to(dtype).contiguous()
+        maxima = self.maxima.to(dtype).contiguous()
         return dict(
-            max_=self.max.to(dtype).contiguous(),
-            scale=scaled(self.scale),
-            label_scale=scaled(self.label_scale),
-            residual_max=self.residual_max.to(dtype).contiguous(),
-            residual_scale=scaled(self.residual_scale),
+            max_=maxima[0],
+            scale=scales[0],
+            label_scale=scales[1],
+            residual_max=maxima[1:],
+            residual_scale=scales[2:],
         )
 
     def rows(self, chunk: slice) -> TokenGradient:
         """Of a run of tokens."""
-        return TokenGradient(**{f.name: getattr(self, f.name)[..., chunk] for f in dataclasses.fields(self)})
+        return TokenGradient(self.maxima[:, chunk], self.scales[:, chunk])
 
 
 def evaluate(
@@ -68,11 +58,12 @@ def evaluate(
 ) -> tuple[Tensor, TokenGradient]:
     """Loss [N] in float64, 0 where not supervised, and what the gradient needs; masses and trust enter stats."""
     loss, label_mass, residual_masses = objective.evaluate(stats, inputs)
-    zero = torch.zeros_like(stats.p)
+    ignored = ~stats.supervised
 
     def per_token(value) -> Tensor:
-        value = torch.as_tensor(value, dtype=zero.dtype, device=zero.device).expand_as(zero)
-        return torch.where(stats.supervised, value, zero)
+        if not isinstance(value, Tensor):
+            value = torch.full_like(stats.p, value)
+        return value.to(stats.p).expand_as(ignored).masked_fill(ignored, 0.0)
 
     if len(residual_masses) != len(objective.residuals):
         raise ValueError(
@@ -81,11 +72,11 @@ def evaluate(
         )
     residual_masses = [per_token(mass) for mass in residual_masses]
     stats.label_mass = per_token(label_mass)
-    stats.residual_mass = sum(residual_masses, zero)
+    stats.residual_mass = sum(residual_masses[1:], residual_masses[0]) if residual_masses else per_token(0.0)
     stats.trust = per_token(stats.label_mass / stats.total_mass)
     # A NaN statistic must reach the loss even where an objective's own guards would hide it.
     for statistic in (stats.log_p, *(residual.mean_logit for residual in stats.residuals), *inputs.values()):
-        loss = torch.where(statistic.isnan(), statistic, loss)
+        loss = torch.where(statistic == statistic, loss, statistic)
     return per_token(loss), TokenGradient.of(stats, residual_masses)
 
 

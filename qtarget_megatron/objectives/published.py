@@ -187,7 +187,7 @@ def psft(epsilon_low: float = 0.2, epsilon_high: float = 0.28) -> Objective:
         ratio = log_ratio.clamp(-_SATURATED, _SATURATED).exp()
         loss = -torch.minimum(ratio, ratio.clamp(1 - epsilon_low, 1 + epsilon_high))
         moves = (ratio <= 1 + epsilon_high) & (log_ratio.abs() <= _SATURATED)
-        return loss, torch.where(moves, ratio, torch.zeros_like(ratio)), ()
+        return loss, ratio.masked_fill(~moves, 0.0), ()
 
     return Objective(evaluate, token_inputs=("old_log_prob",))
 
@@ -281,7 +281,7 @@ def split_between_label_and_residual(stats: TokenStatistics, log_trust: Tensor) 
     """loss = CE(gamma onehot(y) + (1 - gamma) r, p), gamma = exp(log_trust) detached;  c_y = gamma, c_r = 1 - gamma."""
     trust, rest = log_trust.exp(), -torch.expm1(log_trust)
     cross_entropy = stats.cross_entropy()
-    residual_loss = torch.where(rest == 0, torch.zeros_like(rest), rest * cross_entropy)
+    residual_loss = (rest * cross_entropy).masked_fill(rest == 0, 0.0)
     return stats.weighted_nll(trust) + residual_loss, trust, (rest,)
 
 
