@@ -294,7 +294,7 @@ def test_a_section_says_where_it_comes_from(tmp_path):
     assert "2030-01-02 03:04 UTC at commit `cccccccccccc` with uncommitted changes" in found["Collectives"]
     assert "Not on the machine above, but: CPU: one." in found["Collectives"]
     assert "`dddddddddddd` in 1 s; load average before: 0.99. **Small shapes" in found["Training steps"]
-    assert "| 1 | 1 | sft | 0.500 [0.500 to 0.500] | - | 32.0 | 0.50 |" in found["Training steps"]
+    assert "| 1 | 1 | sft | 0.500 [0.500 to 0.500] | - | 32.0 | 0.50 | - | - |" in found["Training steps"]
     assert "Not measured (`python tools/benchmark.py kernels`)" in found["Kernels"]
 
 

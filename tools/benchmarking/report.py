@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarking import figures
+from tools.benchmarking.step import KEPT
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -254,8 +255,10 @@ def step(rows: list[Row]) -> list[str]:
         f"{first['global_batch']} samples of {first['seq_length']} tokens a step, {first['supervised']:.0%} of them "
         "supervised, Adam. *Whole logits* is nearest to Megatron's own SFT: its output layer and its three matrix "
         "products; the loss of the logits is ours there too, as Megatron's cross-entropy has no place in the plug-in. "
-        "Runs are one after another, the ranks share the cores. Peak: resident memory of each rank, libraries "
-        "included.",
+        f"The cache keeps {KEPT} entries of each token. Runs are one after another, the ranks share the cores. Peak: "
+        "resident memory of each rank, libraries included. Of the teacher: what a step's log reports, which is its "
+        "forward without the output layer (live) or reading its entries (cached), and the memory of weights and of a "
+        "micro-batch.",
         "",
     ]
     cells = []
@@ -265,8 +268,10 @@ def step(rows: list[Row]) -> list[str]:
             change = "-" if row is base else figure(row["median"] / base["median"])
             tokens = row["global_batch"] * row["seq_length"] / row["median"]
             peaks = ", ".join(f"{peak:.2f}" for peak in row["peak_gib"])
-            cells.append([size, row["threads"], row["variant"], spread(row), change, figure(tokens), peaks])
+            teacher = [figure(row[key]) if key in row else "-" for key in ("teacher ms", "teacher MiB")]
+            cells.append([size, row["threads"], row["variant"], spread(row), change, figure(tokens), peaks, *teacher])
     heads = ["ranks", "threads each", "variant", "s per step", "times the first", "tokens per s", "peak GiB"]
+    heads += ["teacher ms", "teacher MiB"]
     return lines + table(heads, cells)
 
 

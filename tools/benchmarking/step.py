@@ -21,6 +21,7 @@ WARM_UP_STEPS = 2
 SUPERVISED = 0.6
 
 _STEP = re.compile(r"\biteration\s+\d+\s*/.*?elapsed time per iteration \(ms\):\s*([\d.]+)")
+_TEACHER = {key: re.compile(rf"\biteration\s+\d+\s*/.*?{key}: ([\d.E+-]+)") for key in ("teacher ms", "teacher MiB")}
 _PEAKS = re.compile(r"peak memory per rank \(GiB\):((?: [\d.]+)+)")
 
 
@@ -40,8 +41,10 @@ VARIANTS = {
     # Megatron's own output layer makes all logits, as in Megatron's own SFT; the loss of them is ours.
     "sft, whole logits": ["--objective", "sft", "--qtarget-materialize-logits"],
     "sft, fused head": ["--objective", "sft"],
-    "target-sft, fused head, live teacher": ["--objective", "target-sft", "--teacher-hf", "teacher"],
+    "target-sft, live teacher": ["--objective", "target-sft", "--teacher-hf", "teacher"],
+    "target-sft, cached teacher": ["--objective", "target-sft", "--teacher-cache", "cache"],
 }
+KEPT = 32  # of each token, in the cache
 
 
 def measure(
@@ -53,7 +56,7 @@ def measure(
     timeout: float,
 ) -> list[dict[str, Any]]:
     """One row for each variant and tensor-parallel size: seconds of each step after the first two, peak resident
-    memory of each rank. The ranks share this machine's cores.
+    memory of each rank, and what the log says of the teacher. The ranks share this machine's cores.
 
     shape: of Shape. Raises MeasurementFailed where a training run fails, or takes more than ``timeout`` seconds.
     """
@@ -61,6 +64,11 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="qtarget-benchmark-") as folder:
         say("writing two random models and their data")
         _write(shape, Path(folder))
+        if any("cache" in VARIANTS[variant] for variant in variants):
+            words = ["tools.cache_teacher", "--teacher-hf", "teacher", "--data", "train.jsonl", "--out", "cache"]
+            words += ["--k", str(KEPT), "--seq-length", str(shape.seq_length)]
+            _launch(Path(folder), words, 1, machine.cores(), timeout)
+            say("wrote the teacher's cache")
         for variant in variants:
             for size in tensor_parallel:
                 threads = max(machine.cores() // size, 1)
@@ -70,6 +78,9 @@ def measure(
                 if len(seconds) != shape.steps - WARM_UP_STEPS or peaks is None:
                     raise MeasurementFailed(f"the log of {variant} does not report its steps:\n{_end_of(text)}")
                 found = figures.summary(seconds)
+                for key, pattern in _TEACHER.items():
+                    if values := [float(value) for value in pattern.findall(text)][WARM_UP_STEPS:]:
+                        found[key] = figures.summary(values)["median"]
                 say(f"{variant}, {size} rank(s): {found['median']:.2f} s per step")
                 rows.append(
                     {
@@ -87,12 +98,18 @@ def measure(
 
 
 def _train(folder: Path, shape: Shape, words: list[str], size: int, threads: int, timeout: float) -> str:
-    """What a run prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command += ["-m", "qtarget_megatron.finetune", "--hf-model", "student", "--sft-train", "train.jsonl", *words]
+    """What a training run prints."""
+    command = ["qtarget_megatron.finetune", "--hf-model", "student", "--sft-train", "train.jsonl", *words]
     command += ["--tensor-model-parallel-size", str(size), "--seq-length", str(shape.seq_length)]
     command += ["--micro-batch-size", "1", "--global-batch-size", str(shape.global_batch)]
     command += ["--train-iters", str(shape.steps), "--lr", "1e-5", "--log-interval", "1"]
+    return _launch(folder, command, size, threads, timeout)
+
+
+def _launch(folder: Path, words: list[str], size: int, threads: int, timeout: float) -> str:
+    """What a module prints that is run by so many ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    command += ["-m", *words]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
@@ -105,14 +122,14 @@ def _train(folder: Path, shape: Shape, words: list[str], size: int, threads: int
         try:
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise MeasurementFailed(f"a training run took more than {timeout:.0f} s and was ended") from None
+            raise MeasurementFailed(f"{words[0]} took more than {timeout:.0f} s and was ended") from None
         finally:
             end_tree(process.pid)
             process.wait()
         log.seek(0)
         text = log.read()
     if status != 0:
-        raise MeasurementFailed(f"a training run ended with status {status}; the end of its log:\n{_end_of(text)}")
+        raise MeasurementFailed(f"{words[0]} ended with status {status}; the end of its log:\n{_end_of(text)}")
     return text
 
 
