@@ -406,12 +406,19 @@ def encode_at(
 
 
 def inspect_samples(
-    file: JsonlFile, tokenizer: Any, seq_length: int, indices: Iterable[int], token_inputs: Sequence[str] = ()
+    file: JsonlFile,
+    tokenizer: Any,
+    seq_length: int,
+    indices: Iterable[int],
+    token_inputs: Sequence[str] = (),
+    check: Callable[[int, EncodedSample], None] | None = None,
 ) -> np.ndarray:
-    """SampleStatus of the records at ``indices``, uint8; ValueError names the first bad line."""
+    """SampleStatus of the records at ``indices``, uint8; ValueError names the first bad line, or is check's."""
     statuses = []
     for index in indices:
         sample = encode_at(file, tokenizer, seq_length, index, token_inputs)
+        if check is not None:
+            check(int(index), sample)
         status = SampleStatus.TRUNCATED if sample.truncated else SampleStatus.OK
         statuses.append(status if sample.supervised.any() else SampleStatus.SKIPPED)
     return np.array(statuses, dtype=np.uint8)

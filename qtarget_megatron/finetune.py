@@ -37,11 +37,13 @@ from qtarget_megatron.megatron.arguments import (
     check_flags,
     check_head,
     check_layout,
+    check_whole_stages,
     implementation_flags,
     megatron_flags,
     record_architecture,
 )
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
+from qtarget_megatron.megatron.saved_model import SavedModel
 from qtarget_megatron.resumable import file_digest
 from qtarget_megatron.sparse_teacher import check_residuals
 from qtarget_megatron.teacher_cache import TeacherCache
@@ -91,14 +93,14 @@ def run(argv: list[str]) -> None:
     objective = objectives.from_arguments(args.objective, args.objective_args)
     _fill_in(args, student)
     _check(args, student, objective)
-    tokenizer, teacher = _check_models(args, student)
+    tokenizer, teacher, teacher_weights = _check_models(args, student)
     caches = _open_caches(args, student, tokenizer)
 
     cpu_platform.repair_megatron_wheel()
     args.calculate_per_token_loss = True
     record_architecture(args, student)
     launch.initialize(args)
-    _train(args, student, teacher, objective, tokenizer, caches)
+    _train(args, student, teacher, teacher_weights, objective, tokenizer, caches)
 
 
 def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
@@ -125,6 +127,7 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
     """What needs no file but the small ones: objective, layout, data, output directory."""
     _check_second_model_flags(args, objective)
     check_layout(args, student, "student")
+    check_whole_stages(args, student, "student")
     check_head(args)
     if args.sft_train is None and not args.skip_train:
         raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
@@ -149,6 +152,11 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
 def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Objective) -> None:
     caches = [f for f in ("teacher_cache", "teacher_cache_valid") if getattr(args, f) is not None]
     given = [f"--{key.replace('_', '-')}" for key in (["teacher_hf"] if args.teacher_hf else []) + caches]
+    if args.teacher_load is not None and args.teacher_hf is None:
+        raise ValueError(
+            f"--teacher-load {args.teacher_load} holds weights only: give --teacher-hf DIR as well, with that model's "
+            "config.json and tokenizer"
+        )
     if not objective.needs_teacher:
         if given:
             raise ValueError(
@@ -186,23 +194,36 @@ def _open_caches(args: argparse.Namespace, student: Architecture, tokenizer) -> 
 
 
 def _check_models(args: argparse.Namespace, student: Architecture):
-    """Weights and tokenizers of both models, headers only: (tokenizer, the teacher's architecture or None)."""
+    """Weights and tokenizers of both models, headers only: (tokenizer, the teacher's architecture or None, its Megatron
+    checkpoint or None)."""
     tokenizer = load_model_tokenizer(args.hf_model, student)
     check_tensors(HFReader(args.hf_model), student)
     if args.teacher_hf is None:
-        return tokenizer, None
-    return tokenizer, check_second_model(args, student, tokenizer, args.teacher_hf, "--teacher-hf")
+        return tokenizer, None, None
+    saved = None
+    if args.teacher_load is not None:
+        saved = SavedModel.read(args.teacher_load, args.teacher_ckpt_step, flag="--teacher-load")
+    teacher = check_second_model(args, tokenizer, args.teacher_hf, "--teacher-hf", with_weights=saved is None)
+    return tokenizer, teacher, saved
 
 
-def _train(args, student, teacher, objective, tokenizer, caches) -> None:
+def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
     from qtarget_megatron.megatron.datasets import DatasetProvider
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
     from qtarget_megatron.megatron.model import ModelProvider
     from qtarget_megatron.megatron.step import LossSettings, forward_step
+    from qtarget_megatron.megatron.teacher import TeacherCost
 
-    from_checkpoint = launch.has_checkpoint(args.load)
-    models = ModelProvider(args, student, teacher, load_weights=not from_checkpoint)
+    from_checkpoint, teacher_cost = launch.has_checkpoint(args.load), TeacherCost()
+    models = ModelProvider(
+        args,
+        student,
+        teacher,
+        load_weights=not from_checkpoint,
+        teacher_weights=teacher_weights,
+        teacher_cost=teacher_cost,
+    )
     if args.rank == 0:
         origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
         print(f"qtarget_megatron: objective {objective}, starting from {origin}", flush=True)
@@ -215,6 +236,7 @@ def _train(args, student, teacher, objective, tokenizer, caches) -> None:
         chunk_size,
         teacher_vocab_size=teacher.vocab_size if smaller else None,
         teacher_tail=args.teacher_tail,
+        teacher_cost=teacher_cost,
     )
     launch.run_pretrain(
         args,

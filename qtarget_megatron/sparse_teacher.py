@@ -10,6 +10,10 @@ A residual r = softmax(a z + b t) then has one exponent outside of K, which need
 (a + b) z + const for student, nothing for drop. So the kernels run over the student's logits as for a residual (a', 0),
 the kept entries form a small shard of their own, and the two meet in the merge like the shards of two ranks. No [N, V]
 teacher is built, and no kernel knows of any of this.
+
+What is lost, against the whole model as a residual (0, 1) of mass c: by any rule the two residuals are at most T apart
+in total variation. So the token's loss is off by at most c T (max z - min z), and its gradient to the logits by at most
+2 c T in the sum of magnitudes.
 """
 
 from __future__ import annotations

@@ -67,6 +67,14 @@ CASES = {
     "objective argument without value": ({"--objective-args": "lam"}, ["KEY=VALUE", "'lam'"]),
     "teacher missing": ({"--objective": "kd", "--objective-args": None}, ["kd", "--teacher-hf", "--teacher-cache"]),
     "teacher superfluous": ({"--teacher-hf": "teacher"}, ["label-smoothing", "drop --teacher-hf"]),
+    "teacher's checkpoint without its config": (
+        {"--teacher-load": "used"},
+        ["--teacher-load", "used", "--teacher-hf DIR"],
+    ),
+    "teacher's checkpoint absent": (
+        {"--objective": "kd", "--objective-args": None, "--teacher-hf": "teacher", "--teacher-load": "absent"},
+        ["--teacher-load", "absent", "torch_dist"],
+    ),
     "teacher with another tokenizer": (
         {"--objective": "kd", "--objective-args": None, "--teacher-hf": "other-tokenizer"},
         ["vocabularies differ", "id 304"],
@@ -141,7 +149,7 @@ CASES = {
     "tokenizer of another model": ({"--hf-model": "small-vocabulary"}, ["tokenizer", "200"]),
     "checkpoint absent": ({"--load": "absent"}, ["--load", "absent", "drop"]),
 }
-PATHS = ("--hf-model", "--teacher-hf", "--sft-train", "--save-hf", "--load", "--objective-file")
+PATHS = ("--hf-model", "--teacher-hf", "--teacher-load", "--sft-train", "--save-hf", "--load", "--objective-file")
 
 
 def command_line(workspace, changes):

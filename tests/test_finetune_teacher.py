@@ -1,9 +1,13 @@
-"""Teachers in fine-tuning: on the interleaved schedule, with vocabularies of other sizes, the student itself as one."""
+"""Teachers in fine-tuning: on every schedule, of any depth and vocabulary, from a checkpoint, the student itself."""
+
+import shutil
 
 import pytest
 import transformers
 from finetune_runs import write_data, write_models
-from test_finetune import SEQUENCE_PARALLEL, assert_layouts, assert_same_training, launch, pp, tp
+from launching import run_torchrun
+from safetensors import safe_open
+from test_finetune import DISTRIBUTED_OPTIMIZER, SEQUENCE_PARALLEL, assert_layouts, assert_same_training, launch, pp, tp
 
 from qtarget_megatron.data import load_tokenizer
 
@@ -21,6 +25,11 @@ def workspace(tmp_path_factory):
     resize(folder, "deep", "larger", student + 60)
     resize(folder, "larger", "cut", student)
     resize(folder, "deep", "smaller", len(load_tokenizer(folder / "untied")))
+    save = ["import", "--hf-model", folder / "odd", "--save", folder / "odd-megatron"]
+    done = run_torchrun(2, ["tools.convert_hf", *save, *tp(2)], timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:]
+    shutil.copytree(folder / "odd", folder / "odd-without-weights")
+    (folder / "odd-without-weights" / "model.safetensors").unlink()
     return folder
 
 
@@ -37,10 +46,14 @@ def models(workspace):
     student = ["--hf-model", workspace / "untied", "--sft-train", workspace / "train.jsonl"]
     kd, target = ["--objective", "kd"], ["--objective", "target-sft", "--objective-args", "eta=0.4"]
     return {
-        **{f"kd {name}": [*student, *kd, "--teacher-hf", workspace / name] for name in ("deep", "larger", "cut")},
+        **{
+            f"kd {name}": [*student, *kd, "--teacher-hf", workspace / name] for name in ("deep", "larger", "cut", "odd")
+        },
         "target-sft smaller": [*student, *target, "--teacher-hf", workspace / "smaller"],
         "asft itself": [*student, "--objective", "asft", "--teacher-hf", workspace / "untied"],
         "sft": [*student, "--objective", "sft"],
+        "saved": [*student, *kd, "--teacher-hf", workspace / "odd-without-weights"]
+        + ["--teacher-load", workspace / "odd-megatron"],
     }
 
 
@@ -65,17 +78,37 @@ def test_the_reference_is_the_student_before_training(single):
     assert scalars["label mass"][0] == pytest.approx(scalars["p(y)"][0])
 
 
+def test_a_teacher_from_a_megatron_checkpoint_is_that_of_the_directory(single):
+    assert_same_training(single["saved"], single["kd odd"])
+
+
+def test_a_step_reports_time_and_memory_of_the_teacher(workspace, single):
+    scalars = single["kd deep"]["scalars"]
+    with safe_open(workspace / "deep" / "model.safetensors", "pt") as file:
+        weights = sum(file.get_tensor(name).nbytes for name in file.keys())
+    # Besides the weights: their padding, and hidden states of one micro-batch.
+    assert all(weights <= value * 2**20 <= 1.2 * weights for value in scalars["teacher MiB"])
+    assert all(0.1 < value < 60_000 for value in scalars["teacher ms"])
+    assert "teacher ms" in single["kd deep"]["printed"]
+    assert not any(tag.startswith("teacher") for tag in single["sft"]["scalars"])
+
+
 def test_interleaved_and_sharded_teachers_train_like_one_process(workspace, models, single):
     two = {
         "kd deep at PP2 in 4 virtual stages": [*models["kd deep"], *VIRTUAL],
         "sft at PP2 in 4 virtual stages": [*models["sft"], *VIRTUAL],
         "asft itself at PP2 in 4 virtual stages": [*models["asft itself"], *VIRTUAL],
         "kd larger at TP2": [*models["kd larger"], *tp(2), *SEQUENCE_PARALLEL],
+        "kd odd at PP2": [*models["kd odd"], *pp(2)],
+        "saved at PP2 in 4 virtual stages": [*models["saved"], *VIRTUAL],
+        "saved at PP2 of 3 layers and 1": [*models["saved"], *pp(2), "--decoder-first-pipeline-num-layers", 3],
     }
     assert_layouts(launch(2, two, workspace, timeout=240), single)
     four = {
         "target-sft smaller at TP2PP2": [*models["target-sft smaller"], *tp(2), *pp(2)],
         "kd larger at TP4": [*models["kd larger"], *tp(4)],
+        "saved at TP2DP2": [*models["saved"], *tp(2), *DISTRIBUTED_OPTIMIZER],
+        "kd odd at PP4": [*models["kd odd"], *pp(4)],
         "kd deep at TP2PP2 in 4 virtual stages": [*models["kd deep"], *tp(2), *VIRTUAL, *SEQUENCE_PARALLEL],
         "kd deep at TP2PP2 recomputed": [
             *models["kd deep"],

@@ -128,6 +128,30 @@ def test_all_kept_is_the_dense_teacher(name, rule):
 
 
 @every_rule
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["target_sft", "kd"])
+def test_64_kept_tokens_are_as_near_to_the_model_as_documented(name, rule, spread):
+    generator = torch.Generator().manual_seed(5)
+    z, t = (torch.randn(40, 5003, generator=generator, dtype=torch.float64) * spread for _ in range(2))
+    labels = torch.randint(5003, (40,), generator=generator)
+    objective = {"target_sft": objectives.target_sft(eta=1.0), "kd": objectives.kd()}[name]
+
+    def run_with(**teacher):
+        leaf = z.clone().requires_grad_()
+        loss, stats = qtarget_cross_entropy(leaf, labels, objective=objective, return_statistics=True, **teacher)
+        loss.sum().backward()
+        return loss.detach(), leaf.grad, stats.residual_mass
+
+    known = sparse(t, 64, rule)
+    (loss, gradient, _), (exact, exact_gradient, mass) = run_with(sparse_teacher=known), run_with(teacher_logits=t)
+    bound = mass * known.tail
+    assert (0.05 < known.tail).all() if spread == 1 else (known.tail < 0.5).any()
+    off = (loss - exact).abs()
+    assert (off <= bound * (z.amax(-1) - z.amin(-1)) + 1e-12).all() and off.max() > 1e-6
+    assert ((gradient - exact_gradient).abs().sum(-1) <= 2 * bound + 1e-12).all()
+
+
+@every_rule
 def test_a_confident_student_outside_of_the_tail_keeps_its_precision(rule):
     """p of all kept tokens is 1 - 1e-9: what is left for the tail is no difference of sums."""
     hidden, weight, labels, teacher, upstream = draw(seed=3)

@@ -54,6 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "that read one. It is stacked on the student's pipeline stages; same tokenizer, any size.",
     )
     group.add_argument(
+        "--teacher-load",
+        type=Path,
+        metavar="DIR",
+        help="take the second model's weights from this Megatron checkpoint (torch_dist, of any layout), not from "
+        "--teacher-hf, whose config.json and tokenizer then describe it",
+    )
+    group.add_argument(
+        "--teacher-ckpt-step", type=int, metavar="N", help="iteration of --teacher-load (default: newest)"
+    )
+    group.add_argument(
         "--teacher-cache",
         type=Path,
         metavar="DIR",
@@ -199,7 +209,7 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
 
 def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None:
     """Refuse a parallel layout that this model cannot be cut into, before anything is built. Raises ValueError."""
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    tp = args.tensor_model_parallel_size
     heads, groups = arch.num_attention_heads, arch.num_query_groups
     if heads % tp != 0:
         raise ValueError(
@@ -219,12 +229,6 @@ def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None
         raise ValueError(
             f"--tensor-model-parallel-size {tp} does not divide the hidden size {arch.hidden_size} of the {who}"
         )
-    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
-    if arch.num_layers % pp != 0 and not uneven and args.pipeline_model_parallel_layout is None:
-        raise ValueError(
-            f"--pipeline-model-parallel-size {pp} does not divide the {arch.num_layers} layers of the {who}: use one "
-            f"of {_divisors(arch.num_layers)}"
-        )
     if args.seq_length is not None and args.seq_length > arch.max_position_embeddings:
         raise ValueError(
             f"--seq-length {args.seq_length} exceeds the {arch.max_position_embeddings} positions of the {who}"
@@ -236,6 +240,18 @@ def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None
         )
     if args.sequence_parallel and args.seq_length is not None and args.seq_length % tp != 0:
         raise ValueError(f"--sequence-parallel needs --seq-length divisible by {tp}, got {args.seq_length}")
+
+
+def check_whole_stages(args: argparse.Namespace, arch: Architecture, who: str) -> None:
+    """Refuse pipeline stages that the first model's layers do not divide into, unless flags say how they are shared.
+    Raises ValueError."""
+    pp = args.pipeline_model_parallel_size
+    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
+    if arch.num_layers % pp != 0 and not uneven and args.pipeline_model_parallel_layout is None:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {pp} does not divide the {arch.num_layers} layers of the {who}: use one "
+            f"of {_divisors(arch.num_layers)}, or say with --pipeline-model-parallel-layout which stage has which"
+        )
 
 
 def padded_vocab_size(vocab_size: int, args: argparse.Namespace) -> int:

@@ -25,15 +25,15 @@ from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.arguments import (
     check_flags,
     check_layout,
+    check_whole_stages,
     implementation_flags,
     megatron_flags,
     record_architecture,
 )
+from qtarget_megatron.megatron.saved_model import SavedModel
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
-
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ def open_model(
     saved = None
     if load is not None:
         args.load, args.finetune, args.exit_on_missing_checkpoint = str(load), True, True
-        saved = _read_checkpoint(args)
+        saved = SavedModel.read(args.load, args.ckpt_step)
         dtype = dtype or saved.dtype
     else:
         check_tensors(HFReader(hf_model), arch)
     _complete(args, arch, hf_model, save, dtype, seq_length)
     second = None
     if reference is not None:
-        second = check_second_model(args, arch, load_model_tokenizer(hf_model, arch), reference, "--reference-hf")
+        second = check_second_model(args, load_model_tokenizer(hf_model, arch), reference, "--reference-hf")
         if second.vocab_size != arch.vocab_size:
             raise ValueError(
                 f"--reference-hf {reference} has a vocabulary of {second.vocab_size}, --hf-model one of "
@@ -178,34 +178,18 @@ def load_model_tokenizer(hf_model: Path, arch: Architecture) -> Any:
 
 
 def check_second_model(
-    args: argparse.Namespace, arch: Architecture, tokenizer: Any, directory: Path, flag: str
+    args: argparse.Namespace, tokenizer: Any, directory: Path, flag: str, *, with_weights: bool = True
 ) -> Architecture:
     """The architecture of a second model to stack on the first, given by flag; of its weights headers only.
 
-    arch, tokenizer: the first model's. Embeddings may be padded to different sizes. ValueError where the layout cannot
-    cut the second model as well, or where a token id means different tokens.
+    tokenizer: the first model's. Embeddings may be padded to different sizes, and the number of layers need not suit
+    the stages. with_weights: the directory holds them. ValueError where tensor parallelism cannot cut the second model
+    as well, or where a token id means different tokens.
     """
     second = Architecture.from_hf(directory)
     check_layout(args, second, f"model of {flag}")
-    uneven = (
-        "decoder_first_pipeline_num_layers",
-        "decoder_last_pipeline_num_layers",
-        "pipeline_model_parallel_layout",
-    )
-    given = [f"--{key.replace('_', '-')}" for key in uneven if getattr(args, key) is not None]
-    if given and second.num_layers != arch.num_layers:
-        raise ValueError(
-            f"{given[0]} would cut the {second.num_layers} layers of {flag} as the {arch.num_layers} of --hf-model: "
-            "drop it, or use a second model with as many layers"
-        )
-    pp, per_chunk = args.pipeline_model_parallel_size, args.num_layers_per_virtual_pipeline_stage
-    chunks = args.num_virtual_stages_per_pipeline_rank or (arch.num_layers // pp // per_chunk if per_chunk else 1)
-    if second.num_layers % (pp * chunks):
-        raise ValueError(
-            f"{flag} {directory} has {second.num_layers} layers, which {pp} pipeline stages of {chunks} chunks each "
-            f"cannot share: use a second model with a multiple of {pp * chunks} layers, or fewer stages"
-        )
-    check_tensors(HFReader(directory), second)
+    if with_weights:
+        check_tensors(HFReader(directory), second)
     compare_tokenizers(tokenizer, load_tokenizer(directory))
     return second
 
@@ -226,6 +210,7 @@ def _complete(args: argparse.Namespace, arch: Architecture, hf_model, save, dtyp
     length = min(seq_length or limit, args.seq_length or limit)
     args.seq_length = length - length % tp if args.sequence_parallel else length
     check_layout(args, arch, "model")
+    check_whole_stages(args, arch, "model")
     if args.world_size % ranks != 0:
         raise ValueError(
             f"expected a multiple of {ranks} processes for tensor x pipeline x context parallel = {tp} "
@@ -243,7 +228,7 @@ def _complete(args: argparse.Namespace, arch: Architecture, hf_model, save, dtyp
 
 
 def _build(
-    args: argparse.Namespace, arch: Architecture, second: Architecture | None, saved: _SavedModel | None
+    args: argparse.Namespace, arch: Architecture, second: Architecture | None, saved: SavedModel | None
 ) -> OpenModel:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
@@ -256,108 +241,6 @@ def _build(
     provider = ModelProvider(args, arch, second, load_weights=saved is None)
     wrapped = get_model(provider, wrap_with_ddp=False)
     if saved is not None:
-        saved.check_fits(provider.built, arch, args.hf_model)
+        saved.check_fits(provider.built, arch, f"--hf-model {args.hf_model}")
         load_checkpoint(wrapped, None, None)
     return OpenModel(args, arch, provider.built, wrapped)
-
-
-@dataclass(frozen=True)
-class _SavedModel:
-    """What a Megatron checkpoint holds.
-
-    directory: of its iteration. shapes: of the model's tensors. args: the arguments saved with it.
-    """
-
-    directory: str
-    shapes: dict[str, tuple[int, ...]]
-    dtype: torch.dtype
-    metadata: dict
-    args: argparse.Namespace
-
-    def check_fits(self, chunks: list[GPTModel], arch: Architecture, hf_model: str) -> None:
-        """ValueError unless checkpoint and model have the same tensors; collective over all ranks.
-
-        Megatron itself ignores tensors that it did not ask for, and cuts or pads a vocabulary of
-        another size.
-        """
-        problems = [
-            f"{ours} {expected} by config.json, {actual} in the checkpoint"
-            for ours, expected, theirs in (
-                ("vocab_size", arch.vocab_size, "vocab_size"),
-                ("rms_norm_eps", arch.norm_epsilon, "layernorm_epsilon"),
-            )
-            if (actual := getattr(self.args, theirs, None)) not in (None, expected)
-        ]
-        wanted = self._wanted(chunks)
-        for key in sorted(wanted.keys() | self.shapes.keys()):
-            if key not in wanted or key not in self.shapes:
-                where = "missing from" if key in wanted else "only in"
-                problems.append(f"{key} {where} the checkpoint")
-                continue
-            ours, theirs = wanted[key], self.shapes[key]
-            if key in _VOCABULARY:
-                # Padded differently at each tensor-parallel size.
-                same = ours[1:] == theirs[1:] and theirs[0] >= arch.vocab_size
-            else:
-                same = ours == theirs
-            if not same:
-                problems.append(f"{key} {list(ours)} by config.json, {list(theirs)} in the checkpoint")
-        if problems:
-            more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
-            raise ValueError(
-                f"--load {self.directory} is not a checkpoint of --hf-model {hf_model}: "
-                f"{'; '.join(problems[:2])}{more}; give the directory that it was imported from"
-            )
-
-    def _wanted(self, chunks: list[GPTModel]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that all ranks together would load, by their name in the checkpoint."""
-        from megatron.core import parallel_state
-        from megatron.core.dist_checkpointing.dict_utils import nested_values
-        from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        mine = {}
-        for chunk in chunks:
-            state = chunk.sharded_state_dict(metadata={**self.metadata, "dp_cp_group": group})
-            apply_factories(state)
-            mine |= {t.key: tuple(t.global_shape) for t in nested_values(state) if isinstance(t, ShardedTensor)}
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        return {key: shape for shapes in everyone for key, shape in shapes.items()}
-
-
-def checkpoint_directory(args: argparse.Namespace) -> str:
-    """Where the iteration lies that args.load and args.ckpt_step ask for.
-
-    ValueError where that is no distributed checkpoint. The CPU platform must have been activated.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.training.checkpointing import get_load_checkpoint_path_by_args
-
-    directory = get_load_checkpoint_path_by_args(args) if launch.has_checkpoint(args.load) else None
-    if directory is None or not dist_checkpointing.check_is_distributed_checkpoint(directory):
-        raise ValueError(
-            f"--load {args.load}: expected a Megatron checkpoint in torch_dist format "
-            "(latest_checkpointed_iteration.txt and the folder it names), found none: check the path"
-        )
-    return directory
-
-
-def _read_checkpoint(args: argparse.Namespace) -> _SavedModel:
-    """Names and shapes only. ValueError where --load has no distributed checkpoint."""
-    from megatron.core import dist_checkpointing
-
-    directory = checkpoint_directory(args)
-    common = dist_checkpointing.load_common_state_dict(directory)
-    tensors = {
-        key: tensor
-        for key, tensor in dist_checkpointing.load_tensors_metadata(directory).items()
-        if not key.startswith(("optimizer.", "chained_"))
-    }
-    return _SavedModel(
-        directory=directory,
-        shapes={key: tuple(tensor.global_shape) for key, tensor in tensors.items()},
-        dtype=_common({tensor.dtype for tensor in tensors.values()}),
-        metadata=dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {},
-        args=common.get("args") or argparse.Namespace(),
-    )

@@ -23,7 +23,8 @@ from torch.utils.data import default_collate
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.data import EncodedSample, JsonlFile, encode_at, training_item
 from qtarget_megatron.megatron.commands import print_once
-from qtarget_megatron.megatron.convert import OpenModel, checkpoint_directory, open_model
+from qtarget_megatron.megatron.convert import OpenModel, open_model
+from qtarget_megatron.megatron.saved_model import checkpoint_directory
 from qtarget_megatron.resumable import directory_digest
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ class RunOptions:
         """Digest of the model's files, and of the checkpoint with its weights if there is one, by flag."""
         digests = {"--hf-model": directory_digest(self.hf_model)}
         if self.load is not None:
-            saved = argparse.Namespace(load=str(self.load), ckpt_step=self.ckpt_step)
-            digests["--load"] = directory_digest(Path(checkpoint_directory(saved)))
+            digests["--load"] = directory_digest(Path(checkpoint_directory(self.load, self.ckpt_step)))
         return digests
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,22 @@ import torch
 import torch.distributed as dist
 from megatron.core.datasets.utils import Split
 
-from qtarget_megatron.data import IGNORE_INDEX, JsonlFile, SampleStatus, SupervisedDataset, inspect_samples
+from qtarget_megatron.data import (
+    IGNORE_INDEX,
+    EncodedSample,
+    JsonlFile,
+    SampleStatus,
+    SupervisedDataset,
+    inspect_samples,
+)
 from qtarget_megatron.teacher_cache import TeacherCache
 
 
 class TaughtDataset(torch.utils.data.Dataset):
     """A SupervisedDataset whose items also hold what a cached teacher keeps of each token, aligned with labels.
 
-    teacher_ids int64 [S, k] (-1: not used), teacher_log_p float32 [S, k], teacher_tail float32 [S].
+    teacher_ids int64 [S, k] (-1: not used), teacher_log_p float32 [S, k], teacher_tail float32 [S]; teacher_ms
+    float32 [], what reading them took.
     """
 
     def __init__(self, dataset: SupervisedDataset, cache: TeacherCache):
@@ -30,6 +39,7 @@ class TaughtDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         sample = self._dataset[item]
+        start = time.perf_counter()
         labels = sample["labels"].numpy()
         rows = labels != IGNORE_INDEX
         # The sample as the teacher read it; what follows the last supervised token does not matter.
@@ -43,6 +53,7 @@ class TaughtDataset(torch.utils.data.Dataset):
             "teacher_ids": torch.from_numpy(teacher_ids),
             "teacher_log_p": torch.from_numpy(teacher_log_p),
             "teacher_tail": torch.from_numpy(teacher_tail),
+            "teacher_ms": torch.tensor(1000 * (time.perf_counter() - start)),
         }
 
 
@@ -105,8 +116,10 @@ class DatasetProvider:
         """The file and the status of each of its samples: every rank inspects its share, once."""
         if path not in self._built:
             file, seq_length = JsonlFile(path), self.args.seq_length
+
+            check = _reads_as(self._caches[path]) if path in self._caches else None
             status = for_each_record(
-                file, lambda share: inspect_samples(file, self.tokenizer, seq_length, share, self.token_inputs)
+                file, lambda share: inspect_samples(file, self.tokenizer, seq_length, share, self.token_inputs, check)
             )
             if dist.get_rank() == 0:
                 truncated = int((status == SampleStatus.TRUNCATED).sum())
@@ -118,6 +131,11 @@ class DatasetProvider:
                 )
             self._built[path] = file, status
         return self._built[path]
+
+
+def _reads_as(cache: TeacherCache) -> Callable[[int, EncodedSample], None]:
+    """A check that the teacher read a sample as training does, so that this is seen before training starts."""
+    return lambda index, sample: cache.check_sample(index, sample.input_ids, sample.supervised)
 
 
 def for_each_record(file: JsonlFile, inspect: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

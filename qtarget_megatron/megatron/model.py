@@ -25,7 +25,8 @@ from megatron.training.arguments import core_transformer_config_from_args
 from qtarget_megatron.checkpoint import Architecture, HFReader
 from qtarget_megatron.megatron.arguments import padded_vocab_size
 from qtarget_megatron.megatron.hf_weights import check_complete, load_hf_weights
-from qtarget_megatron.megatron.teacher import StackedGPTModel
+from qtarget_megatron.megatron.saved_model import SavedModel
+from qtarget_megatron.megatron.teacher import StackedGPTModel, TeacherCost
 
 
 class RMSNorm(torch.nn.Module):
@@ -70,9 +71,17 @@ def layer_spec(config: TransformerConfig, args: argparse.Namespace, vp_stage: in
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def transformer_config(args: argparse.Namespace, arch: Architecture) -> TransformerConfig:
-    """Megatron's transformer config for this architecture at the layout, precision and recomputation of args."""
+def transformer_config(args: argparse.Namespace, arch: Architecture, *, own_stages: bool = False) -> TransformerConfig:
+    """Megatron's transformer config for this architecture at the layout, precision and recomputation of args.
+
+    own_stages: share the layers evenly over the pipeline stages, whatever args say of those of the first model.
+    """
     args = copy.copy(args)
+    if own_stages and args.pipeline_model_parallel_size > 1:
+        args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
+        args.account_for_embedding_in_pipeline_split = args.account_for_loss_in_pipeline_split = False
+        stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+        args.pipeline_model_parallel_layout = even_stages(arch.num_layers, stages)
     args.num_layers = arch.num_layers
     args.hidden_size = arch.hidden_size
     args.ffn_hidden_size = arch.ffn_hidden_size
@@ -87,6 +96,15 @@ def transformer_config(args: argparse.Namespace, arch: Architecture) -> Transfor
     return core_transformer_config_from_args(args)
 
 
+def even_stages(num_layers: int, stages: int) -> list[list[str]]:
+    """Megatron's layout of num_layers over stages, in order; where they do not divide, earlier stages have one more."""
+    share, more = divmod(num_layers, stages)
+    layout = [["decoder"] * (share + (index < more)) for index in range(stages)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
 def build_gpt(
     args: argparse.Namespace,
     arch: Architecture,
@@ -97,11 +115,13 @@ def build_gpt(
     pg_collection: ProcessGroupCollection,
     config: TransformerConfig | None = None,
     teacher: GPTModel | None = None,
+    teacher_cost: TeacherCost | None = None,
     vocab_size: int | None = None,
 ) -> GPTModel:
     """One pipeline stage of the model, with Megatron's random initial weights.
 
-    vocab_size: of the embedding before padding, where it is not the architecture's.
+    config: default transformer_config(args, arch). vocab_size: of the embedding before padding, where it is not the
+    architecture's.
     """
     config = config or transformer_config(args, arch)
     model = StackedGPTModel(
@@ -118,6 +138,7 @@ def build_gpt(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
         teacher=teacher,
+        teacher_cost=teacher_cost,
     )
     # Megatron hard-wires three of the four parameters of the llama-3 scaling, and its base is an integer.
     rotary = model.rotary_pos_emb
@@ -125,15 +146,14 @@ def build_gpt(
     return model
 
 
-def build_teacher(
-    args: argparse.Namespace, directory, arch: Architecture, *, student_vocab_size: int, **stage
-) -> GPTModel:
-    """One pipeline stage of the frozen second model: weights loaded, no gradients, evaluation mode, training dtype.
+def build_teacher(args: argparse.Namespace, arch: Architecture, *, student_vocab_size: int, **stage) -> GPTModel:
+    """One pipeline stage of the frozen second model: no gradients, evaluation mode, training dtype.
 
-    Its vocabulary is cut, or filled up, to the student's, so that a column means the same token id at every rank.
+    Its vocabulary is cut, or filled up, to the student's, so that a column means the same token id at every rank. Its
+    layers are shared evenly over the stages: it need not have as many as the student, nor a multiple of the stages.
     """
-    teacher = build_gpt(args, arch, vocab_size=student_vocab_size, **stage)
-    load_hf_weights(teacher, HFReader(directory), arch)
+    config = transformer_config(args, arch, own_stages=True)
+    teacher = build_gpt(args, arch, config=config, vocab_size=student_vocab_size, **stage)
     teacher.requires_grad_(False)
     teacher.eval()
     # The student gets its dtype from Megatron's Float16Module; the teacher is outside of it.
@@ -153,16 +173,17 @@ class ModelProvider:
         teacher: Architecture | None,
         *,
         load_weights: bool,
+        teacher_weights: SavedModel | None = None,
+        teacher_cost: TeacherCost | None = None,
     ):
-        self._args, self._student, self._teacher, self._load_weights = (
-            args,
-            student,
-            teacher,
-            load_weights,
-        )
+        """load_weights: the student's from args.hf_model. teacher_weights: default those of args.teacher_hf.
+        teacher_cost: measures the teacher's forwards."""
+        self._args, self._student, self._teacher = args, student, teacher
+        self._load_weights, self._teacher_weights, self._teacher_cost = load_weights, teacher_weights, teacher_cost
         self.built: list[GPTModel] = []
 
     def __call__(self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+        args, student = self._args, self._student
         stage = dict(
             pre_process=pre_process,
             post_process=post_process,
@@ -171,20 +192,24 @@ class ModelProvider:
         )
         teacher = None
         if self._teacher is not None:
-            teacher = build_teacher(
-                self._args,
-                self._args.teacher_hf,
-                self._teacher,
-                student_vocab_size=self._student.vocab_size,
-                **stage,
-            )
-        model = build_gpt(self._args, self._student, config=config, teacher=teacher, **stage)
+            teacher = build_teacher(args, self._teacher, student_vocab_size=student.vocab_size, **stage)
+            if self._teacher_weights is None:
+                load_hf_weights(teacher, HFReader(args.teacher_hf), self._teacher)
+        model = build_gpt(args, student, config=config, teacher=teacher, teacher_cost=self._teacher_cost, **stage)
         if self._load_weights:
-            load_hf_weights(model, HFReader(self._args.hf_model), self._student)
+            load_hf_weights(model, HFReader(args.hf_model), student)
         self.built.append(model)
-        if len(self.built) == (self._args.virtual_pipeline_model_parallel_size or 1):
-            # Only now can it be seen that no layer was left out.
-            check_complete(self.built, self._student)
-            if self._teacher is not None:
-                check_complete([chunk.teacher for chunk in self.built], self._teacher)
+        if len(self.built) == (args.virtual_pipeline_model_parallel_size or 1):
+            self._complete()
         return model
+
+    def _complete(self) -> None:
+        """All chunks are there: only now can be seen that no layer was left out."""
+        check_complete(self.built, self._student)
+        if self._teacher is None:
+            return
+        teachers = [chunk.teacher for chunk in self.built]
+        check_complete(teachers, self._teacher)
+        if self._teacher_weights is not None:
+            self._teacher_weights.check_fits(teachers, self._teacher, f"--teacher-hf {self._args.teacher_hf}")
+            self._teacher_weights.load_into(teachers)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qtarget_megatron.data import IGNORE_INDEX
 from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.loss import qtarget_cross_entropy
-from qtarget_megatron.megatron.teacher import OutputHead
+from qtarget_megatron.megatron.teacher import OutputHead, TeacherCost
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.sparse_teacher import SparseTeacher
 from qtarget_megatron.statistics import TokenStatistics
@@ -28,7 +28,7 @@ class LossSettings:
 
     vocab_size, teacher_vocab_size: of the true vocabularies (the teacher's only where it is the smaller one).
     backend: of the kernels. chunk_size: tokens whose logits exist at a time; None makes those of a whole micro-batch.
-    teacher_tail: the rule for the mass that a cached teacher does not keep.
+    teacher_tail: the rule for the mass that a cached teacher does not keep. teacher_cost: of a live teacher.
     """
 
     objective: Objective
@@ -37,6 +37,7 @@ class LossSettings:
     chunk_size: int | None = 512
     teacher_vocab_size: int | None = None
     teacher_tail: str = "uniform"
+    teacher_cost: TeacherCost = field(default_factory=TeacherCost)
 
 
 @dataclass
@@ -44,12 +45,13 @@ class LossContext:
     """Travels through GPTModel.forward to the output processor and brings the statistics back.
 
     token_inputs: the objective's side inputs by name, each [b, s] like the labels. sparse_teacher: a cached second
-    model, of [b, s] tokens.
+    model, of [b, s] tokens; reading_ms: what reading it took, of each sample [b].
     """
 
     settings: LossSettings
     token_inputs: dict[str, Tensor] = field(default_factory=dict)
     sparse_teacher: SparseTeacher | None = None
+    reading_ms: Tensor | None = None
     teacher: OutputHead | None = None
     statistics: TokenStatistics | None = None
 
@@ -133,6 +135,7 @@ def forward_step(settings: LossSettings, check_for_nan: bool, data_iterator: Ite
         if "teacher_ids" in batch:
             kept = (batch[name] for name in ("teacher_ids", "teacher_log_p", "teacher_tail"))
             context.sparse_teacher = SparseTeacher(*kept, settings.teacher_tail)
+            context.reading_ms = batch["teacher_ms"]
     output = model(
         batch["tokens"],
         batch["position_ids"],
@@ -141,7 +144,7 @@ def forward_step(settings: LossSettings, check_for_nan: bool, data_iterator: Ite
         output_processor=output_processor if is_last else None,
         output_processor_context=context if is_last else None,
     )
-    return output, partial(sum_loss, context, batch["labels"], check_for_nan, count_tokens=model.training)
+    return output, partial(sum_loss, context, batch["labels"], check_for_nan, in_training=model.training)
 
 
 def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
@@ -151,17 +154,20 @@ def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
     """
     batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items() if key != "sample"}
     cp_group = parallel_state.get_context_parallel_group()
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group) if cp_group.size() > 1 else batch
+    if cp_group.size() > 1:
+        per_token = {key: value for key, value in batch.items() if value.dim() > 1}
+        batch |= get_batch_on_this_cp_rank(per_token, is_hybrid_cp=False, cp_group=cp_group)
+    return batch
 
 
 def sum_loss(
-    context: LossContext, labels: Tensor, check_for_nan: bool, token_losses: Tensor, *, count_tokens: bool = False
+    context: LossContext, labels: Tensor, check_for_nan: bool, token_losses: Tensor, *, in_training: bool = False
 ):
     """Megatron's loss function: (loss sum, number of tokens it is divided by, report).
 
     The sum is divided once, by the number of supervised tokens of the global batch (or of those that the objective
     counts). Each entry of the report is a pair (sum, count) that Megatron adds up over micro-batches and data-parallel
-    ranks before it divides. count_tokens: report the global number of supervised tokens as well.
+    ranks before it divides. in_training: report what belongs to a training step as well, see step_report.
     """
     loss_sum = token_losses.sum()
     if check_for_nan:
@@ -174,12 +180,33 @@ def sum_loss(
         )
     num_tokens = context.settings.objective.num_tokens(labels != IGNORE_INDEX, context.token_inputs)
     entries = report(context.statistics, loss_sum.detach(), num_tokens)
-    if count_tokens:
-        # Megatron divides by the sum of the counts: these add up to 1 over the global batch.
-        parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        supervised = context.statistics.supervised.sum().float()
-        entries["supervised tokens"] = torch.stack([supervised, torch.full_like(supervised, 1 / parts)])
+    if in_training:
+        entries |= step_report(context)
     return loss_sum, num_tokens.to(torch.int), entries
+
+
+def step_report(context: LossContext) -> dict[str, Tensor]:
+    """Totals of a training step, as report() gives them: supervised tokens of the global batch and, with a second
+    model, its time and its memory on a rank of the last stage, as the mean over data-parallel ranks."""
+    micro_batches = get_num_microbatches()
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    supervised = context.statistics.supervised.sum()
+
+    def total(value, parts: int) -> Tensor:
+        # Megatron divides by the sum of the counts.
+        return torch.stack(
+            [torch.as_tensor(v, dtype=torch.float32, device=supervised.device) for v in (value, 1 / parts)]
+        )
+
+    entries = {"supervised tokens": total(supervised, micro_batches * ranks)}
+    cost, kept = context.settings.teacher_cost, context.sparse_teacher
+    if context.teacher is not None:
+        entries["teacher ms"] = total(cost.take_milliseconds(), micro_batches)
+        entries["teacher MiB"] = total(cost.bytes_with(context.teacher.hidden) / 2**20, 1)
+    elif kept is not None:
+        entries["teacher ms"] = total(context.reading_ms.sum(), micro_batches)
+        entries["teacher MiB"] = total(cost.bytes_with(kept.ids, kept.log_p, kept.tail) / 2**20, 1)
+    return entries
 
 
 def report(stats: TokenStatistics, loss_sum: Tensor, num_tokens: Tensor) -> dict[str, Tensor]:

@@ -4,12 +4,18 @@ Student and teacher share every pipeline stage, and the tensor sent to the next 
 The schedule reads the width of that tensor from the model's config and needs no change; the pipeline has no extra
 bubble. The teacher hangs outside of the module tree, so DDP, the optimizer and checkpoints never see it.
 
-Cost: the teacher's activations travel with the student's, and so does a zero gradient of their size on the way back.
+Cost: the teacher's activations travel with the student's, and so does a zero gradient of their size on the way back;
+each rank holds its share of the teacher's weights. It serves every schedule of Megatron's (1F1B, interleaved, no
+pipeline), with sequence parallelism, recomputation and either optimizer. What it cannot serve: a teacher that tensor
+parallelism of the student's size does not divide, one that does not fit beside the student, and the schedules that take
+a model apart into layers (--overlap-moe-expert-parallel-comm). For these the teacher runs forward-only, first, at a
+layout of its own: tools/cache_teacher.py, then --teacher-cache.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -38,15 +44,52 @@ class OutputHead:
         return self.layer.weight if self.weight is None else self.weight
 
 
+class TeacherCost:
+    """Time and memory of the teacher on this rank, its output layer aside, which is part of the loss.
+
+    Time is taken between events of the device, which are read once they have happened: nothing waits for them. So a
+    step may report a forward of the one before.
+    """
+
+    def __init__(self):
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._weights = 0
+
+    def add_weights(self, teacher: GPTModel) -> None:
+        self._weights += sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
+
+    def __enter__(self) -> None:
+        start = torch.cuda.Event(enable_timing=True)
+        start.record()
+        self._running.append((start, torch.cuda.Event(enable_timing=True)))
+
+    def __exit__(self, *exception) -> None:
+        self._running[-1][1].record()
+
+    def take_milliseconds(self) -> float:
+        """Of the forwards that were completed since the last call."""
+        total = 0.0
+        while self._running and self._running[0][1].query():
+            start, end = self._running.popleft()
+            total += start.elapsed_time(end)
+        return total
+
+    def bytes_with(self, *held: Tensor) -> int:
+        """Of this rank's weights and of these tensors."""
+        return self._weights + sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
 class StackedGPTModel(GPTModel):
     """GPTModel that carries a frozen teacher stage along; without a teacher it is a GPTModel."""
 
-    def __init__(self, *args, teacher: GPTModel | None = None, **kwargs):
+    def __init__(self, *args, teacher: GPTModel | None = None, teacher_cost: TeacherCost | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         # A plain attribute, not a sub-module: see the module's docstring.
         self.__dict__["teacher"] = teacher
+        self._teacher_cost = teacher_cost or TeacherCost()
         self._student_width = self.config.hidden_size
         if teacher is not None:
+            self._teacher_cost.add_weights(teacher)
             # The schedule sizes the pipeline's tensors by this config; the layers keep the original one.
             self.config = copy.copy(self.config)
             self.config.hidden_size += teacher.config.hidden_size
@@ -69,7 +112,7 @@ class StackedGPTModel(GPTModel):
                 output_processor_context=output_processor_context,
                 **kwargs,
             )
-        with torch.no_grad():
+        with torch.no_grad(), self._teacher_cost:
             taught = self.teacher(input_ids, position_ids, attention_mask, output_processor=_output_head)
         if self.post_process and output_processor_context is not None:
             output_processor_context.teacher = taught

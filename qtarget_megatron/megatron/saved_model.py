@@ -1,0 +1,147 @@
+"""The model in a Megatron distributed checkpoint (torch_dist), whatever layout it was saved at.
+
+Imports of Megatron wait until the CPU platform is active.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from qtarget_megatron.checkpoint import Architecture
+from qtarget_megatron.megatron import launch
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """Names and shapes of what a Megatron checkpoint holds.
+
+    directory: of its iteration. flag: by which the user gave it. shapes: of the model's tensors. dtype: of all of them,
+    float32 where they differ. args: the arguments saved with it.
+    """
+
+    directory: str
+    flag: str
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    metadata: dict
+    args: argparse.Namespace
+
+    @classmethod
+    def read(cls, load: str | Path, step: int | None = None, *, flag: str = "--load") -> SavedModel:
+        """Headers only. step: default the newest iteration. ValueError where there is no distributed checkpoint."""
+        from megatron.core import dist_checkpointing
+
+        directory = checkpoint_directory(load, step, flag=flag)
+        common = dist_checkpointing.load_common_state_dict(directory)
+        tensors = {
+            key: tensor
+            for key, tensor in dist_checkpointing.load_tensors_metadata(directory).items()
+            if not key.startswith(("optimizer.", "chained_"))
+        }
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        return cls(
+            directory=directory,
+            flag=flag,
+            shapes={key: tuple(tensor.global_shape) for key, tensor in tensors.items()},
+            dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+            metadata=dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {},
+            args=common.get("args") or argparse.Namespace(),
+        )
+
+    def check_fits(self, chunks: list[GPTModel], arch: Architecture, source: str) -> None:
+        """ValueError unless checkpoint and model have the same tensors; collective over all ranks.
+
+        arch: the model's, as source (a flag and its directory) says it. Megatron itself ignores tensors that it did
+        not ask for, and cuts or pads a vocabulary of another size.
+        """
+        problems = [
+            f"{ours} {expected} by config.json, {actual} in the checkpoint"
+            for ours, expected, theirs in (
+                ("vocab_size", arch.vocab_size, "vocab_size"),
+                ("rms_norm_eps", arch.norm_epsilon, "layernorm_epsilon"),
+            )
+            if (actual := getattr(self.args, theirs, None)) not in (None, expected)
+        ]
+        wanted = self._wanted(chunks)
+        for key in sorted(wanted.keys() | self.shapes.keys()):
+            if key not in wanted or key not in self.shapes:
+                where = "missing from" if key in wanted else "only in"
+                problems.append(f"{key} {where} the checkpoint")
+                continue
+            ours, theirs = wanted[key], self.shapes[key]
+            if key in _VOCABULARY:
+                # Padded differently at each tensor-parallel size.
+                same = ours[1:] == theirs[1:] and theirs[0] >= arch.vocab_size
+            else:
+                same = ours == theirs
+            if not same:
+                problems.append(f"{key} {list(ours)} by config.json, {list(theirs)} in the checkpoint")
+        if problems:
+            more = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
+            raise ValueError(
+                f"{self.flag} {self.directory} is not a checkpoint of {source}: {'; '.join(problems[:2])}{more}; give "
+                "the directory that it was imported from"
+            )
+
+    def load_into(self, chunks: list[GPTModel]) -> None:
+        """Fill the chunks of this rank, in their dtype; collective over all ranks."""
+        from megatron.core import dist_checkpointing
+
+        state = {str(number): self._sharded(chunk) for number, chunk in enumerate(chunks)}
+        # What is not a tensor may be missing: Transformer Engine asks for a state that local layers do not save.
+        loaded = dist_checkpointing.load(state, self.directory, strict="log_unexpected")
+        for number, chunk in enumerate(chunks):
+            missing = chunk.load_state_dict(loaded[str(number)], strict=False).missing_keys
+            if missing := [name for name in missing if not name.endswith("_extra_state")]:
+                raise ValueError(
+                    f"{self.flag} {self.directory} did not give {missing[0]}: the checkpoint is incomplete"
+                )
+
+    def _sharded(self, chunk: GPTModel) -> dict:
+        from megatron.core import parallel_state
+
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return chunk.sharded_state_dict(metadata={**self.metadata, "dp_cp_group": group})
+
+    def _wanted(self, chunks: list[GPTModel]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that all ranks together would load, by their name in the checkpoint."""
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+        mine = {}
+        for chunk in chunks:
+            state = self._sharded(chunk)
+            apply_factories(state)
+            mine |= {t.key: tuple(t.global_shape) for t in nested_values(state) if isinstance(t, ShardedTensor)}
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        return {key: shape for shapes in everyone for key, shape in shapes.items()}
+
+
+def checkpoint_directory(load: str | Path, step: int | None = None, *, flag: str = "--load") -> str:
+    """Where the iteration lies that load and step ask for; step: default the newest.
+
+    ValueError where that is no distributed checkpoint. The CPU platform must have been activated.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.training.checkpointing import get_load_checkpoint_path_by_args
+
+    where = argparse.Namespace(load=str(load), ckpt_step=step)
+    directory = get_load_checkpoint_path_by_args(where) if launch.has_checkpoint(where.load) else None
+    if directory is None or not dist_checkpointing.check_is_distributed_checkpoint(directory):
+        raise ValueError(
+            f"{flag} {load}: expected a Megatron checkpoint in torch_dist format "
+            "(latest_checkpointed_iteration.txt and the folder it names), found none: check the path"
+        )
+    return directory
