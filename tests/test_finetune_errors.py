@@ -123,7 +123,7 @@ CASES = {
         ["3", "4 layers"],
     ),
     "sequence longer than the positions": ({"--seq-length": 4096}, ["4096", "64 positions"]),
-    "flag that the model decides": ({"--num-layers": 2}, ["--num-layers", "--hf-model"]),
+    "flag that the model decides": ({"--num-layers": 2}, ["--num-layers", "config.json"]),
     "Megatron's data path": ({"--data-path": "x"}, ["--data-path", "--sft-train"]),
     "learning rate missing": ({"--lr": None}, ["--lr", "missing"]),
     "flags that Megatron refuses": (

@@ -190,14 +190,14 @@ def implementation_flags(*, on_cpu: bool) -> list[str]:
 
 
 def check_flags(argv: list[str], arch_flags: list[str]) -> None:
-    """Refuse flags that contradict --hf-model or this package's way of counting tokens. Raises ValueError."""
+    """Refuse flags that contradict the model's config.json or this package's way of counting tokens (ValueError)."""
     fixed = {word for word in arch_flags if word.startswith("--")} - {
         "--attention-dropout",
         "--hidden-dropout",
     }
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
     if given:
-        raise ValueError(f"{', '.join(given)} follow(s) from --hf-model and cannot be given: drop it")
+        raise ValueError(f"{', '.join(given)} follow(s) from the model's config.json and cannot be given: drop it")
     for flag, instead in (
         ("--sft", "--sft-train"),
         ("--data-path", "--sft-train"),

@@ -171,7 +171,7 @@ def load_model_tokenizer(hf_model: Path, arch: Architecture) -> Any:
     largest = max(tokenizer.get_vocab().values())
     if largest >= arch.vocab_size:
         raise ValueError(
-            f"--hf-model {hf_model}: the tokenizer has ids up to {largest}, the model a vocabulary of "
+            f"{hf_model}: the tokenizer has ids up to {largest}, the model a vocabulary of "
             f"{arch.vocab_size}: config.json and tokenizer do not belong together"
         )
     return tokenizer
@@ -241,6 +241,6 @@ def _build(
     provider = ModelProvider(args, arch, second, load_weights=saved is None)
     wrapped = get_model(provider, wrap_with_ddp=False)
     if saved is not None:
-        saved.check_fits(provider.built, arch, f"--hf-model {args.hf_model}")
+        saved.check_fits(provider.built, arch, f"the model in {args.hf_model}")
         load_checkpoint(wrapped, None, None)
     return OpenModel(args, arch, provider.built, wrapped)

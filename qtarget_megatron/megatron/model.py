@@ -211,5 +211,5 @@ class ModelProvider:
         teachers = [chunk.teacher for chunk in self.built]
         check_complete(teachers, self._teacher)
         if self._teacher_weights is not None:
-            self._teacher_weights.check_fits(teachers, self._teacher, f"--teacher-hf {self._args.teacher_hf}")
+            self._teacher_weights.check_fits(teachers, self._teacher, f"the model in {self._args.teacher_hf}")
             self._teacher_weights.load_into(teachers)

@@ -62,7 +62,7 @@ class SavedModel:
     def check_fits(self, chunks: list[GPTModel], arch: Architecture, source: str) -> None:
         """ValueError unless checkpoint and model have the same tensors; collective over all ranks.
 
-        arch: the model's, as source (a flag and its directory) says it. Megatron itself ignores tensors that it did
+        arch: the model's, which source names. Megatron itself ignores tensors that it did
         not ask for, and cuts or pads a vocabulary of another size.
         """
         problems = [
