@@ -58,9 +58,13 @@ def test_a_ratio_pairs_runs_that_followed_each_other():
         figures.ratio([1.0, 2.0], [1.0])
 
 
-def test_a_power_law_is_found():
-    slope, factor = figures.power_law([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)])
-    assert (slope, factor) == pytest.approx((1.5, 3))
+def test_a_line_is_found():
+    assert figures.line([1, 2, 4, 8], [3 + 2 * x for x in (1, 2, 4, 8)]) == pytest.approx((3, 2, 0))
+    x, y = [1.0, 2.0, 4.0, 9.0], [1.0, 2.5, 3.5, 10.0]
+    fixed, slope, deviation = figures.line(x, y)
+    # numpy weighs residuals, not their squares.
+    assert (slope, fixed) == pytest.approx(tuple(np.polyfit(x, y, 1, w=1 / np.array(y))))
+    assert deviation == pytest.approx(max(abs(fixed + slope * a - b) / b for a, b in zip(x, y, strict=True)))
 
 
 # ---- measuring
@@ -395,32 +399,29 @@ def test_a_partial_rerun_replaces_its_own_section_only(measured, tmp_path, monke
     assert image.imread(out / "growth.png")[..., :3].std() > 0.05
 
 
-def test_slopes_and_memory_follow_from_the_runs():
+def test_costs_and_memory_follow_from_the_runs():
     rows = grow(print)
     lines = report.growth(rows)
     found = {}
     for line in lines:
         if line.startswith("| time by "):
-            series, objective, _, slope, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-            found[series, objective] = float(slope)
+            series, objective, *_, per_logit, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            found[series, objective] = float(per_logit)
     assert len(found) == 6
 
-    def slope(series, objective, size):
+    def per_logit(series, objective):
         points: dict[float, float] = {}
         for row in rows:
             if (row["series"], row.get("objective")) == (series, objective):
                 # Of the shards of one size the slowest counts.
-                points[size(row)] = max(points.get(size(row), 0), np.median(row["seconds"]))
+                logits = row["tokens"] * row["vocabulary"] / row.get("shards", 1)
+                points[logits] = max(points.get(logits, 0), np.median(row["seconds"]))
         assert len(points) == 3
-        return np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0]
+        times = np.array(list(points.values()))
+        return np.polyfit(list(points), times, 1, w=1 / times)[0] * 1e12
 
-    for objective in ("sft", "target-sft"):
-        for series, size in {
-            "time by tokens": lambda row: row["tokens"],
-            "time by vocabulary": lambda row: row["vocabulary"],
-            "time by shards": lambda row: 1 / row["shards"],
-        }.items():
-            assert found[series, objective] == pytest.approx(slope(series, objective, size), abs=1e-3)
+    for series, objective in found:
+        assert found[series, objective] == pytest.approx(per_logit(series, objective), rel=6e-3)
 
     heads = lines.index("| method | 256 | 512 |")
     memory = {line.split("|")[1].strip(): float(line.split("|")[3]) for line in lines[heads + 2 :]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -39,8 +38,16 @@ def floor_seconds(passes: int, matrix_bytes: int, copy_seconds: Sequence[float])
     return passes * matrix_bytes / bandwidth(matrix_bytes, copy_seconds)
 
 
-def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Least squares in log-log: (slope, factor) of y = factor * x**slope. A slope of 1 is proportional growth."""
-    log_x, log_y = [math.log(value) for value in x], [math.log(value) for value in y]
-    slope, intercept = statistics.linear_regression(log_x, log_y)
-    return slope, math.exp(intercept)
+def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+    """Least squares of the relative deviations: (fixed, slope, largest deviation) of y = fixed + slope * x.
+
+    The deviation is relative to y.
+    """
+    weights = [1 / value**2 for value in y]
+    total = sum(weights)
+    mean_x = sum(w * value for w, value in zip(weights, x, strict=True)) / total
+    mean_y = sum(w * value for w, value in zip(weights, y, strict=True)) / total
+    slope = sum(w * (a - mean_x) * (b - mean_y) for w, a, b in zip(weights, x, y, strict=True))
+    slope /= sum(w * (a - mean_x) ** 2 for w, a in zip(weights, x, strict=True))
+    fixed = mean_y - slope * mean_x
+    return fixed, slope, max(abs(fixed + slope * a - b) / b for a, b in zip(x, y, strict=True))

@@ -142,8 +142,8 @@ def growth(rows: list[Row], path: Path) -> None:
         lines = [(objective, points) for (kind, objective), points in found.items() if kind == name]
         for (objective, points), (colour, mark) in zip(lines, LINES, strict=False):
             x, y = zip(*points, strict=True)
-            slope, factor = figures.power_law(x, y)
-            fitted = [factor * value**slope * 1e3 for value in x]
+            fixed, slope, _ = figures.line(x, y)
+            fitted = [(fixed + slope * value) * 1e3 for value in x]
             axes.plot(x, fitted, color=colour, linewidth=1, alpha=0.6)
             axes.plot(
                 x,
@@ -152,18 +152,18 @@ def growth(rows: list[Row], path: Path) -> None:
                 color=colour,
                 marker=mark,
                 markersize=6,
-                label=f"{objective}: slope {slope:.2f}",
+                label=f"{objective}: {fixed * 1e3:.2f} ms + proportional",
             )
         _logarithmic(axes, x, reciprocal=name == "time by shards")
         axes.set_xlabel(label, fontsize=9, color=INK)
         axes.set_ylabel("ms", fontsize=9, color=INK)
         row = next(row for row in rows if row["series"] == name)
-        fixed = {
+        shape = {
             "time by tokens": f"vocabulary {row['vocabulary']}",
             "time by vocabulary": f"{row['tokens']} tokens",
             "time by shards": f"{row['tokens']} x {row['vocabulary']}, slowest shard",
         }
-        axes.set_title(f"{name} ({fixed[name]})", fontsize=10.5, color=INK)
+        axes.set_title(f"{name} ({shape[name]})", fontsize=10.5, color=INK)
         axes.legend(fontsize=8.5, frameon=False)
     _memory(grid.flat[3], [row for row in rows if row["series"] == "memory"])
     figure.suptitle("Growth: one thread, float32, forward and backward", fontsize=13, weight="bold", color=INK)

@@ -277,18 +277,25 @@ def step(rows: list[Row]) -> list[str]:
 
 def growth(rows: list[Row]) -> list[str]:
     lines = [
-        "One thread, float32, gradient in place, forward and backward. The slope is that of a straight line fitted to "
-        "time against size, both as logarithms: 1 is proportional, below 1 a fixed cost that weighs less and less. "
-        "Shards are timed one after another, collectives are not in it; the slowest shard counts.",
+        "One thread, float32, gradient in place, forward and backward. A straight line, a fixed cost and picoseconds "
+        "per logit (token times column), is fitted to each series; the last column says how far, relative to its time, "
+        "the worst point lies from it. Shards are timed one after another, collectives are not in it; the slowest "
+        "shard counts.",
         "",
     ]
     cells = []
     for (name, objective), points in series(rows).items():
         x, y = zip(*points, strict=True)
-        slope, _ = figures.power_law(x, y)
+        fixed, slope, deviation = figures.line(x, y)
         sizes = f"{figure(x[0])} to {figure(x[-1])}" if name == "time by shards" else f"{x[0]} to {x[-1]}"
-        cells.append([name, objective, sizes, f"{slope:.3f}", figure(y[0] * 1e3), figure(y[-1] * 1e3)])
-    lines += table(["series", "objective", "sizes", "slope", "ms, smallest", "ms, largest"], cells)
+        row = next(row for row in rows if row["series"] == name)
+        logits = {"time by tokens": row["vocabulary"], "time by vocabulary": row["tokens"]}.get(
+            name, row["tokens"] * row["vocabulary"]
+        )
+        cost = [figure(fixed * 1e3), figure(slope / logits * 1e12), f"{deviation:.1%}"]
+        cells.append([name, objective, sizes, figure(y[0] * 1e3), figure(y[-1] * 1e3), *cost])
+    heads = ["ms, smallest", "ms, largest", "fixed ms", "ps per logit", "off the line"]
+    lines += table(["series", "objective", "sizes", *heads], cells)
     memory = [row for row in rows if row["series"] == "memory"]
     shape = memory[0]
     lines += [
