@@ -141,28 +141,59 @@ def run_torchrun(
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(nproc), "-m", *map(str, module_args)]
-    variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ, **(env or {})}
-    # A file, not a pipe: a process that escaped could hold a pipe open for ever.
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command,
+    with Launch(command, env) as launch:
+        return launch.wait(timeout)
+
+
+class Launch:
+    """A command that starts ranks, running from the repository root; none of its processes outlives the context.
+
+    env: added to this process's environment.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None):
+        self.command = [str(word) for word in command]
+        self._env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ, **(env or {})}
+
+    def __enter__(self) -> Launch:
+        # A file, not a pipe: a process that escaped could hold a pipe open for ever.
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            self.command,
             cwd=REPOSITORY,
-            env=variables,
+            env=self._env,
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.kill()
+        self._output.close()
+
+    def wait(self, timeout: float) -> subprocess.CompletedProcess:
+        """The result, whose stdout holds the output of all ranks, both streams.
+
+        Raises TimeoutError with the end of the output after timeout seconds.
+        """
         try:
-            returncode = process.wait(timeout)
+            returncode = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            _end_tree(process)
-            tail = _text(output)[-4000:]
-            raise TimeoutError(f"{command} ran for more than {timeout} s:\n{tail}") from None
-        except BaseException:
-            _end_tree(process)
-            raise
-        return subprocess.CompletedProcess(command, returncode, stdout=_text(output))
+            self.kill()
+            tail = self.output()[-4000:]
+            raise TimeoutError(f"{self.command} ran for more than {timeout} s:\n{tail}") from None
+        return subprocess.CompletedProcess(self.command, returncode, stdout=self.output())
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return os.pread(self._output.fileno(), os.fstat(self._output.fileno()).st_size, 0).decode(errors="replace")
+
+    def kill(self) -> None:
+        """SIGKILL to the launcher's process group, and to the ranks: torchrun gives each a group of its own."""
+        if self.process.poll() is None:
+            _end_tree(self.process)
 
 
 def _end_tree(process: subprocess.Popen) -> None:
@@ -180,8 +211,3 @@ def _end_descendants(pid: int) -> list[psutil.Process]:
         if victim.is_running():  # False where the process id has been reused since
             victim.kill()
     return descendants
-
-
-def _text(output) -> str:
-    output.seek(0)
-    return output.read().decode(errors="replace")

@@ -34,10 +34,11 @@ ALLOWED = {
     "data": {"data", "side_inputs"},
     "teacher_cache": {"teacher_cache", "data"},
     "checkpoint": {"checkpoint"},
+    "planning": {"checkpoint"},
     "__init__": {"objectives", "statistics", "loss", "linear_loss", "inspection", "sparse_teacher"},
     "megatron": {
         "megatron", "loss", "linear_loss", "objectives", "statistics", "kernels", "data", "side_inputs",
-        "resumable", "checkpoint", "collectives", "linear_top_k", "sparse_teacher", "teacher_cache",
+        "resumable", "checkpoint", "collectives", "linear_top_k", "sparse_teacher", "teacher_cache", "planning",
     },
     "finetune": {
         "objectives", "data", "checkpoint", "megatron", "resumable", "sparse_teacher", "teacher_cache",

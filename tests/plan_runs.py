@@ -1,0 +1,256 @@
+"""What Megatron allocates, next to what is planned for it: models on disk, and many builds in one launch of ranks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from megatron_reset import reset
+
+SEQ_LENGTH, MICRO_BATCH, CHUNK, ENTRIES = 256, 2, 128, 64
+# The vocabulary's matrices weigh about as much as the layers; no tensor-parallel size divides it.
+_SIZES = dict(vocab_size=6001, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8)
+MODELS = {
+    "untied": ("Llama", dict(num_key_value_heads=8)),
+    "tied": ("Qwen3", dict(num_key_value_heads=2, head_dim=24, tie_word_embeddings=True)),
+    "biases": ("Llama", dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True)),
+    "teacher": ("Qwen2", dict(hidden_size=96, num_hidden_layers=3, num_key_value_heads=4)),
+}
+
+
+def write_models(folder: Path) -> None:
+    for name, (family, extra) in MODELS.items():
+        sizes = _SIZES | dict(max_position_embeddings=512) | extra
+        config = getattr(transformers, f"{family}Config")(**sizes)
+        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder / name)
+
+
+def words_of(folder: Path, model: str, *extra, teacher: bool = False) -> list[str]:
+    """Words of finetune for one case."""
+    words = ["--cpu", "--hf-model", folder / model, "--seq-length", SEQ_LENGTH, "--micro-batch-size", MICRO_BATCH]
+    words += ["--global-batch-size", 8, "--qtarget-chunk-size", CHUNK, "--lr", 1e-3, "--train-iters", 1]
+    words += ["--objective", "target-sft", "--teacher-hf", folder / "teacher"] if teacher else []
+    return [str(word) for word in (*words, *extra)]
+
+
+def run_all(cases: dict[str, list[str]], commands: dict[str, list[str]]) -> tuple[dict, dict]:
+    """On every rank: each case measured (see measure), and each command of tools/plan.py run in this process, as
+    (exit code, what it printed)."""
+    from tools import plan
+
+    measured = {}
+    for name, words in cases.items():
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                measured[name] = measure(words)
+            except BaseException as error:
+                error.add_note(f"in case {name}; printed:\n{printed.getvalue()[-3000:]}")
+                raise
+        reset()
+    results = {}
+    for name, words in commands.items():
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                code = plan.main(words)
+            except SystemExit as stop:  # argparse
+                code = stop.code
+        results[name] = code, printed.getvalue()
+    return measured, results
+
+
+def measure(words: list[str]) -> dict:
+    """This rank's stage, planned and measured, in bytes.
+
+    planned, losses, transfers: as planned. weights, gradients, optimizer, teacher weights: allocated after one
+    optimizer step. On the last stage fused, whole, and the same with a cached teacher: peak of the loss in torch's
+    allocator; sent: the collectives of the fused loss. Without pipeline saved: what is kept for backward by the layers,
+    the embedding and the final norm.
+    """
+    from qtarget_megatron.megatron import cpu_platform, launch
+    from qtarget_megatron.megatron.arguments import (
+        add_arguments,
+        implementation_flags,
+        megatron_flags,
+        record_architecture,
+    )
+
+    cpu_platform.activate()
+    from qtarget_megatron import objectives
+    from qtarget_megatron.checkpoint import Architecture
+    from qtarget_megatron.megatron.plan import PlanOptions, make_plan
+
+    plan = make_plan(PlanOptions(dist.get_world_size()), words)
+    assert not plan.problems, plan.problems
+    student = Architecture.from_hf(words[words.index("--hf-model") + 1])
+    flags = [*megatron_flags(student), *implementation_flags(on_cpu=True)]
+    args = launch.parse_arguments([*flags, *words], add_arguments)
+    args.save_interval = args.eval_interval = 1
+    args.calculate_per_token_loss = True
+    record_architecture(args, student)
+    cpu_platform.repair_megatron_wheel()
+    launch.initialize(args)
+    teacher = None if args.teacher_hf is None else Architecture.from_hf(args.teacher_hf)
+
+    from megatron.core import parallel_state
+    from megatron.core.enums import ModelType
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import setup_model_and_optimizer
+
+    from qtarget_megatron.megatron.model import ModelProvider
+
+    initialize_megatron(store=None)
+    provider = ModelProvider(args, student, teacher, load_weights=False)
+    wrapped, optimizer, _ = setup_model_and_optimizer(ModelType.encoder_or_decoder, provider)
+    buffers = [buffer for chunk in wrapped for buffer in chunk.buffers]
+    for buffer in buffers:
+        buffer.grad_data.normal_()
+    optimizer.step()
+
+    parameters = [parameter for chunk in provider.built for parameter in chunk.parameters()]
+    states = list(_optimizer_tensors(optimizer))
+    teachers = [p for chunk in provider.built if chunk.teacher is not None for p in chunk.teacher.parameters()]
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    found = {
+        "planned": plan.stages[rank].items,
+        "losses": dict(plan.losses[plan.counted]),
+        "transfers": {transfer.what: transfer.bytes for transfer in plan.transfers},
+        "weights": storage_bytes(parameters),
+        "gradients": storage_bytes(buffer.grad_data for buffer in buffers),
+        "optimizer": storage_bytes(states, besides=parameters),
+        "teacher weights": storage_bytes(teachers),
+        "layers": [len(chunk.decoder.layers) for chunk in provider.built],
+    }
+    if plan.cached is not None:
+        found["losses"]["fused, cached"] = plan.losses["cached"]["fused"] + plan.cached.bytes
+        found["losses"]["whole, cached"] = plan.losses["cached"]["whole"] + plan.cached.bytes
+    del states
+    if args.pipeline_model_parallel_size == 1:
+        found["saved"] = _saved_bytes(wrapped[0], args)
+    if provider.built[-1].post_process:
+        objective = objectives.from_arguments(args.objective, args.objective_args)
+        found |= _loss_bytes(provider.built[-1], args, student, objective)
+    return found
+
+
+def storage_bytes(tensors, besides=()) -> int:
+    """Of all memory that lies under these tensors, each part counted once, and not under those besides."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for pointer, size in storages.items() if pointer not in known)
+
+
+def _optimizer_tensors(optimizer):
+    """The optimizers' states, and the parameters that they step."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            yield from group["params"]
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _saved_bytes(model, args: argparse.Namespace) -> int:
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            # Kept alive with it: memory is not used twice meanwhile.
+            saved[storage.data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.zeros(args.micro_batch_size, args.seq_length, dtype=torch.long)
+    positions = torch.arange(args.seq_length).expand_as(tokens)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model(tokens, positions, None, output_processor=_hidden_states)
+    del hidden
+    return storage_bytes(saved.values())
+
+
+def _hidden_states(*, hidden_states, **unused):
+    return hidden_states
+
+
+def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
+    from qtarget_megatron.megatron.step import LossContext, LossSettings, output_processor
+    from qtarget_megatron.megatron.teacher import OutputHead
+    from qtarget_megatron.sparse_teacher import SparseTeacher
+    from tools.benchmarking.measure import Subject, memory
+
+    ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    shape = args.seq_length // ranks, args.micro_batch_size
+    dtype = args.params_dtype
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    labels = torch.randint(student.vocab_size, (args.micro_batch_size, args.seq_length))
+    taught = None
+    if model.teacher is not None:
+        hidden = torch.randn(*shape, model.teacher.config.hidden_size, dtype=dtype)
+        taught = OutputHead(hidden, model.teacher.output_layer, None)
+    found = {}
+    for name, chunk_size, is_cached in (
+        ("fused", CHUNK, False),
+        ("whole", None, False),
+        ("fused, cached", CHUNK, True),
+        ("whole, cached", None, True),
+    ):
+        if is_cached and taught is None:
+            continue
+
+        def run(chunk_size=chunk_size, is_cached=is_cached):
+            hidden = torch.randn(*shape, student.hidden_size, dtype=dtype, requires_grad=True)
+            settings = LossSettings(objective, student.vocab_size, "auto", chunk_size)
+            context = LossContext(settings, teacher=None if is_cached else taught)
+            if is_cached:
+                # All over the vocabulary: each rank has its share.
+                ids = torch.arange(0, student.vocab_size, student.vocab_size // ENTRIES)[:ENTRIES]
+                ids = ids.expand(*labels.shape, -1).clone()
+                context.sparse_teacher = SparseTeacher(
+                    ids, torch.full(ids.shape, -5.0), torch.full(labels.shape, 0.5), "uniform"
+                )
+            loss = output_processor(
+                hidden_states=hidden,
+                output_layer=model.output_layer,
+                output_weight=weight,
+                labels=labels,
+                context=context,
+                scale_logits=lambda logits: logits,
+            )
+            loss.sum().backward()
+
+        run()  # Megatron's communication buffers, which the layers use as well
+        with _sent() as sent:
+            used, _ = memory(Subject(run), torch.device("cpu"))
+        # The hidden states are made inside of the run, but belong to the layers.
+        found[name] = used.peak - shape[0] * shape[1] * student.hidden_size * dtype.itemsize
+        if name == "fused":
+            found["sent"] = sent
+    return found
+
+
+@contextlib.contextmanager
+def _sent():
+    """Bytes of the whole tensors of the collectives that torch.distributed is asked for: [(operation, bytes)]."""
+    calls, originals = [], {}
+
+    def recorded(name, whole):
+        def call(*args, **keywords):
+            calls.append((name, args[whole].numel() * args[whole].element_size()))
+            return originals[name](*args, **keywords)
+
+        return call
+
+    for name, whole in (("all_gather_into_tensor", 0), ("all_reduce", 0), ("reduce_scatter_tensor", 1)):
+        originals[name] = getattr(dist, name)
+        setattr(dist, name, recorded(name, whole))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
