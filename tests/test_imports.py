@@ -31,6 +31,7 @@ ALLOWED = {
     "linear_loss": {"objectives", "statistics", "kernels", "token_loss", "collectives", "sparse_teacher", "loss"},
     "linear_top_k": {"statistics", "kernels", "token_loss", "collectives"},
     "inspection": {"objectives", "statistics", "loss"},
+    "verification": {"objectives", "loss", "linear_loss", "sparse_teacher", "collectives"},
     "data": {"data", "side_inputs"},
     "teacher_cache": {"teacher_cache", "data"},
     "checkpoint": {"checkpoint"},
@@ -39,6 +40,7 @@ ALLOWED = {
     "megatron": {
         "megatron", "loss", "linear_loss", "objectives", "statistics", "kernels", "data", "side_inputs",
         "resumable", "checkpoint", "collectives", "linear_top_k", "sparse_teacher", "teacher_cache", "planning",
+        "verification",
     },
     "finetune": {
         "objectives", "data", "checkpoint", "megatron", "resumable", "sparse_teacher", "teacher_cache",
@@ -46,7 +48,7 @@ ALLOWED = {
 }  # fmt: skip
 TORCH_ONLY = {
     "statistics", "collectives", "objectives", "kernels", "token_loss", "sparse_teacher", "loss", "linear_loss",
-    "linear_top_k", "inspection", "__init__",
+    "linear_top_k", "inspection", "verification", "__init__",
 }  # fmt: skip
 WITH_COLLECTIVES = {"collectives", "megatron", "finetune"}
 # Benchmarks time Megatron's own losses, and say what the kernels were built with.
