@@ -145,7 +145,8 @@ def kernels(rows: list[Row]) -> list[str]:
         f"Floor: passes x bytes of the logits / bandwidth, with {figures.PASSES} passes without a teacher (read z, "
         f"read z, write the gradient), {figures.PASSES_WITH_TEACHER} with one (read z and t, read z and t, write the "
         f"gradient). Bandwidth: {figures.COPY_PASSES} x bytes of the logits / median time of copying them, which takes "
-        "its turn among the methods, on as many threads. Where the logits fit the last-level cache, so does the copy.",
+        "its turn among the methods, on as many threads. Where the logits fit the last-level cache, so does the copy. "
+        "Below 1: the copy reads the memory that it overwrites, a kernel that writes past the caches does not.",
         "",
         "Extra memory: the most that torch's allocator holds at once beyond inputs and results, as a multiple of the "
         "logits. `target-sft` with eta = 0.5; *eager* is the loss as one would write it in torch, *torch.compile* the "
