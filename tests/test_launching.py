@@ -1,13 +1,14 @@
 """The launch helpers themselves: failures are reported, and no process outlives a launch."""
 
 import os
+import sys
 import time
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from launching import run_ranks, run_torchrun
+from launching import Launch, run_ranks, run_torchrun
 
 pytestmark = pytest.mark.distributed
 
@@ -81,10 +82,14 @@ def test_torchrun_returns_the_output_of_all_ranks(worker, status):
 
 
 @pytest.mark.slow
-def test_torchrun_leaves_no_rank_behind_on_timeout(worker):
-    with pytest.raises(TimeoutError, match="ran for more than 20 s:(.|\n)*rank 0 of 2") as caught:
-        run_torchrun(2, ["worker_of_a_test", "hang"], 20, worker)
-    pids = [int(line.split()[1]) for line in str(caught.value).splitlines() if line[:3] == "pid"]
-    assert len(pids) == 2
-    for pid in pids:
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+def test_a_launch_leaves_no_rank_behind_on_timeout(worker):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    with Launch([*command, "-m", "worker_of_a_test", "hang"], worker) as launch:
+        deadline = time.monotonic() + 100
+        while len(pids := [int(line.split()[1]) for line in launch.output().splitlines() if line[:3] == "pid"]) < 2:
+            assert time.monotonic() < deadline, launch.output()
+            time.sleep(0.1)
+        with pytest.raises(TimeoutError, match="ran for more than 0.5 s:(.|\n)*rank 0 of 2"):
+            launch.wait(0.5)
+        for pid in pids:
+            assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
