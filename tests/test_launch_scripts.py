@@ -74,10 +74,15 @@ def test_one_node_and_its_second_start(workspace):
     assert_exported(workspace / "one" / "hf")
 
 
-def test_slurm(workspace):
+@pytest.fixture(scope="module")
+def slurm(workspace):
     job = dict(SLURM_JOB_NODELIST="here", SLURM_JOB_NUM_NODES=1, SLURM_JOB_ID="17", PORT=free_port())
     run(workspace, "slurm.sh", OUT="slurm", TP=2, PP=2, GPUS=4, **job)
-    assert_exported(workspace / "slurm" / "hf")
+    return workspace / "slurm"
+
+
+def test_slurm(slurm):
+    assert_exported(slurm / "hf")
 
 
 def test_cached_teacher_in_two_steps(workspace):
@@ -93,14 +98,13 @@ def test_cached_teacher_in_two_steps(workspace):
     assert_exported(workspace / "cached" / "hf")
 
 
-def test_from_a_megatron_checkpoint_which_is_not_the_directory_s_weights(workspace):
-    """The model of the directory has other weights: the first loss is that of the checkpoint's."""
+def test_from_a_megatron_checkpoint(workspace, slurm):
+    """Imported at another layout; the first step finds the same p(y) as a start from the directory."""
     save = ["import", "--hf-model", workspace / "untied", "--save", workspace / "ckpt"]
     done = run_torchrun(2, ["tools.convert_hf", *save, "--tensor-model-parallel-size", 2], timeout=120)
     assert done.returncode == 0, done.stdout[-3000:]
     run(workspace, "from_megatron_checkpoint.sh", CHECKPOINT="ckpt", OUT="continued", TP=1, PP=2, OBJECTIVE="sft")
-    run(workspace, "one_node.sh", OUT="direct", TP=2, OBJECTIVE="asft", OBJECTIVE_ARGS="lam=0.1")
-    first, direct = (scalars(workspace / name / "tensorboard")["p(y)"][0] for name in ("continued", "direct"))
+    first, direct = (scalars(folder / "tensorboard")["p(y)"][0] for folder in (workspace / "continued", slurm))
     assert first == pytest.approx(direct, rel=1e-5)
     assert_exported(workspace / "continued" / "hf")
 
