@@ -44,6 +44,7 @@ from qtarget_megatron.megatron.arguments import (
 )
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
 from qtarget_megatron.megatron.saved_model import SavedModel
+from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.resumable import file_digest
 from qtarget_megatron.sparse_teacher import check_residuals
 from qtarget_megatron.teacher_cache import TeacherCache
@@ -213,7 +214,6 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
     from qtarget_megatron.megatron.model import ModelProvider
     from qtarget_megatron.megatron.step import LossSettings, forward_step
-    from qtarget_megatron.megatron.teacher import TeacherCost
 
     from_checkpoint, teacher_cost = launch.has_checkpoint(args.load), TeacherCost()
     models = ModelProvider(

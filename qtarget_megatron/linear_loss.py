@@ -82,10 +82,9 @@ def qtarget_linear_cross_entropy(
     and grad_added_to_main_grad is set, as Megatron's fused accumulation does.
 
     Memory: the gradients, chunk_size rows of student and teacher logits (from forward to backward), and O(N H).
-    Collectives over group: one
-    all-gather of the statistics, as in qtarget_cross_entropy, and in backward one all-reduce of dHidden [n, H] for the
-    n supervised tokens; with sequence_parallel instead one all-gather of hidden (and of teacher_hidden) in forward and
-    one reduce-scatter of dHidden in backward.
+    Collectives over group: one all-gather of the statistics, as in qtarget_cross_entropy, and in backward one
+    all-reduce of dHidden [n, H] for the n supervised tokens; with sequence_parallel instead one all-gather of hidden
+    (and of teacher_hidden) in forward and one reduce-scatter of dHidden in backward.
 
     Raises ValueError as qtarget_cross_entropy does, and for a chunk_size below 1.
     """

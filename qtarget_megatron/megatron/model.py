@@ -26,7 +26,8 @@ from qtarget_megatron.checkpoint import Architecture, HFReader
 from qtarget_megatron.megatron.arguments import padded_vocab_size
 from qtarget_megatron.megatron.hf_weights import check_complete, load_hf_weights
 from qtarget_megatron.megatron.saved_model import SavedModel
-from qtarget_megatron.megatron.teacher import StackedGPTModel, TeacherCost
+from qtarget_megatron.megatron.teacher import StackedGPTModel
+from qtarget_megatron.megatron.teacher_cost import TeacherCost
 
 
 class RMSNorm(torch.nn.Module):

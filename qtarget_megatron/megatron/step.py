@@ -16,7 +16,8 @@ from torch import Tensor
 from qtarget_megatron.data import IGNORE_INDEX
 from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.loss import qtarget_cross_entropy
-from qtarget_megatron.megatron.teacher import OutputHead, TeacherCost
+from qtarget_megatron.megatron.teacher import OutputHead
+from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.sparse_teacher import SparseTeacher
 from qtarget_megatron.statistics import TokenStatistics

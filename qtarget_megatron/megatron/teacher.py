@@ -14,13 +14,15 @@ layout of its own: tools/cache_teacher.py, then --teacher-cache.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections import deque
 from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+
+from qtarget_megatron.megatron.teacher_cost import TeacherCost
 
 
 @dataclass
@@ -44,41 +46,6 @@ class OutputHead:
         return self.layer.weight if self.weight is None else self.weight
 
 
-class TeacherCost:
-    """Time and memory of the teacher on this rank, its output layer aside, which is part of the loss.
-
-    Time is taken between events of the device, which are read once they have happened: nothing waits for them. So a
-    step may report a forward of the one before.
-    """
-
-    def __init__(self):
-        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._weights = 0
-
-    def add_weights(self, teacher: GPTModel) -> None:
-        self._weights += sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
-
-    def __enter__(self) -> None:
-        start = torch.cuda.Event(enable_timing=True)
-        start.record()
-        self._running.append((start, torch.cuda.Event(enable_timing=True)))
-
-    def __exit__(self, *exception) -> None:
-        self._running[-1][1].record()
-
-    def take_milliseconds(self) -> float:
-        """Of the forwards that were completed since the last call."""
-        total = 0.0
-        while self._running and self._running[0][1].query():
-            start, end = self._running.popleft()
-            total += start.elapsed_time(end)
-        return total
-
-    def bytes_with(self, *held: Tensor) -> int:
-        """Of this rank's weights and of these tensors."""
-        return self._weights + sum(tensor.numel() * tensor.element_size() for tensor in held)
-
-
 class StackedGPTModel(GPTModel):
     """GPTModel that carries a frozen teacher stage along; without a teacher it is a GPTModel."""
 
@@ -89,7 +56,7 @@ class StackedGPTModel(GPTModel):
         self._teacher_cost = teacher_cost or TeacherCost()
         self._student_width = self.config.hidden_size
         if teacher is not None:
-            self._teacher_cost.add_weights(teacher)
+            self._teacher_cost.add_weights(teacher.parameters())
             # The schedule sizes the pipeline's tensors by this config; the layers keep the original one.
             self.config = copy.copy(self.config)
             self.config.hidden_size += teacher.config.hidden_size
@@ -112,7 +79,9 @@ class StackedGPTModel(GPTModel):
                 output_processor_context=output_processor_context,
                 **kwargs,
             )
-        with torch.no_grad(), self._teacher_cost:
+        # An evaluation's forwards are not the next step's.
+        measured = self._teacher_cost if self.training else contextlib.nullcontext()
+        with torch.no_grad(), measured:
             taught = self.teacher(input_ids, position_ids, attention_mask, output_processor=_output_head)
         if self.post_process and output_processor_context is not None:
             output_processor_context.teacher = taught
