@@ -1,20 +1,23 @@
 """Hugging Face checkpoints: read a rank's slices, map them to Megatron parameters, export them."""
 
-from qtarget_megatron.checkpoint.architecture import Architecture, RopeScaling
+from qtarget_megatron.checkpoint.architecture import Architecture
+from qtarget_megatron.checkpoint.experts import Experts
 from qtarget_megatron.checkpoint.hf_reader import HFReader
+from qtarget_megatron.checkpoint.hf_tensors import check_tensors, hf_tensor_shapes
 from qtarget_megatron.checkpoint.hf_writer import HFExport, check_output_directory, plan_shards
 from qtarget_megatron.checkpoint.layout import (
-    check_tensors,
     hf_names,
-    hf_tensor_shapes,
+    is_expert,
     load_parameter,
     merge_parameter,
     partition_dim,
 )
+from qtarget_megatron.checkpoint.rope import RopeScaling
 from qtarget_megatron.checkpoint.transformers_model import transformers_logits
 
 __all__ = [
     "Architecture",
+    "Experts",
     "HFExport",
     "HFReader",
     "RopeScaling",
@@ -22,6 +25,7 @@ __all__ = [
     "check_tensors",
     "hf_names",
     "hf_tensor_shapes",
+    "is_expert",
     "load_parameter",
     "merge_parameter",
     "partition_dim",

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from safetensors import safe_open
 
-from qtarget_megatron.checkpoint.architecture import read_config, read_json_object
+from qtarget_megatron.checkpoint.config_file import read_config, read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -22,14 +22,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qtarget_megatron.checkpoint.architecture import (
-    Architecture,
-    declared_dtype,
-    dtype_name,
-    read_config,
-)
+from qtarget_megatron.checkpoint.architecture import Architecture
+from qtarget_megatron.checkpoint.config_file import declared_dtype, dtype_name, read_config
 from qtarget_megatron.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE, TensorEntry, read_header
-from qtarget_megatron.checkpoint.layout import hf_tensor_shapes
+from qtarget_megatron.checkpoint.hf_tensors import hf_tensor_shapes
 
 ShardPlan = list[tuple[str, list[str]]]
 

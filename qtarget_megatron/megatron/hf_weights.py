@@ -16,6 +16,7 @@ from qtarget_megatron.checkpoint import (
     HFExport,
     HFReader,
     hf_names,
+    is_expert,
     load_parameter,
     merge_parameter,
     partition_dim,
@@ -29,13 +30,13 @@ def load_hf_weights(model: GPTModel, reader: HFReader, arch: Architecture) -> No
     Rows of the vocabulary go by token id: zeros where the model has more of them, left out where it has fewer.
     ValueError where a parameter has no counterpart there or another shape.
     """
-    group = model.pg_collection.tp
     for name, parameter in model.named_parameters():
+        group = _shard_group(model, name)
         shard = load_parameter(
             reader,
             arch,
             name,
-            layer_offset=_layer_offset(model),
+            **_offsets(model, arch),
             tp_rank=group.rank(),
             tp_size=group.size(),
             padded_vocab_size=model.vocab_size,
@@ -53,8 +54,8 @@ def check_complete(models: Sequence[GPTModel], arch: Architecture) -> None:
     """ValueError unless all pipeline stages together hold every tensor of the architecture, once.
 
     models: all model chunks of this rank. load_hf_weights fills whatever a chunk has; only all
-    chunks together show that no layer was left out. Collective: one object gather over the
-    pipeline-parallel group.
+    chunks together show that no layer and no expert was left out. Collective: one object gather over the
+    expert-parallel and one over the pipeline-parallel group.
     """
     plan_shards(arch, arch.dtype, stages=_stages(models, arch))
 
@@ -69,9 +70,9 @@ def save_hf_weights(
     """Export the model of all ranks as a Hugging Face directory; call it on every rank.
 
     models: this rank's model chunks. source: the directory whose config and tokenizer files are carried over.
-    dtype: of the exported tensors, default the architecture's. One tensor-parallel rank of each pipeline stage writes
-    that stage's files, so the directory must be on storage that all nodes share. It appears under its final name only
-    when it is complete.
+    dtype: of the exported tensors, default the architecture's. One tensor-parallel rank of each pipeline stage and
+    expert-parallel rank writes the files of what these have, so the directory must be on storage that all nodes share.
+    It appears under its final name only when it is complete.
 
     Collectives: one all-gather per sharded parameter over the tensor-parallel group; object gathers and barriers.
     """
@@ -79,9 +80,9 @@ def save_hf_weights(
     plan = plan_shards(arch, dtype, stages=_stages(models, arch))
     temporary = _broadcast(f".{out.name}.incomplete-{torch.randint(2**62, ()).item():x}")
     export = HFExport(out, source, arch, plan, dtype=dtype, temporary_name=temporary)
+    # The first rank of a stage's and expert-parallel rank's replicas: first also by the dense layers' ranks.
     writes = (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        parallel_state.get_expert_tensor_parallel_rank() == 0 and parallel_state.get_expert_data_parallel_rank() == 0
     )
     if dist.get_rank() == 0:
         export.begin()
@@ -107,35 +108,49 @@ def save_hf_weights(
 
 
 def _hf_tensors(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """What this rank is to write, in the order of _held; every rank goes through all parameters for the gathers."""
+    mine = set(_held(models, arch))
     for model in models:
-        group = model.pg_collection.tp
         for name, parameter in model.named_parameters():
+            group = _shard_group(model, name)
             shard = parameter.detach().to(dtype)
             shards = [shard]
             if partition_dim(name) is not None and group.size() > 1:
                 shards = [torch.empty_like(shard) for _ in range(group.size())]
                 dist.all_gather(shards, shard.contiguous(), group=group)
-            yield from merge_parameter(arch, name, layer_offset=_layer_offset(model), shards=shards).items()
+            merged = merge_parameter(arch, name, **_offsets(model, arch), shards=shards)
+            yield from ((hf_name, tensor) for hf_name, tensor in merged.items() if hf_name in mine)
 
 
 def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
-    """The Hugging Face tensors behind this rank's chunks."""
+    """The Hugging Face tensors behind this rank's chunks; what all expert-parallel ranks have counts on the first."""
+    is_first = parallel_state.get_expert_model_parallel_rank() == 0
     return [
         hf_name
         for model in models
         for name, _ in model.named_parameters()
-        for hf_name in hf_names(arch, name, layer_offset=_layer_offset(model))
+        if is_first or is_expert(name)
+        for hf_name in hf_names(arch, name, **_offsets(model, arch))
     ]
 
 
 def _stages(models: Sequence[GPTModel], arch: Architecture) -> list[list[str]]:
-    """The Hugging Face tensors of every pipeline stage, in order."""
-    return _gather(_held(models, arch), parallel_state.get_pipeline_model_parallel_group())
+    """The Hugging Face tensors of every pipeline stage, in order; of each those on every expert-parallel rank."""
+    of_stage = _gather(_held(models, arch), parallel_state.get_expert_model_parallel_group())
+    stages = _gather(of_stage, parallel_state.get_pipeline_model_parallel_group())
+    return [held for of_stage in stages for held in of_stage]
 
 
-def _layer_offset(model: GPTModel) -> int:
-    layers = model.decoder.layers
-    return layers[0].layer_number - 1 if len(layers) else 0
+def _shard_group(model: GPTModel, name: str) -> dist.ProcessGroup:
+    """The ranks that a parameter is cut over."""
+    return model.pg_collection.expt_tp if is_expert(name) else model.pg_collection.tp
+
+
+def _offsets(model: GPTModel, arch: Architecture) -> dict[str, int]:
+    """Global index of the first layer and of the first expert that this rank has."""
+    layers, group = model.decoder.layers, model.pg_collection.ep
+    first_expert = 0 if arch.experts is None else group.rank() * (arch.experts.count // group.size())
+    return {"layer_offset": layers[0].layer_number - 1 if len(layers) else 0, "expert_offset": first_expert}
 
 
 def _gather(value, group) -> list:
