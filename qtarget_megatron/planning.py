@@ -73,11 +73,6 @@ def division_problems(layout: Layout, arch: Architecture, who: str, *, is_studen
         )
     if length > arch.max_position_embeddings:
         yield f"--seq-length {length} exceeds the {arch.max_position_embeddings} positions of the {who}"
-    if arch.sliding_window is not None and length > arch.sliding_window:
-        yield (
-            f"the {who} attends within a sliding window of {arch.sliding_window} tokens, which this version does not "
-            f"build: use --seq-length of at most {arch.sliding_window}, got {length}"
-        )
 
 
 def layout_problems(layout: Layout) -> Iterator[str]:
