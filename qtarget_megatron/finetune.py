@@ -38,6 +38,7 @@ from qtarget_megatron.megatron.arguments import (
     check_flags,
     check_head,
     check_layout,
+    check_trained,
     check_whole_stages,
     implementation_flags,
 )
@@ -128,7 +129,9 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
     """What needs no file but the small ones: objective, layout, data, output directory."""
     _check_second_model_flags(args, objective)
     check_layout(args, student, "student")
-    check_experts(args, student, "student", in_training=not args.skip_train)
+    check_experts(args, student, "student")
+    if not args.skip_train:
+        check_trained(args, student)
     check_whole_stages(args, student, "student")
     check_head(args)
     if args.sft_train is None and not args.skip_train:

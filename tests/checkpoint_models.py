@@ -40,6 +40,12 @@ CASES = {
         dict(num_key_value_heads=3, head_dim=6, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
         | dict(mlp_only_layers=[0]),
     ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        dict(num_key_value_heads=12, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=6, qk_rope_head_dim=4)
+        | dict(v_head_dim=8, n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2)
+        | dict(moe_intermediate_size=24, n_shared_experts=2, first_k_dense_replace=1),
+    ),
     "mixtral": ("Mixtral", dict(num_key_value_heads=3, num_local_experts=5)),
 }
 
@@ -52,7 +58,14 @@ def make_model(case: str, dtype=torch.bfloat16):
     with torch.no_grad():  # norms start at one and biases at zero: a mix-up would not show
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        for buffer in corrections(model):
+            buffer.data = torch.randn(buffer.shape, generator=generator) * 0.1
     return model
+
+
+def corrections(model) -> list[torch.Tensor]:
+    """What DeepSeek's routers add to their scores: float32 in a model of any dtype."""
+    return [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
 
 
 def edit_json(path: Path, **changes) -> None:

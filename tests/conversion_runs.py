@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from checkpoint_models import SIZES, VOCAB, edit_json
+from checkpoint_models import SIZES, VOCAB, corrections, edit_json
 from megatron_reset import reset
 from safetensors.torch import load_file, save_file
 
@@ -36,6 +36,7 @@ YARN = {
     "truncate": False,
     "original_max_position_embeddings": 24,
 }
+LATENT_YARN = {"truncate": True, "mscale": 0.7, "mscale_all_dim": 1.2}
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 # With 1 key/value head, two tensor-parallel ranks share one.
 FAMILIES = {
@@ -66,6 +67,20 @@ FAMILIES = {
         "SmolLM3",
         dict(num_key_value_heads=2, head_dim=8, pad_token_id=None, no_rope_layers=[1, 0, 1, 0], rope_parameters=LLAMA3),
     ),
+    # Latent attention, with two scales of yarn, and groups of experts.
+    "deepseek_v3": (
+        "DeepseekV3",
+        dict(
+            num_key_value_heads=12,
+            q_lora_rank=16,
+            kv_lora_rank=12,
+            qk_nope_head_dim=6,
+            qk_rope_head_dim=4,
+            v_head_dim=8,
+        )
+        | dict(n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=16)
+        | dict(first_k_dense_replace=1, routed_scaling_factor=1.7, rope_parameters=YARN | LATENT_YARN),
+    ),
     "biases": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
 }
 
@@ -82,7 +97,10 @@ def write_model(folder: Path, family: str, *, tied: bool, dtype=torch.float32, *
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.15 if parameter.dim() > 1 else 1 + noise * 0.3)
-    model.to(dtype).save_pretrained(folder, max_shard_size="30KB")
+    model.to(dtype)
+    for buffer in corrections(model):
+        buffer.data = torch.randn(buffer.shape, generator=generator) * 0.1
+    model.save_pretrained(folder, max_shard_size="30KB")
     return folder
 
 

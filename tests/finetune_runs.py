@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from checkpoint_models import corrections
 from megatron_reset import reset
 from small_tokenizers import CHATML, byte_tokenizer
 
@@ -26,7 +27,8 @@ COMMON = [
 
 def write_models(folder: Path) -> None:
     """untied: a Llama; tied: a Qwen3 with qk norms and 2 key/value heads; teacher: another width, depth and tie; deep:
-    a teacher of the student's depth; odd: one of 3 layers; experts: a Qwen3-MoE whose first layer has one MLP."""
+    a teacher of the student's depth; odd: one of 3 layers; experts: a Qwen3-MoE whose first layer has one MLP;
+    latent: a DeepSeek-V3, whose first layer has one MLP."""
     tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
     # A vocabulary that no tensor-parallel size divides, so that every layout pads.
     sizes = dict(vocab_size=len(tokenizer) + 5 | 1, max_position_embeddings=64, num_attention_heads=4)
@@ -55,6 +57,13 @@ def write_models(folder: Path) -> None:
         dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_key_value_heads=2, head_dim=16)
         | dict(mlp_only_layers=[0], moe_intermediate_size=20, num_local_experts=4, num_experts_per_tok=2),
     )
+    models["latent"] = (
+        "DeepseekV3",
+        dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=4)
+        | dict(q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8)
+        | dict(n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=20)
+        | dict(first_k_dense_replace=1),
+    )
     generator = torch.Generator().manual_seed(11)
     for name, (family, extra) in models.items():
         config = getattr(transformers, f"{family}Config")(**sizes, **extra)
@@ -63,6 +72,8 @@ def write_models(folder: Path) -> None:
             for parameter in model.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(noise * 0.15 if parameter.dim() > 1 else 1 + noise * 0.1)
+            for buffer in corrections(model):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 

@@ -55,7 +55,7 @@ def llama(tmp_path):
 
 # The gate and up matrices of the first layer: Megatron's name, and those of both halves.
 _MLP = ("decoder.layers.0.mlp.linear_fc1.weight", "mlp.gate_proj", "mlp.up_proj")
-GATE_UP = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"), _MLP) | {
+GATE_UP = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"), _MLP) | {
     "mixtral": (
         "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight",
         "block_sparse_moe.experts.3.w1",
@@ -72,10 +72,21 @@ def megatron_names(arch: Architecture, engine: str) -> list[str]:
         local = engine == "local"
         has_experts = arch.experts is not None and arch.experts.layers[i]
         mlp_norm = "pre_mlp_layernorm.weight" if local or has_experts else "mlp.linear_fc1.layer_norm_weight"
-        names.append(f"{layer}.input_layernorm.weight" if local else f"{attention}.linear_qkv.layer_norm_weight")
-        names += [f"{attention}.linear_qkv.weight", f"{attention}.linear_proj.weight", f"{layer}.{mlp_norm}"]
+        in_linear = not local and arch.latent is None
+        names.append(f"{attention}.linear_qkv.layer_norm_weight" if in_linear else f"{layer}.input_layernorm.weight")
+        names += [f"{attention}.linear_proj.weight", f"{layer}.{mlp_norm}"]
+        if arch.latent is None:
+            names.append(f"{attention}.linear_qkv.weight")
+        else:
+            norms = ("q_layernorm.weight", "kv_layernorm.weight")
+            norms = norms if local else ("linear_q_up_proj.layer_norm_weight", "linear_kv_up_proj.layer_norm_weight")
+            linears = (f"linear_{part}_{way}_proj.weight" for part in ("q", "kv") for way in ("down", "up"))
+            names += [f"{attention}.{part}" for part in (*norms, *linears)]
         if has_experts:
             names.append(f"{layer}.mlp.router.weight")
+            names += [f"{layer}.mlp.router.expert_bias"] if arch.experts.has_correction else []
+            if arch.experts.shared_ffn_hidden_size is not None:
+                names += [f"{layer}.mlp.shared_experts.linear_fc{part}.weight" for part in (1, 2)]
             for linear, expert in itertools.product(("linear_fc1", "linear_fc2"), range(arch.experts.count)):
                 inner = f"local_experts.{expert}.{linear}.weight" if local else f"{linear}.weight{expert}"
                 names.append(f"{layer}.mlp.experts.{inner}")
@@ -135,8 +146,8 @@ def test_tensor_shapes_are_those_of_transformers_in_its_order(checkpoint):
 @pytest.mark.parametrize("part", ["weight", "bias"])
 def test_qkv_shards_are_the_grouped_rows_in_order(checkpoint, part, tp):
     _, reader, arch, tensors = checkpoint
-    if part == "bias" and not arch.qkv_bias:
-        name = "decoder.layers.0.self_attention.linear_qkv.bias"
+    if arch.latent is not None or (part == "bias" and not arch.qkv_bias):
+        name = f"decoder.layers.0.self_attention.linear_qkv.{part}"
         with pytest.raises(ValueError, match="no such tensor"):
             load_all_ranks(reader, arch, name, tp)
         return
@@ -190,7 +201,7 @@ def test_ranks_read_their_share_and_nothing_twice(checkpoint, tp):
     directory, _, arch, tensors = checkpoint
     if arch.tied:  # the head reads the embedding a second time, by design
         tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
-    whole = ("norm.weight", "norm.weight", "o_proj.bias", "down_proj.bias", "gate.weight")
+    whole = ("norm.weight", "norm.weight", "o_proj.bias", "down_proj.bias", "gate.weight", "e_score_correction_bias")
     replicated = sum(t.nbytes for n, t in tensors.items() if n.endswith(whole))
     sharded = sum(t.nbytes for t in tensors.values()) - replicated
     total = 0
@@ -242,6 +253,17 @@ def test_unknown_megatron_names_are_refused_by_name(llama, name):
     ):
         with pytest.raises(ValueError, match=name):
             call()
+
+
+def test_the_heads_of_latent_attention_are_shared_in_order(tmp_path):
+    make_model("deepseek_v3").save_pretrained(tmp_path)
+    reader, arch = HFReader(tmp_path), Architecture.from_hf(tmp_path)
+    source = reader.read("model.layers.1.self_attn.kv_b_proj.weight")
+    name = "decoder.layers.0.self_attention.linear_kv_up_proj.weight"
+    shards = load_all_ranks(reader, arch, name, 3, layer_offset=1)
+    # 12 heads of 6 plain numbers of the key and 8 of the value.
+    for rank, shard in enumerate(shards):
+        assert torch.equal(shard, source[rank * 4 * 14 : (rank + 1) * 4 * 14])
 
 
 @pytest.mark.parametrize("engine", ["local", "te"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from qtarget_megatron.checkpoint import Architecture, Experts, RopeScaling
+from qtarget_megatron.checkpoint import Architecture, Experts, Groups, LatentAttention, RopeScaling
 
 SHAPE = dict(
     vocab_size=131,
@@ -35,6 +35,7 @@ def both(tmp_path, config: dict):
 
 
 FAMILIES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
@@ -71,6 +72,9 @@ FAMILIES = {
 def test_fields_are_what_transformers_reads(tmp_path, family, extra):
     if family in ("mistral", "mixtral", "qwen3_moe") and "num_key_value_heads" in extra:
         extra = extra | dict(num_key_value_heads=8)  # their config classes take no null here
+    if family == "deepseek_v3":  # its latent attention has as many key/value heads, no biases and one epsilon
+        own = dict(num_key_value_heads=96, attention_bias=False, rms_norm_eps=1e-6, first_k_dense_replace=1)
+        extra = {key: value for key, value in extra.items() if key != "head_dim"} | own
     ours, theirs = both(tmp_path, dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE, **extra))
     theirs.pad_token_id = None  # SmolLM3's is beyond this vocabulary
     with torch.device("meta"):
@@ -84,7 +88,7 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         ffn_hidden_size=theirs.intermediate_size,
         num_attention_heads=theirs.num_attention_heads,
         num_query_groups=theirs.num_key_value_heads,
-        head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+        head_dim=head_dim_of(theirs),
         vocab_size=theirs.vocab_size,
         max_position_embeddings=theirs.max_position_embeddings,
         norm_epsilon=theirs.rms_norm_eps,
@@ -102,6 +106,24 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         eos_token_ids=() if ids is None else tuple(ids) if isinstance(ids, list) else (ids,),
         bos_token_id=theirs.bos_token_id,
         experts=experts_of(theirs, names),
+        latent=latent_of(theirs),
+    )
+
+
+def head_dim_of(theirs):
+    derived = theirs.hidden_size // theirs.num_attention_heads
+    return getattr(theirs, "qk_head_dim", None) or getattr(theirs, "head_dim", None) or derived
+
+
+def latent_of(theirs):
+    if not hasattr(theirs, "kv_lora_rank"):
+        return None
+    return LatentAttention(
+        query_rank=theirs.q_lora_rank,
+        key_value_rank=theirs.kv_lora_rank,
+        plain_dim=theirs.qk_nope_head_dim,
+        rotary_dim=theirs.qk_rope_head_dim,
+        value_dim=theirs.v_head_dim,
     )
 
 
@@ -116,13 +138,42 @@ def experts_of(theirs, names):
     layers = tuple(f"model.layers.{i}.mlp.gate.weight" in names for i in range(theirs.num_hidden_layers))
     if not any(layers):
         return None
+    own = {}
+    if hasattr(theirs, "n_routed_experts"):
+        own = dict(score="sigmoid", has_correction=True, scaling=theirs.routed_scaling_factor, float32_router=True)
+        own |= dict(shared_ffn_hidden_size=theirs.n_shared_experts * theirs.moe_intermediate_size)
+        limited = theirs.topk_group < theirs.n_group
+        own |= dict(groups=Groups(theirs.n_group, theirs.topk_group) if limited else None)
     return Experts(
-        count=theirs.num_experts,
+        count=theirs.num_local_experts,
         per_token=theirs.num_experts_per_tok,
         ffn_hidden_size=getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
         normalized=getattr(theirs, "norm_topk_prob", True),
         layers=layers,
+        **own,
     )
+
+
+DEEPSEEK_V3 = dict(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3")
+DEEPSEEK_V3 |= dict(num_attention_heads=4, num_key_value_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "layers", "groups"),
+    [
+        (dict(num_hidden_layers=5), (0, 0, 0, 1, 1), Groups(8, 4)),
+        (dict(first_k_dense_replace=0, n_group=4, topk_group=2), (1, 1), Groups(4, 2)),
+        (dict(first_k_dense_replace=1, n_group=1, topk_group=1), (0, 1), None),
+        (dict(first_k_dense_replace=1, n_group=4, topk_group=4), (0, 1), None),
+    ],
+)
+def test_deepseeks_experts_are_those_that_transformers_builds(tmp_path, extra, layers, groups):
+    config = SHAPE | dict(hidden_size=64, n_routed_experts=32, moe_intermediate_size=8) | DEEPSEEK_V3 | extra
+    ours, theirs = both(tmp_path, config)
+    with torch.device("meta"):
+        names = set(transformers.AutoModelForCausalLM.from_config(theirs).state_dict())
+    assert ours.experts == experts_of(theirs, names)
+    assert (ours.experts.layers, ours.experts.groups) == (layers, groups)
 
 
 @pytest.mark.parametrize(
@@ -191,9 +242,17 @@ ROPES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_inverse_frequencies_are_the_bits_of_transformers(tmp_path, family, rope):
     config = dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE)
-    config |= dict(num_attention_heads=12, num_key_value_heads=12, head_dim=64) | ROPES[rope]
+    config |= dict(num_attention_heads=12, num_key_value_heads=12) | ROPES[rope]
+    config |= dict(qk_rope_head_dim=64) if family == "deepseek_v3" else dict(head_dim=64)
     ours, theirs = both(tmp_path, config)
-    small = dict(vocab_size=2, pad_token_id=None, hidden_size=12, intermediate_size=2, num_hidden_layers=1)
+    small = dict(
+        first_k_dense_replace=9,
+        vocab_size=2,
+        pad_token_id=None,
+        hidden_size=12,
+        intermediate_size=2,
+        num_hidden_layers=1,
+    )
     for key, value in small.items():  # the rotary module depends on none of these
         setattr(theirs, key, value)
     model = transformers.AutoModelForCausalLM.from_config(theirs)
@@ -323,6 +382,12 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (MIXTRAL | dict(num_experts_per_tok=9), "num_experts_per_tok of at most num_experts .8., got 9"),
         (MIXTRAL | QWEN3_MOE | dict(mlp_only_layers="0"), "mlp_only_layers to be a list of layers, got '0'"),
         (dict(architectures=["Own"], auto_map=dict(AutoModel="own.Own")), "auto_map.* is never run"),
+        (DEEPSEEK_V3 | dict(q_lora_rank=None), "q_lora_rank to be a number, got null: Megatron adds a norm"),
+        (DEEPSEEK_V3 | dict(rope_interleave=False), "rope_interleave true"),
+        (DEEPSEEK_V3 | dict(attention_bias=True), "attention_bias false"),
+        (DEEPSEEK_V3 | dict(rms_norm_eps=1e-5), "rms_norm_eps 1e-06, which the norms of the latents have"),
+        (DEEPSEEK_V3 | dict(num_key_value_heads=2), "num_key_value_heads to be num_attention_heads"),
+        (DEEPSEEK_V3 | dict(first_k_dense_replace=0, n_group=3), "n_group groups of 256 experts.*got 3 and 4"),
         (QWEN2 | dict(use_sliding_window=True, layer_types=["chunked_attention"] * 2), "'chunked_attention': not"),
         (SMOLLM3 | dict(no_rope_layers=[1]), "for each of 2 layers, got .1."),
         (SMOLLM3 | dict(no_rope_layers=[1, 2]), "no_rope_layers to be 1 .rotary. or 0"),

@@ -63,7 +63,8 @@ COMPARED = [
 ]
 # Imported and exported: ties, biases, qk norms, a shared key/value head, both dtypes, experts in some or all layers.
 ROUND_TRIPS = ["llama3-untied", "qwen2-tied", "qwen3-untied", "biases-tied", "mistral-bf16"]
-ROUND_TRIPS += ["qwen3_moe-tied", "qwen3_moe_normalized-untied", "mixtral-untied"]
+SPREAD = ["qwen3_moe-tied", "qwen3_moe_normalized-untied", "mixtral-untied", "deepseek_v3-bf16"]
+ROUND_TRIPS += SPREAD
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,8 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversion")
     for name, (family, tied) in MODELS.items():
         write_model(folder / name, family, tied=tied)
-    write_model(folder / "mistral-bf16", "mistral", tied=False, dtype=torch.bfloat16)
+    for family in ("mistral", "deepseek_v3"):
+        write_model(folder / f"{family}-bf16", family, tied=False, dtype=torch.bfloat16)
     write_model(folder / "wide", "llama2", tied=False, hidden_size=96, num_key_value_heads=3)
     # With a tokenizer: "tied", "untied" and "teacher".
     write_models(folder)
@@ -200,7 +202,7 @@ def four(workspace, one):
     """TP2 x PP2: imports there, and exports of what one process imported."""
     jobs = logits_jobs(workspace, 4)
     for name in ROUND_TRIPS:
-        layout = LAYOUTS[4]["tp2-pp2-ep2" if name in WITH_EXPERTS else "tp2-pp2"]
+        layout = LAYOUTS[4]["tp2-pp2-ep2" if name in SPREAD else "tp2-pp2"]
         source = ("--hf-model", workspace / name)
         words = [*source, "--save", workspace / f"ckpt4-{name}", *PADDING, *layout]
         jobs[f"import {name}"] = ("convert", "import", *words)
@@ -292,8 +294,11 @@ def test_import_and_export_give_back_every_bit(request, workspace, name, folder)
     source, out = workspace / name, workspace / f"{folder}-{name}"
     expected = read_tensors(source)
     assert_same_bits(read_tensors(out), expected)
-    dtype = torch.bfloat16 if name == "mistral-bf16" else torch.float32
-    assert {tensor.dtype for tensor in expected.values()} == {dtype}
+    dtype = torch.bfloat16 if name.endswith("-bf16") else torch.float32
+    apart = {key: tensor for key, tensor in expected.items() if key.endswith("e_score_correction_bias")}
+    assert {tensor.dtype for key, tensor in expected.items() if key not in apart} == {dtype}
+    assert {tensor.dtype for tensor in apart.values()} <= {torch.float32}
+    assert len(apart) == (3 if name.startswith("deepseek_v3") else 0)
     assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
@@ -344,6 +349,22 @@ def test_a_checkpoint_has_the_names_of_transformer_engine_layers(workspace, one,
     mixtral.add("output_layer.weight")
     assert checkpoint_names(workspace / "ckpt-mixtral-untied") == mixtral
     assert checkpoint_names(workspace / "ckpt4-mixtral-untied") == mixtral
+    parts = [f"linear_{part}_{way}_proj" for part in ("q", "kv") for way in ("down", "up")]
+    attention = {f"self_attention.{part}.weight" for part in (*parts, "linear_proj")}
+    attention |= {f"self_attention.{part}.layer_norm_weight" for part in parts if "_up_" in part}
+    linears = {
+        f"{part}.linear_fc{number}.weight"
+        for number in (1, 2)
+        for part in ("mlp.experts.experts", "mlp.shared_experts")
+    }
+    sparse = attention | linears | {"pre_mlp_layernorm.weight", "mlp.router.weight", "mlp.router.expert_bias"}
+    dense = attention | {
+        f"mlp.{part}" for part in ("linear_fc1.layer_norm_weight", "linear_fc1.weight", "linear_fc2.weight")
+    }
+    layers = {0: dense, 1: sparse, 2: sparse, 3: sparse}
+    deepseek = {f"decoder.layers.{i}.{name}" for i, own in layers.items() for name in own | {"input_layernorm.weight"}}
+    deepseek |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
+    assert checkpoint_names(workspace / "ckpt4-deepseek_v3-bf16") == deepseek
     qwen2 = names | {"decoder.layers.self_attention.linear_qkv.bias"}
     assert checkpoint_names(workspace / "ckpt4-qwen2-tied") == qwen2
 

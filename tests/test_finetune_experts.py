@@ -1,6 +1,7 @@
 """Fine-tuning a mixture of experts: spread over ranks, it trains as one process does."""
 
 import pytest
+import torch
 from finetune_runs import COMMON, run_all, write_data, write_models
 from launching import run_ranks
 from test_finetune import (
@@ -33,11 +34,13 @@ TWO = {
         *DISTRIBUTED_OPTIMIZER,
     ],
     "target-sft at TP2 with EP2": [*tp(2), *ep(2, 1), *SEQUENCE_PARALLEL],
+    "latent at EP2": ep(2),
     "balanced at EP2": ep(2),
     "taught by experts at EP2": ep(2),
 }
 FOUR = {
     "target-sft at PP2 with EP2": [*pp(2), *ep(2)],
+    "latent at PP2 with EP2": [*pp(2), *ep(2)],
     "target-sft at TP2 with EP2, experts cut as well": [*tp(2), *ep(2), *SEQUENCE_PARALLEL, *DISTRIBUTED_OPTIMIZER],
 }
 
@@ -57,6 +60,7 @@ def kinds(workspace):
     taught = [*words, "--teacher-hf", workspace / "teacher"]
     return {
         "target-sft": taught,
+        "latent": [word if word != workspace / "experts" else workspace / "latent" for word in taught],
         "balanced": [*taught, "--moe-aux-loss-coeff", 0.5],
         "taught by experts": [*words, "--teacher-hf", workspace / "experts"],
     }
@@ -69,12 +73,14 @@ def with_layout(kinds, layouts):
 @pytest.fixture(scope="module")
 def single(workspace, kinds):
     runs = {**kinds, "target-sft": [*kinds["target-sft"], "--save-hf", workspace / "single"]}
+    runs["latent"] = [*runs["latent"], "--save-hf", workspace / "latent-single"]
     return launch(1, runs, workspace, timeout=240)
 
 
 @pytest.fixture(scope="module")
 def two(workspace, kinds):
     runs = with_layout(kinds, TWO)
+    runs["latent at EP2"] += ["--save-hf", workspace / "latent-spread"]
     runs["target-sft at EP2"] += ["--save-hf", workspace / "spread"]
     stop = ["--save", workspace / "saved", "--save-interval", 2, "--exit-interval", 2]
     runs["stopped at EP2"] = [*kinds["target-sft"], *ep(2), *DISTRIBUTED_OPTIMIZER, *stop]
@@ -102,6 +108,16 @@ def test_every_expert_is_trained_and_exported(workspace, single, two):
     assert len(experts) == 3 * 4 * 3  # layers, experts, matrices
 
 
+def test_the_correction_of_the_routers_scores_is_not_trained(workspace, single, two):
+    before, after = tensors(workspace / "latent"), tensors(workspace / "latent-spread")
+    (name,) = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert torch.equal(before[name], after[name]) and before[name].count_nonzero() == 8
+    expected = tensors(workspace / "latent-single")
+    for key, tensor in expected.items():
+        torch.testing.assert_close(after[key], tensor, rtol=1e-5, atol=2e-5)
+        assert key == name or not torch.equal(tensor, before[key]), f"{key} was not trained"
+
+
 def test_balance_is_only_trained_on_request(single):
     plain, balanced = single["target-sft"]["scalars"], single["balanced"]["scalars"]
     assert balanced["lm loss"][0] == plain["lm loss"][0]
@@ -117,6 +133,10 @@ def test_what_experts_cannot_do_is_refused_before_anything_is_built(workspace, t
         "a flag": (["--num-experts", 8], "--num-experts follow(s) from the model's config.json"),
         "a router": (["--moe-router-pre-softmax"], "--moe-router-pre-softmax follow(s) from"),
         "tokens": ([*tp(2), *ep(1, 1)], "give --sequence-parallel with --tensor-model-parallel-size 2"),
+        "latent": (
+            ["--hf-model", workspace / "latent", *tp(2), *ep(1, 1), *SEQUENCE_PARALLEL],
+            "wrong gradients under tensor parallelism",
+        ),
         # The optimizer's states of spread experts; the weights alone load.
         "resumed": (["--load", workspace / "saved"], "was saved with --expert-model-parallel-size 2"),
     }

@@ -26,24 +26,26 @@ from qtarget_megatron.checkpoint.config_file import (
 )
 from qtarget_megatron.checkpoint.experts import Experts, read_experts
 from qtarget_megatron.checkpoint.family import Family
+from qtarget_megatron.checkpoint.latent import LatentAttention, read_latent
 from qtarget_megatron.checkpoint.layers import read_unrotated_layers, read_windows
 from qtarget_megatron.checkpoint.rope import RopeScaling, inverse_frequencies, read_rope
 
 # A null means "absent", except where null is itself the meaning (no window, no such token).
-_NULLABLE = ("sliding_window", "bos_token_id", "eos_token_id", "num_key_value_heads", "head_dim")
+_NULLABLE = ("sliding_window", "bos_token_id", "eos_token_id", "num_key_value_heads", "head_dim", "q_lora_rank")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The shape of a decoder checkpoint.
 
-    ``ffn_hidden_size``: of the MLP in layers without experts. ``tied``: the output head is the embedding. ``qkv_bias``,
-    ``output_bias`` (o_proj) and ``mlp_bias``: which linear layers carry a bias. ``qk_norm``: RMS norm per head on
-    queries and keys. ``rope_scaling`` is None for the default rotary embedding. ``sliding_window``: tokens that a layer
-    of ``window_layers`` attends to, itself included. ``window_layers`` and ``unrotated_layers`` (without rotary
-    embedding) have one entry per layer, or none where no layer is of that kind. ``experts`` is None where every layer
-    has one MLP. ``dtype`` is what config.json declares, bfloat16 where it declares nothing. ``eos_token_ids`` is empty
-    and ``bos_token_id`` None where the model has none.
+    ``head_dim``: of a query and key head. ``ffn_hidden_size``: of the MLP in layers without experts. ``tied``: the
+    output head is the embedding. ``qkv_bias``, ``output_bias`` (o_proj) and ``mlp_bias``: which linear layers carry a
+    bias. ``qk_norm``: RMS norm per head on queries and keys. ``rope_scaling`` is None for the default rotary embedding.
+    ``sliding_window``: tokens that a layer of ``window_layers`` attends to, itself included. ``window_layers`` and
+    ``unrotated_layers`` (without rotary embedding) have one entry per layer, or none where no layer is of that kind.
+    ``experts`` is None where every layer has one MLP, ``latent`` where queries, keys and values are made from the
+    hidden states. ``dtype`` is what config.json declares, bfloat16 where it declares nothing. ``eos_token_ids`` is
+    empty and ``bos_token_id`` None where the model has none.
     """
 
     family: str
@@ -70,6 +72,7 @@ class Architecture:
     window_layers: tuple[bool, ...] = ()
     unrotated_layers: tuple[bool, ...] = ()
     experts: Experts | None = None
+    latent: LatentAttention | None = None
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> Architecture:
@@ -107,6 +110,8 @@ class Architecture:
         rope_base, rope_scaling = read_rope(config, positions)
         unrotated = read_unrotated_layers(config, family, layers)
         window, window_layers = read_windows(config, family.window, layers, unrotated)
+        latent = read_latent(config) if family.latent else None
+        head_dim = _head_dim(config, hidden, heads) if latent is None else latent.plain_dim + latent.rotary_dim
         return cls(
             family=family.name,
             num_layers=layers,
@@ -114,7 +119,7 @@ class Architecture:
             ffn_hidden_size=positive_int(config, "intermediate_size"),
             num_attention_heads=heads,
             num_query_groups=groups,
-            head_dim=_head_dim(config, hidden, heads),
+            head_dim=head_dim,
             vocab_size=positive_int(config, "vocab_size"),
             max_position_embeddings=positions,
             norm_epsilon=positive_number(config, "rms_norm_eps", default=1e-6),
@@ -132,17 +137,24 @@ class Architecture:
             window_layers=window_layers,
             unrotated_layers=unrotated,
             experts=read_experts(config, family.experts, layers),
+            latent=latent,
         )
 
     def inverse_frequencies(self) -> torch.Tensor:
-        """Rotary inverse frequencies, float32 ``[head_dim / 2]``, the bits that transformers computes."""
-        return inverse_frequencies(self.head_dim, self.rope_base, self.rope_scaling)
+        """Rotary inverse frequencies, float32 ``[d / 2]``, the bits that transformers computes.
+
+        d: head_dim, or the rotary part of it in latent attention.
+        """
+        dim = self.head_dim if self.latent is None else self.latent.rotary_dim
+        return inverse_frequencies(dim, self.rope_base, self.rope_scaling)
 
     def softmax_scale(self) -> float | None:
-        """What the scores q k are multiplied by; None for 1 / sqrt(head_dim).
+        """What the scores q k are multiplied by; None for 1 / sqrt(head_dim), and for latent attention.
 
         Yarn multiplies cosine and sine, hence queries and keys, by its attention factor: the scores by its square.
         """
+        if self.latent is not None:
+            return None  # Megatron's latent attention has yarn of its own
         factor = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
         return None if factor == 1 else factor**2 / math.sqrt(self.head_dim)
 

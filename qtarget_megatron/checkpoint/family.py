@@ -32,24 +32,48 @@ _TENSORS = {
     "expert_gate": _LAYER + "mlp.experts.{expert}.gate_proj",
     "expert_up": _LAYER + "mlp.experts.{expert}.up_proj",
     "expert_down": _LAYER + "mlp.experts.{expert}.down_proj",
+    "shared_gate": _LAYER + "mlp.shared_experts.gate_proj",
+    "shared_up": _LAYER + "mlp.shared_experts.up_proj",
+    "shared_down": _LAYER + "mlp.shared_experts.down_proj",
+    # Latent attention: hidden states to a latent, its norm, the latent to heads.
+    "query_down": _LAYER + "self_attn.q_a_proj",
+    "query_latent_norm": _LAYER + "self_attn.q_a_layernorm",
+    "query_up": _LAYER + "self_attn.q_b_proj",
+    "key_value_down": _LAYER + "self_attn.kv_a_proj_with_mqa",
+    "key_value_norm": _LAYER + "self_attn.kv_a_layernorm",
+    "key_value_up": _LAYER + "self_attn.kv_b_proj",
 }
+# The part of a router that is added to scores where experts are chosen, float32 in every checkpoint.
+CORRECTION = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
 class ExpertRules:
     """Where config.json says how a mixture of experts is built; a str is the name of a field.
 
-    width: of one expert's MLP. normalized: the weights of the chosen experts are divided by their sum. dense_layers:
-    a list of layers that have one MLP instead. sparse_step: layer i has experts where (i + 1) is a multiple of it.
-    None: there is no such field.
+    width: of one expert's MLP. score: of the router's logits, "softmax" or "sigmoid". normalized: the weights of the
+    chosen experts are divided by their sum. correction: a learnt number is added to each expert's score where experts
+    are chosen. scaling: factor of the weights. groups, top_groups: experts lie in so many groups, of which so many are
+    chosen first, by the sum of the two best scores in each. shared: number of experts that every token goes through.
+    float32_router: the router's logits are float32 in models of any dtype. dense_layers: a list of layers that have one
+    MLP instead. sparse_step: layer i has experts where (i + 1) is a multiple of it. first_sparse: layers before this
+    one have one MLP. None: there is no such field.
     """
 
     count: str = "num_experts"
     per_token: str = "num_experts_per_tok"
     width: str = "moe_intermediate_size"
+    score: str = "softmax"
     normalized: bool | str = True
+    correction: bool = False
+    scaling: str | None = None
+    groups: str | None = None
+    top_groups: str | None = None
+    shared: str | None = None
+    float32_router: bool = False
     dense_layers: str | None = None
     sparse_step: str | None = None
+    first_sparse: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +97,10 @@ class Family:
 
     name: of the family, in messages. architecture: its entry in config.json's ``architectures``. refused: why
     Megatron's GPT model cannot express it; nothing else counts then. The bias rules are either a constant or the name
-    of the config field that decides. qk_norm: RMS norm of each query and key head. window: None where sliding_window
-    has no meaning. unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else
-    every no_rope_layer_interval-th. experts: None where every layer has one MLP. defaults: the values that transformers
+    of the config field that decides. qk_norm: RMS norm of each query and key head. latent: queries, keys and values are
+    made from small latents (multi-head latent attention). window: None where sliding_window has no meaning.
+    unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else every
+    no_rope_layer_interval-th. experts: None where every layer has one MLP. defaults: the values that transformers
     assumes for fields the file leaves out. aliases: other spelling of a field -> the one used here. tensors: names that
     differ from a Llama's, by role.
     """
@@ -87,6 +112,7 @@ class Family:
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
+    latent: bool = False
     window: WindowRules | None = None
     unrotated_layers: bool = False
     experts: ExpertRules | None = None

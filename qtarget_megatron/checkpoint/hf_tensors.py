@@ -10,7 +10,7 @@ import torch
 
 from qtarget_megatron.checkpoint import families
 from qtarget_megatron.checkpoint.architecture import Architecture
-from qtarget_megatron.checkpoint.family import Family
+from qtarget_megatron.checkpoint.family import CORRECTION, Family
 from qtarget_megatron.checkpoint.hf_reader import HFReader
 
 Shape = tuple[int, ...]
@@ -35,19 +35,35 @@ def hf_tensor_shapes(arch: Architecture) -> Mapping[str, Shape]:
     return MappingProxyType(shapes)
 
 
+def tensor_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor in a checkpoint of this dtype: the correction of a router's scores is always float32."""
+    return torch.float32 if name.endswith(f".{CORRECTION}") else dtype
+
+
 def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str, Shape]]:
-    hidden, head = arch.hidden_size, arch.head_dim
-    query, key = arch.num_attention_heads * head, arch.num_query_groups * head
+    hidden = arch.hidden_size
 
     def linear(role: str, rows: int, columns: int, bias: bool = False, **expert: int) -> Iterator[tuple[str, Shape]]:
         yield family.tensor(role, layer=layer, **expert), (rows, columns)
         if bias:
             yield family.tensor(role, "bias", layer=layer, **expert), (rows,)
 
-    yield from linear("query", query, hidden, arch.qkv_bias)
-    yield from linear("key", key, hidden, arch.qkv_bias)
-    yield from linear("value", key, hidden, arch.qkv_bias)
-    yield from linear("attention_output", hidden, query, arch.output_bias)
+    head, latent = arch.head_dim, arch.latent
+    query, key = arch.num_attention_heads * head, arch.num_query_groups * head
+    if latent is None:
+        yield from linear("query", query, hidden, arch.qkv_bias)
+        yield from linear("key", key, hidden, arch.qkv_bias)
+        yield from linear("value", key, hidden, arch.qkv_bias)
+        yield from linear("attention_output", hidden, query, arch.output_bias)
+    else:
+        yield from linear("query_down", latent.query_rank, hidden)
+        yield family.tensor("query_latent_norm", layer=layer), (latent.query_rank,)
+        yield from linear("query_up", query, latent.query_rank)
+        yield from linear("key_value_down", latent.key_value_rank + latent.rotary_dim, hidden)
+        yield family.tensor("key_value_norm", layer=layer), (latent.key_value_rank,)
+        of_head = latent.plain_dim + latent.value_dim
+        yield from linear("key_value_up", arch.num_attention_heads * of_head, latent.key_value_rank)
+        yield from linear("attention_output", hidden, arch.num_attention_heads * latent.value_dim)
     if arch.qk_norm:
         yield family.tensor("query_norm", layer=layer), (head,)
         yield family.tensor("key_norm", layer=layer), (head,)
@@ -60,10 +76,16 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
     else:
         ffn = experts.ffn_hidden_size
         yield from linear("router", experts.count, hidden)
+        if experts.has_correction:
+            yield family.tensor("router", CORRECTION, layer=layer), (experts.count,)
         for expert in range(experts.count):
             yield from linear("expert_gate", ffn, hidden, expert=expert)
             yield from linear("expert_up", ffn, hidden, expert=expert)
             yield from linear("expert_down", hidden, ffn, expert=expert)
+        if experts.shared_ffn_hidden_size is not None:
+            yield from linear("shared_gate", experts.shared_ffn_hidden_size, hidden)
+            yield from linear("shared_up", experts.shared_ffn_hidden_size, hidden)
+            yield from linear("shared_down", hidden, experts.shared_ffn_hidden_size)
     yield family.tensor("input_norm", layer=layer), (hidden,)
     yield family.tensor("mlp_norm", layer=layer), (hidden,)
 

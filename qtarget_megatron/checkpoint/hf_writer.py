@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from qtarget_megatron.checkpoint.architecture import Architecture
 from qtarget_megatron.checkpoint.config_file import declared_dtype, dtype_name, read_config
 from qtarget_megatron.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE, TensorEntry, read_header
-from qtarget_megatron.checkpoint.hf_tensors import hf_tensor_shapes
+from qtarget_megatron.checkpoint.hf_tensors import hf_tensor_shapes, tensor_dtype
 
 ShardPlan = list[tuple[str, list[str]]]
 
@@ -83,7 +83,7 @@ def plan_shards(
     for stage in stages:
         filled = math.inf  # the first tensor of a stage opens a file
         for name in stage:
-            size = math.prod(shapes[name]) * dtype.itemsize
+            size = math.prod(shapes[name]) * tensor_dtype(name, dtype).itemsize
             if filled + size > max_shard_bytes:
                 groups.append([])
                 filled = 0
@@ -189,16 +189,20 @@ class HFExport:
                 f"{', '.join(different[:3])}"
             )
         for name, entry in found.items():
-            if (entry.shape, entry.dtype) != (self._shapes[name], self._dtype):
+            if (entry.shape, entry.dtype) != (self._shapes[name], tensor_dtype(name, self._dtype)):
                 raise ValueError(
-                    f"{file}: expected {name} as {self._dtype} {list(self._shapes[name])}, got "
+                    f"{file}: expected {name} as {tensor_dtype(name, self._dtype)} {list(self._shapes[name])}, got "
                     f"{entry.dtype} {list(entry.shape)}"
                 )
 
     def _index(self) -> dict:
-        sizes = {n: math.prod(self._shapes[n]) for names in self._plan.values() for n in names}
+        total = sum(
+            math.prod(self._shapes[name]) * tensor_dtype(name, self._dtype).itemsize
+            for names in self._plan.values()
+            for name in names
+        )
         return {
-            "metadata": {"total_size": sum(sizes.values()) * self._dtype.itemsize},
+            "metadata": {"total_size": total},
             "weight_map": {n: file for file, names in self._plan.items() for n in names},
         }
 

@@ -15,18 +15,20 @@ import torch
 
 from qtarget_megatron.checkpoint import families
 from qtarget_megatron.checkpoint.architecture import Architecture
+from qtarget_megatron.checkpoint.family import CORRECTION
 from qtarget_megatron.checkpoint.hf_reader import HFReader
 from qtarget_megatron.checkpoint.hf_tensors import hf_tensor_shapes
 
 # How tensor parallelism cuts a parameter, and along which dimension of the local shard.
-_REPLICATED, _VOCABULARY, _QKV, _GATE_UP, _COLUMNS = (
+_REPLICATED, _VOCABULARY, _QKV, _GATE_UP, _ROWS, _COLUMNS = (
     "replicated",
     "vocabulary",
     "qkv",
     "gate_up",
+    "rows",
     "columns",
 )
-_PARTITION_DIM = {_REPLICATED: None, _VOCABULARY: 0, _QKV: 0, _GATE_UP: 0, _COLUMNS: 1}
+_PARTITION_DIM = {_REPLICATED: None, _VOCABULARY: 0, _QKV: 0, _GATE_UP: 0, _ROWS: 0, _COLUMNS: 1}
 
 # Megatron parameter -> how it is cut, and the roles (family.py) of the tensors it is made of.
 _OUTER = {
@@ -50,7 +52,19 @@ _LAYER = {
     "mlp.linear_fc2.weight": (_COLUMNS, ("down",)),
     "mlp.linear_fc2.bias": (_REPLICATED, ("down",)),
     "mlp.router.weight": (_REPLICATED, ("router",)),
+    "mlp.router.expert_bias": (_REPLICATED, ("router",)),
+    "mlp.shared_experts.linear_fc1.weight": (_GATE_UP, ("shared_gate", "shared_up")),
+    "mlp.shared_experts.linear_fc2.weight": (_COLUMNS, ("shared_down",)),
+    "self_attention.linear_q_down_proj.weight": (_ROWS, ("query_down",)),
+    "self_attention.linear_q_up_proj.layer_norm_weight": (_REPLICATED, ("query_latent_norm",)),
+    "self_attention.linear_q_up_proj.weight": (_ROWS, ("query_up",)),
+    "self_attention.linear_kv_down_proj.weight": (_ROWS, ("key_value_down",)),
+    "self_attention.kv_layernorm.weight": (_REPLICATED, ("key_value_norm",)),
+    "self_attention.linear_kv_up_proj.layer_norm_weight": (_REPLICATED, ("key_value_norm",)),
+    "self_attention.linear_kv_up_proj.weight": (_ROWS, ("key_value_up",)),
 }
+# Parameters that are no ".weight" and no ".bias" of their module in a checkpoint.
+_PARTS = {"mlp.router.expert_bias": CORRECTION}
 # Of each expert that this expert-parallel rank holds.
 _EXPERT = {
     "linear_fc1": (_GATE_UP, ("expert_gate", "expert_up")),
@@ -63,7 +77,7 @@ _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<linear>\w+)\.weight(?P<expert>\
 
 @dataclass(frozen=True)
 class _Rule:
-    """kind: how the parameter is cut. part: "weight" or "bias". layer, expert: counted on this rank."""
+    """kind: how the parameter is cut. part: of the tensors' module. layer, expert: counted on this rank."""
 
     kind: str
     roles: tuple[str, ...]
@@ -119,6 +133,7 @@ def load_parameter(
       heads, then its key head, then its value head), also where a share cuts a group.
     - linear_fc1: this rank's share of the gate rows, then its share of the up rows.
     - linear_proj, linear_fc2: a share of the columns.
+    - projections of latent attention: a share of the rows.
     - norms, row-parallel biases and routers: whole.
 
     ValueError where ``name`` is unknown or absent from this architecture, or ``tp_size`` does not
@@ -136,7 +151,7 @@ def load_parameter(
     if kind == _COLUMNS:
         columns = reader.shape(sources[0])[1]
         return reader.read(sources[0], cols=_share(name, columns, tp_rank, tp_size))
-    if kind == _GATE_UP:
+    if kind in (_GATE_UP, _ROWS):
         rows = _share(name, reader.shape(sources[0])[0], tp_rank, tp_size)
         return torch.cat([reader.read(source, rows=rows) for source in sources])
     segments = _qkv_segments(arch)
@@ -173,6 +188,8 @@ def merge_parameter(
         merged = [shards[0]]
     elif kind == _COLUMNS:
         merged = [torch.cat(list(shards), dim=1)]
+    elif kind == _ROWS:
+        merged = [torch.cat(list(shards))]
     elif kind == _VOCABULARY:
         merged = [torch.cat(list(shards))[: arch.vocab_size]]
     elif kind == _GATE_UP:
@@ -206,7 +223,7 @@ def _rule(name: str) -> _Rule:
     if match is None and name in _OUTER:
         return _Rule(*_OUTER[name], part)
     if match is not None and match[2] in _LAYER:
-        return _Rule(*_LAYER[match[2]], part, layer=int(match[1]))
+        return _Rule(*_LAYER[match[2]], _PARTS.get(match[2], part), layer=int(match[1]))
     expert = match and (_LOCAL_EXPERT.fullmatch(match[2]) or _GROUPED_EXPERT.fullmatch(match[2]))
     if expert and expert["linear"] in _EXPERT:
         return _Rule(*_EXPERT[expert["linear"]], "weight", layer=int(match[1]), expert=int(expert["expert"]))
@@ -219,12 +236,16 @@ def _rule(name: str) -> _Rule:
 def _sources(arch: Architecture, name: str, layer_offset: int, expert_offset: int) -> tuple[str, ...]:
     """The Hugging Face tensors behind ``name``; ValueError where the architecture lacks one."""
     rule, family = _rule(name), families.by_name(arch.family)
+    roles = rule.roles
+    if arch.latent is not None and roles == ("query_norm",):
+        # Megatron has one name for the norm of query heads and that of the latent.
+        roles = ("query_latent_norm",)
     place = {}
     if rule.layer is not None:
         place["layer"] = rule.layer + layer_offset
     if rule.expert is not None:
         place["expert"] = rule.expert + expert_offset
-    sources = tuple(family.tensor(role, rule.part, **place) for role in rule.roles)
+    sources = tuple(family.tensor(role, rule.part, **place) for role in roles)
     shapes = hf_tensor_shapes(arch)
     for source in sources:
         if source not in shapes:

@@ -23,7 +23,9 @@ _FIELDS = {
 class RopeScaling:
     """Rotary scaling, normalised: ``type`` "linear" (factor only), "llama3" or "yarn".
 
-    attention_factor: of cosine and sine. truncate: yarn's ramp begins and ends at whole dimensions.
+    attention_factor: of cosine and sine. score_scale: latent attention multiplies its scores by yarn_scale(factor,
+    score_scale)^2 besides; 0: it does not. scale: mscale; 0: absent. truncate: yarn's ramp begins and ends at whole
+    dimensions.
     """
 
     type: str
@@ -35,6 +37,8 @@ class RopeScaling:
     beta_slow: float | None = None
     truncate: bool = True
     attention_factor: float = 1.0
+    scale: float = 0.0
+    score_scale: float = 0.0
 
 
 def read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeScaling | None]:
@@ -82,11 +86,11 @@ def _yarn(rope: Mapping[str, Any], default_factor: float) -> dict[str, Any]:
     if not isinstance(truncate, bool):
         raise ValueError(f"config.json: expected truncate to be true or false, got {truncate!r}")
     # As in transformers, null and 0 are absent; the two scales count only together.
-    scales = [positive_number(rope, key) for key in ("mscale", "mscale_all_dim") if rope.get(key)]
+    scale, score_scale = (positive_number(rope, k) if rope.get(k) else 0.0 for k in ("mscale", "mscale_all_dim"))
     if rope.get("attention_factor") is not None:
         attention_factor = positive_number(rope, "attention_factor")
-    elif len(scales) == 2:
-        attention_factor = yarn_scale(factor, scales[0]) / yarn_scale(factor, scales[1])
+    elif scale and score_scale:
+        attention_factor = yarn_scale(factor, scale) / yarn_scale(factor, score_scale)
     else:
         attention_factor = yarn_scale(factor)
     return {
@@ -95,6 +99,8 @@ def _yarn(rope: Mapping[str, Any], default_factor: float) -> dict[str, Any]:
         "beta_slow": positive_number(rope, "beta_slow") if rope.get("beta_slow") else 1.0,
         "truncate": truncate,
         "attention_factor": attention_factor,
+        "scale": scale,
+        "score_scale": score_scale,
     }
 
 

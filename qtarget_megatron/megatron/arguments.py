@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="DIR",
         help="Hugging Face directory of the student: architecture from config.json, initial weights from its "
         "safetensors, tokenizer. Each rank reads only its slices; nothing is converted beforehand. Experts are spread "
-        "by --expert-model-parallel-size and --expert-tensor-parallel-size; their balance is left as it is "
-        "(router_aux_loss_coef is not used) unless --moe-aux-loss-coeff says otherwise.",
+        "by --expert-model-parallel-size and --expert-tensor-parallel-size; their balance is left as it is, whatever "
+        "router_aux_loss_coef says, unless --moe-aux-loss-coeff or --moe-router-bias-update-rate says otherwise.",
     )
     group.add_argument(
         "--objective",
@@ -159,6 +159,8 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
     fixed = {word for word in arch_flags if word.startswith("--")} - {
         "--attention-dropout",
         "--hidden-dropout",
+        "--moe-router-dtype",
+        "--moe-router-bias-update-rate",
     }
     fixed |= layer_flags()
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
@@ -195,6 +197,14 @@ def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None
         raise ValueError(
             f"--tensor-model-parallel-size {tp} does not divide the hidden size {arch.hidden_size} of the {who}"
         )
+    if arch.latent is not None and args.transformer_impl == "local":
+        # Megatron's local layers cut the projections to latents, Transformer Engine's do not.
+        widths = (arch.latent.query_rank, arch.latent.key_value_rank + arch.latent.rotary_dim)
+        if any(width % tp != 0 for width in widths):
+            raise ValueError(
+                f"--tensor-model-parallel-size {tp} does not divide the latents of the {who} (of queries {widths[0]}, "
+                f"of keys and values with their rotary part {widths[1]})"
+            )
     if args.seq_length is not None and args.seq_length > arch.max_position_embeddings:
         raise ValueError(
             f"--seq-length {args.seq_length} exceeds the {arch.max_position_embeddings} positions of the {who}"
@@ -203,11 +213,8 @@ def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None
         raise ValueError(f"--sequence-parallel needs --seq-length divisible by {tp}, got {args.seq_length}")
 
 
-def check_experts(args: argparse.Namespace, arch: Architecture, who: str, *, in_training: bool = False) -> None:
-    """Refuse expert parallelism that this model's experts cannot be cut into. Raises ValueError.
-
-    in_training: its weights are trained.
-    """
+def check_experts(args: argparse.Namespace, arch: Architecture, who: str) -> None:
+    """Refuse expert parallelism that this model's experts cannot be cut into. Raises ValueError."""
     tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
     experts = arch.experts
     if experts is None:
@@ -223,16 +230,32 @@ def check_experts(args: argparse.Namespace, arch: Architecture, who: str, *, in_
             f"--expert-tensor-parallel-size {etp} (default: that of tensor parallelism) does not divide the expert "
             f"width {experts.ffn_hidden_size} of the {who}"
         )
+    if experts.shared_ffn_hidden_size is not None and experts.shared_ffn_hidden_size % tp != 0:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the width {experts.shared_ffn_hidden_size} of the "
+            f"experts of the {who} that every token goes through"
+        )
     ranks = etp * ep * args.pipeline_model_parallel_size
     if args.world_size % ranks != 0:
         raise ValueError(
             f"expected a multiple of {ranks} processes for expert tensor x expert x pipeline parallel = {etp} x {ep} x "
             f"{args.pipeline_model_parallel_size}, got {args.world_size}"
         )
-    if in_training and tp > 1 and not args.sequence_parallel:
+
+
+def check_trained(args: argparse.Namespace, arch: Architecture) -> None:
+    """Refuse layouts at which Megatron runs a model but does not train it. Raises ValueError."""
+    tp = args.tensor_model_parallel_size
+    if arch.experts is not None and tp > 1 and not args.sequence_parallel:
         raise ValueError(
             f"Megatron trains experts under tensor parallelism with sequence parallelism only: give "
             f"--sequence-parallel with --tensor-model-parallel-size {tp}"
+        )
+    if arch.latent is not None and tp > 1 and args.transformer_impl == "local":
+        # Each rank gets the gradient of the keys' shared rotary part from its own heads only.
+        raise ValueError(
+            "Megatron's local layers of latent attention get wrong gradients under tensor parallelism: use "
+            f"--tensor-model-parallel-size 1 (got {tp}), expert or pipeline parallelism, or Transformer Engine's layers"
         )
 
 

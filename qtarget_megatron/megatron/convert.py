@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from qtarget_megatron.checkpoint import (
+    CORRECTION,
     Architecture,
     HFReader,
     check_output_directory,
@@ -135,7 +136,8 @@ def open_model(
 def widest_dtype(hf_model: Path) -> torch.dtype:
     """The dtype that holds every weight of the directory exactly: the common one, float32 where they differ."""
     reader = HFReader(hf_model)
-    return _common({reader.dtype(name) for name in reader.names if not name.endswith("rotary_emb.inv_freq")})
+    apart = ("rotary_emb.inv_freq", CORRECTION)
+    return _common({reader.dtype(name) for name in reader.names if not name.endswith(apart)})
 
 
 def _common(dtypes: set[torch.dtype]) -> torch.dtype:

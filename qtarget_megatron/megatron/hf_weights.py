@@ -16,11 +16,13 @@ from qtarget_megatron.checkpoint import (
     HFExport,
     HFReader,
     hf_names,
+    hf_tensor_shapes,
     is_expert,
     load_parameter,
     merge_parameter,
     partition_dim,
     plan_shards,
+    tensor_dtype,
 )
 
 
@@ -30,15 +32,15 @@ def load_hf_weights(model: GPTModel, reader: HFReader, arch: Architecture) -> No
     Rows of the vocabulary go by token id: zeros where the model has more of them, left out where it has fewer.
     ValueError where a parameter has no counterpart there or another shape.
     """
-    for name, parameter in model.named_parameters():
-        group = _shard_group(model, name)
+    for name, parameter in _weights(model):
+        rank, size = _share(model, arch, name, parameter)
         shard = load_parameter(
             reader,
             arch,
             name,
             **_offsets(model, arch),
-            tp_rank=group.rank(),
-            tp_size=group.size(),
+            tp_rank=rank,
+            tp_size=size,
             padded_vocab_size=model.vocab_size,
         )
         if shard.shape != parameter.shape:
@@ -111,11 +113,13 @@ def _hf_tensors(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dty
     """What this rank is to write, in the order of _held; every rank goes through all parameters for the gathers."""
     mine = set(_held(models, arch))
     for model in models:
-        for name, parameter in model.named_parameters():
+        for name, parameter in _weights(model):
             group = _shard_group(model, name)
-            shard = parameter.detach().to(dtype)
+            # Gathered as exported.
+            exported = next(iter(hf_names(arch, name, **_offsets(model, arch))), name)
+            shard = parameter.detach().to(tensor_dtype(exported, dtype))
             shards = [shard]
-            if partition_dim(name) is not None and group.size() > 1:
+            if partition_dim(name) is not None and _share(model, arch, name, parameter)[1] > 1:
                 shards = [torch.empty_like(shard) for _ in range(group.size())]
                 dist.all_gather(shards, shard.contiguous(), group=group)
             merged = merge_parameter(arch, name, **_offsets(model, arch), shards=shards)
@@ -128,7 +132,7 @@ def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
     return [
         hf_name
         for model in models
-        for name, _ in model.named_parameters()
+        for name, _ in _weights(model)
         if is_first or is_expert(name)
         for hf_name in hf_names(arch, name, **_offsets(model, arch))
     ]
@@ -139,6 +143,22 @@ def _stages(models: Sequence[GPTModel], arch: Architecture) -> list[list[str]]:
     of_stage = _gather(_held(models, arch), parallel_state.get_expert_model_parallel_group())
     stages = _gather(of_stage, parallel_state.get_pipeline_model_parallel_group())
     return [held for of_stage in stages for held in of_stage]
+
+
+def _weights(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the router's numbers that are not trained by gradients."""
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".router.expert_bias"))
+
+
+def _share(model: GPTModel, arch: Architecture, name: str, parameter: Tensor) -> tuple[int, int]:
+    """(which, of how many) shares of the tensors this rank has; (0, 1) where it has all of them."""
+    sources = hf_names(arch, name, **_offsets(model, arch))
+    if len(sources) == 1 and hf_tensor_shapes(arch)[sources[0]] == tuple(parameter.shape):
+        # Transformer Engine's latent attention has whole projections where the local one cuts them.
+        return 0, 1
+    group = _shard_group(model, name)
+    return group.rank(), group.size()
 
 
 def _shard_group(model: GPTModel, name: str) -> dist.ProcessGroup:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.checkpoint import Architecture, HFReader
 from qtarget_megatron.megatron.hf_weights import check_complete, load_hf_weights
 from qtarget_megatron.megatron.saved_model import SavedModel
-from qtarget_megatron.megatron.shape import describe_layers, padded_vocab_size
+from qtarget_megatron.megatron.shape import describe_layers, has_qk_norm, padded_vocab_size, value_channels
 from qtarget_megatron.megatron.teacher import StackedGPTModel
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 
@@ -44,27 +48,81 @@ class RMSNorm(torch.nn.Module):
         return (hidden.float() * scale).to(hidden.dtype) * self.weight
 
 
+class LatentCoreAttention(DotProductAttention):
+    """Megatron's local attention for heads whose queries and keys have another width than their values.
+
+    It computes that as it is, but its constructor does not know the two widths: kv_channels is that of the values.
+    """
+
+    def __init__(self, *args, k_channels: int | None = None, v_channels: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class Router(TopKRouter):
+    """Megatron's router, whose correction of the scores stays float32 where the model becomes 16-bit."""
+
+    def _apply(self, fn, recurse=True):
+        correction = self.expert_bias
+        super()._apply(fn, recurse)
+        if correction is not None:
+            self.expert_bias = correction.to(self.expert_bias.device)
+        return self
+
+
+# Names in checkpoints of Transformer Engine's layers, whose norms are parts of the linear layer behind them.
+_LATENT_NAMES = {
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+
+
 def layer_spec(config: TransformerConfig, args: argparse.Namespace, vp_stage: int | None, pp_rank: int):
     """This stage's layers: Transformer Engine's where --transformer-impl asks for them, Megatron's local ones
     otherwise."""
-    stage = dict(vp_stage=vp_stage, pp_rank=pp_rank)
-    if args.transformer_impl == "transformer_engine":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, **stage)
+    is_local = args.transformer_impl != "transformer_engine"
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization=config.normalization, **stage
+        config,
+        use_transformer_engine=not is_local,
+        normalization=config.normalization,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
     )
-    layers = [_local_layer(spec, config) for spec in block.layer_specs]
+    layers = [_with_router(spec) for spec in block.layer_specs]
+    if not is_local:
+        return dataclasses.replace(block, layer_specs=layers)
+    layers = [_local_layer(spec, config) for spec in layers]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _with_router(spec: ModuleSpec) -> ModuleSpec:
+    """Megatron's layer with our router, where it has one."""
+    layer = spec.submodules
+    if not _has_experts(layer):
+        return spec
+    experts = dataclasses.replace(layer.mlp.keywords["submodules"], router=Router)
+    layer = dataclasses.replace(layer, mlp=functools.partial(layer.mlp, submodules=experts))
+    return dataclasses.replace(spec, submodules=layer)
+
+
+def _has_experts(layer: TransformerLayerSubmodules) -> bool:
+    return getattr(layer.mlp, "func", None) is MoELayer
 
 
 def _local_layer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     """Megatron's local layer with norms that know sequence parallelism."""
     layer, attention = spec.submodules, spec.submodules.self_attention
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    norms = dict(q_layernorm=qk_norm, k_layernorm=qk_norm)
-    attention = dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **norms))
-    names = layer.sharded_state_dict_keys_map
-    if getattr(layer.mlp, "func", None) is MoELayer:
+    parts, names = {"q_layernorm": qk_norm, "k_layernorm": qk_norm}, layer.sharded_state_dict_keys_map
+    if config.multi_latent_attention:
+        names = _LATENT_NAMES
+        parts = {
+            "q_layernorm": RMSNorm,
+            "kv_layernorm": RMSNorm,
+            "core_attention": LatentCoreAttention,
+        }
+    attention = dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **parts))
+    if _has_experts(layer):
         # Its name in checkpoints of Transformer Engine's layers, where no linear layer follows it.
         names = {key: value for key, value in names.items() if key != "pre_mlp_layernorm."}
     layer = dataclasses.replace(
@@ -93,12 +151,11 @@ def transformer_config(args: argparse.Namespace, arch: Architecture, *, own_stag
     args.ffn_hidden_size = arch.ffn_hidden_size
     args.num_attention_heads = arch.num_attention_heads
     args.num_query_groups = arch.num_query_groups
-    args.group_query_attention = True
-    args.kv_channels = arch.head_dim
+    args.kv_channels = value_channels(arch)
     args.layernorm_epsilon = arch.norm_epsilon
     args.add_bias_linear = arch.mlp_bias
     args.add_qkv_bias = arch.qkv_bias
-    args.qk_layernorm = arch.qk_norm
+    args.qk_layernorm = has_qk_norm(arch)
     describe_layers(args, arch)
     if arch.experts is None:
         # A second model without experts, beside one whose experts are spread.
@@ -151,8 +208,13 @@ def build_gpt(
         teacher_cost=teacher_cost,
     )
     # Megatron hard-wires three of the four parameters of the llama-3 scaling, and its base is an integer.
-    rotary = model.rotary_pos_emb
-    rotary.inv_freq = arch.inverse_frequencies().to(rotary.inv_freq.device)
+    if arch.latent is None:
+        rotary = [model.rotary_pos_emb]
+    else:
+        # Each layer has its own; yarn's is computed in the forward, by the same formula.
+        rotary = [layer.self_attention.rotary_pos_emb for layer in model.decoder.layers if arch.rope_scaling is None]
+    for embedding in rotary:
+        embedding.inv_freq = arch.inverse_frequencies().to(embedding.inv_freq.device)
     return model
 
 

@@ -115,6 +115,8 @@ def _read(options: PlanOptions, words: list[str]):
 
 def _planned(directory: Path) -> Architecture:
     arch = Architecture.from_hf(directory)
+    if arch.latent is not None:
+        raise ValueError(f"{directory}: expected a model without latent attention: no plan is made for its sizes")
     if arch.experts is not None:
         raise ValueError(
             f"{directory}: expected a model whose layers have one MLP, got {arch.experts.count} experts: no plan is "

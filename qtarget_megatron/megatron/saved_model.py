@@ -49,7 +49,8 @@ class SavedModel:
             for key, tensor in dist_checkpointing.load_tensors_metadata(directory).items()
             if not key.startswith(("optimizer.", "chained_"))
         }
-        dtypes = {tensor.dtype for tensor in tensors.values()}
+        # The correction of a router's scores is float32 in any model.
+        dtypes = {tensor.dtype for key, tensor in tensors.items() if not key.endswith(".router.expert_bias")}
         return cls(
             directory=directory,
             flag=flag,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from qtarget_megatron.checkpoint import Architecture
+from qtarget_megatron.checkpoint import Architecture, yarn_scale
 
 # Megatron's arguments for what not every model has, with the values that mean it has not.
 _ABSENT = {
@@ -17,6 +17,22 @@ _ABSENT = {
     "moe_router_topk": 2,
     "moe_router_pre_softmax": False,
     "moe_layer_freq": 1,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_shared_expert_intermediate_size": None,
+    "multi_latent_attention": False,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_type": None,
+    "rotary_scaling_factor": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
 }
 
 
@@ -37,7 +53,7 @@ def megatron_flags(arch: Architecture) -> list[str]:
         "--ffn-hidden-size": arch.ffn_hidden_size,
         "--num-attention-heads": arch.num_attention_heads,
         "--num-query-groups": arch.num_query_groups,
-        "--kv-channels": arch.head_dim,
+        "--kv-channels": value_channels(arch),
         "--max-position-embeddings": arch.max_position_embeddings,
         "--norm-epsilon": arch.norm_epsilon,
         "--vocab-size": arch.vocab_size,
@@ -48,12 +64,17 @@ def megatron_flags(arch: Architecture) -> list[str]:
         "--tokenizer-type": "NullTokenizer",
     }
     flags = [str(word) for pair in values.items() for word in pair]
-    flags += ["--swiglu", "--group-query-attention"]
+    flags += ["--swiglu"] if arch.latent else ["--swiglu", "--group-query-attention"]
     if linear_biases != {True}:
         flags.append("--disable-bias-linear")
         flags += ["--add-qkv-bias"] if arch.qkv_bias else []
-    flags += ["--qk-layernorm"] if arch.qk_norm else []
+    flags += ["--qk-layernorm"] if has_qk_norm(arch) else []
     flags += [] if arch.tied else ["--untie-embeddings-and-output-weights"]
+    if arch.experts is not None and arch.experts.float32_router:
+        flags += ["--moe-router-dtype", "fp32"]
+    if arch.experts is not None and arch.experts.has_correction:
+        # Fine-tuning leaves the balance of the experts as it is.
+        flags += ["--moe-router-bias-update-rate", "0"]
     return flags + _flags_of(layer_arguments(arch))
 
 
@@ -75,27 +96,79 @@ def layer_arguments(arch: Architecture) -> dict[str, object]:
                 "Megatron scales the scores of all layers alike, but config.json has layers without rotary embedding, "
                 "to which yarn's attention factor does not apply: set attention_factor to 1 if that is meant"
             )
-    return found | _expert_arguments(arch)
+    return found | _expert_arguments(arch) | _latent_arguments(arch)
+
+
+def value_channels(arch: Architecture) -> int:
+    """What Megatron's local attention takes a head's output to be wide."""
+    return arch.head_dim if arch.latent is None else arch.latent.value_dim
+
+
+def has_qk_norm(arch: Architecture) -> bool:
+    """Norms of queries and keys, or of the latents they are made from."""
+    return arch.qk_norm or arch.latent is not None
 
 
 def _expert_arguments(arch: Architecture) -> dict[str, object]:
     experts = arch.experts
     if experts is None:
         return {}
+    by_sigmoid, groups = experts.score == "sigmoid", experts.groups
     if experts.per_token == 1 and experts.normalized:
         raise ValueError(
             "Megatron's router cannot give a weight of 1 to the only expert of a token, which config.json asks for "
             "(one expert per token, normalised)"
+        )
+    if by_sigmoid and experts.per_token > 1 and not experts.normalized:
+        raise ValueError("Megatron's router normalises sigmoid scores, but config.json says norm_topk_prob false")
+    if groups is not None and experts.per_token // groups.top != 2:
+        raise ValueError(
+            f"Megatron's router ranks groups of experts by their {experts.per_token // groups.top} best scores "
+            f"(experts per token / groups per token), but this family by the best 2"
         )
     return {
         "num_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_hidden_size,
         "moe_router_topk": experts.per_token,
         # Normalising the chosen of all softmax weights is a softmax over the chosen logits.
-        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_pre_softmax": not experts.normalized and not by_sigmoid,
         # Megatron's checkpoints name layers one by one where this is a list.
         "moe_layer_freq": 1 if all(experts.layers) else _pattern(experts.layers),
+        "moe_router_score_function": experts.score,
+        "moe_router_topk_scaling_factor": None if experts.scaling == 1 else experts.scaling,
+        "moe_router_enable_expert_bias": experts.has_correction,
+        "moe_router_num_groups": None if groups is None else groups.count,
+        "moe_router_group_topk": None if groups is None else groups.top,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
     }
+
+
+def _latent_arguments(arch: Architecture) -> dict[str, object]:
+    latent, scaling = arch.latent, arch.rope_scaling
+    if latent is None:
+        return {}
+    found = {
+        "multi_latent_attention": True,
+        "q_lora_rank": latent.query_rank,
+        "kv_lora_rank": latent.key_value_rank,
+        "qk_head_dim": latent.plain_dim,
+        "qk_pos_emb_head_dim": latent.rotary_dim,
+        "v_head_dim": latent.value_dim,
+        "rope_type": "rope" if scaling is None else "yarn",
+    }
+    if scaling is None:
+        return found
+    if scaling.type != "yarn" or not scaling.truncate:
+        raise ValueError("Megatron's latent attention knows the default rotary embedding and yarn with truncate only")
+    # The attention factor is a quotient of two scales, the second of which scales the scores as well.
+    scales = (scaling.scale, scaling.score_scale) if scaling.scale and scaling.score_scale else (1.0, 0.0)
+    quotient = yarn_scale(scaling.factor, scales[0]) / yarn_scale(scaling.factor, scales[1])
+    if scales[1] != scaling.score_scale or quotient != scaling.attention_factor:
+        raise ValueError(
+            "Megatron's latent attention takes yarn's attention factor from mscale and mscale_all_dim together, but "
+            "config.json gives mscale_all_dim alone or an attention_factor"
+        )
+    return found | {"rotary_scaling_factor": scaling.factor, "mscale": scales[0], "mscale_all_dim": scales[1]}
 
 
 def layer_flags() -> set[str]:
@@ -128,7 +201,15 @@ def padded_vocab_size(vocab_size: int, args: argparse.Namespace) -> int:
 def describe_layers(args: argparse.Namespace, arch: Architecture) -> None:
     """Set layer_arguments, and what has no flag."""
     vars(args).update(layer_arguments(arch))
+    args.group_query_attention = arch.latent is None
     args.softmax_scale = arch.softmax_scale()
+    if arch.latent is not None:
+        args.rotary_base, scaling = arch.rope_base, arch.rope_scaling
+        # Megatron's fused rotary embedding of latent attention is yarn's.
+        args.apply_rope_fusion = args.apply_rope_fusion and scaling is not None
+        if scaling is not None:
+            args.original_max_position_embeddings = scaling.original_max_position_embeddings
+            args.beta_fast, args.beta_slow = scaling.beta_fast, scaling.beta_slow
     if arch.window_layers and args.transformer_impl == "local":
         # Megatron's fused softmax knows no window.
         args.masked_softmax_fusion = False
