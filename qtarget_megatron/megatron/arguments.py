@@ -10,6 +10,7 @@ from pathlib import Path
 from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.kernels import BACKENDS
+from qtarget_megatron.planning import division_problems, stage_problems
 from qtarget_megatron.sparse_teacher import TAIL_RULES
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
@@ -209,49 +210,28 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
 
 def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None:
     """Refuse a parallel layout that this model cannot be cut into, before anything is built. Raises ValueError."""
-    tp = args.tensor_model_parallel_size
-    heads, groups = arch.num_attention_heads, arch.num_query_groups
-    if heads % tp != 0:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide the {heads} attention heads of the {who}: use one of "
-            f"{_divisors(heads)}"
-        )
-    if groups % tp != 0 and tp % groups != 0:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} neither divides nor is a multiple of the {groups} key/value heads of "
-            f"the {who}: use one of {[d for d in _divisors(heads) if groups % d == 0 or d % groups == 0]}"
-        )
-    if arch.ffn_hidden_size % tp != 0:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide the MLP width {arch.ffn_hidden_size} of the {who}"
-        )
-    if arch.hidden_size % tp != 0:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide the hidden size {arch.hidden_size} of the {who}"
-        )
-    if args.seq_length is not None and args.seq_length > arch.max_position_embeddings:
-        raise ValueError(
-            f"--seq-length {args.seq_length} exceeds the {arch.max_position_embeddings} positions of the {who}"
-        )
-    if arch.sliding_window is not None and (args.seq_length or 0) > arch.sliding_window:
-        raise ValueError(
-            f"the {who} attends within a sliding window of {arch.sliding_window} tokens, which this version does not "
-            f"build: use --seq-length of at most {arch.sliding_window}, got {args.seq_length}"
-        )
-    if args.sequence_parallel and args.seq_length is not None and args.seq_length % tp != 0:
-        raise ValueError(f"--sequence-parallel needs --seq-length divisible by {tp}, got {args.seq_length}")
+    tp, length = args.tensor_model_parallel_size, args.seq_length
+    for problem in division_problems(arch, who, tensor=tp, seq_length=length):
+        raise ValueError(problem)
+    if args.sequence_parallel and length is not None and length % tp != 0:
+        raise ValueError(f"--sequence-parallel needs --seq-length divisible by {tp}, got {length}")
 
 
 def check_whole_stages(args: argparse.Namespace, arch: Architecture, who: str) -> None:
     """Refuse pipeline stages that the first model's layers do not divide into, unless flags say how they are shared.
     Raises ValueError."""
-    pp = args.pipeline_model_parallel_size
-    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
-    if arch.num_layers % pp != 0 and not uneven and args.pipeline_model_parallel_layout is None:
-        raise ValueError(
-            f"--pipeline-model-parallel-size {pp} does not divide the {arch.num_layers} layers of the {who}: use one "
-            f"of {_divisors(arch.num_layers)}, or say with --pipeline-model-parallel-layout which stage has which"
-        )
+    if not states_stages(args):
+        for problem in stage_problems(arch, who, pipeline=args.pipeline_model_parallel_size):
+            raise ValueError(problem)
+
+
+def states_stages(args: argparse.Namespace) -> bool:
+    """Whether flags say which pipeline stage has which layers."""
+    return bool(
+        args.decoder_first_pipeline_num_layers
+        or args.decoder_last_pipeline_num_layers
+        or args.pipeline_model_parallel_layout
+    )
 
 
 def padded_vocab_size(vocab_size: int, args: argparse.Namespace) -> int:
@@ -278,7 +258,3 @@ def check_head(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{key.replace('_', '-')} needs Megatron's own output layer: give --qtarget-materialize-logits"
             )
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
