@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import random
@@ -111,6 +112,15 @@ def run_all(runs: dict[str, list], folder: str, common=COMMON) -> dict[str, dict
         results[name] = {"code": code, "printed": printed.getvalue(), "scalars": written}
         reset()
     return results
+
+
+def run_tool(name: str, words: list) -> tuple[int, str]:
+    """Exit code and output of tools/<name>.py in this process group; called on every rank (by launching.run_ranks)."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = importlib.import_module(f"tools.{name}").main([str(word) for word in words])
+    reset()
+    return code, printed.getvalue()
 
 
 def scalars(board: Path) -> dict[str, list[float]]:

@@ -84,7 +84,7 @@ def swap_gate_and_up(weights):
 def launch(world_size, jobs, timeout=420):
     """Results of every rank, by job."""
     jobs = {name: tuple(map(str, job)) for name, job in jobs.items()}
-    results = run_ranks(world_size, run_all, (jobs,), timeout)
+    results = run_ranks(world_size, run_all, (jobs,), timeout, megatron=True)
     return {name: [result[name] for result in results] for name in jobs}
 
 

@@ -175,7 +175,7 @@ def command_line(workspace, changes):
 @pytest.fixture(scope="module")
 def outcomes(workspace):
     runs = {name: command_line(workspace, changes) for name, (changes, _) in CASES.items()}
-    return run_ranks(1, run_all, (runs, str(workspace), []), timeout=240)[0]
+    return run_ranks(1, run_all, (runs, str(workspace), []), timeout=240, megatron=True)[0]
 
 
 @pytest.mark.parametrize("name", CASES)
