@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +77,27 @@ def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False
         check_space(directory.folder, values * model.args.params_dtype.itemsize)
 
     on_first_rank(begin)
+    for chunk in model.chunks:
+        chunk.sharded_state_dict = partial(_without_views, chunk.sharded_state_dict)
     save_checkpoint(0, model.wrapped, None, None, 0, release=True)
     on_first_rank(directory.finish)
+
+
+def _without_views(sharded_state_dict: Callable[..., dict], *arguments: Any, **keywords: Any) -> dict:
+    """A chunk's sharded state, to be saved: tensors that are part of a larger one become ones of their own, in the same
+    memory. Megatron would copy them, all at once: the two halves of every gated layer."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = sharded_state_dict(*arguments, **keywords)
+    apply_factories(state)
+    for sharded in nested_values(state):
+        if isinstance(sharded, ShardedTensor) and sharded.data is not None and sharded.data.device.type == "cpu":
+            data = sharded.data.detach()
+            if data.is_contiguous() and data.numel():
+                alias = torch.from_numpy(data.view(-1).view(torch.uint8).numpy())
+                sharded.data = alias.view(data.dtype).view(data.shape)
+    return state
 
 
 def export_hf(hf_model: Path, load: Path, save_hf: Path, words: list[str], *, cpu: bool = False) -> dict[str, str]:

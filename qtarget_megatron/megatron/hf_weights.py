@@ -29,8 +29,8 @@ from qtarget_megatron.checkpoint import (
 )
 from qtarget_megatron.megatron.commands import on_first_rank
 
-# Of each rank's shard, at a time.
-_GATHERED_BYTES = 1 << 22
+# Of a shard, sent at a time.
+_BLOCK_BYTES = 1 << 22
 
 
 def load_hf_weights(
@@ -101,7 +101,7 @@ def save_hf_weights(
     so the directory must be on storage that all nodes share. It holds no more than one parameter, as a whole, beside
     its own shard. The directory appears under its final name only when it is complete.
 
-    Collectives: gathers of sharded parameters over the tensor-parallel group; object gathers and broadcasts.
+    Communicates: shards over the tensor-parallel group to the rank that writes; object gathers and broadcasts.
     """
     dtype = dtype or arch.dtype
     plan = plan_shards(arch, dtype, stages=_stages(models, arch))
@@ -112,11 +112,12 @@ def save_hf_weights(
     held = {file for file in mine if _is_writer(mine[file]) and export.holds_shard(file)}
     held = set().union(*_gather(held, None))
     left = [file for file in mine if file not in held]
+    gathering = _Gathering(parameters, dtype)
     names, shapes = dict(plan), hf_tensor_shapes(arch)
     written = [name for file in left if _is_writer(mine[file]) for name in names[file]]
     report = progress(sum(math.prod(shapes[name]) for name in written) * dtype.itemsize)
     for file in left:
-        tensors = _tensors(arch, parameters, set(names[file]), dtype, report)
+        tensors = _tensors(arch, parameters, set(names[file]), gathering, report)
         if _is_writer(mine[file]):
             export.write_shard(file, tensors)
         else:
@@ -178,22 +179,20 @@ def _tensors(
     arch: Architecture,
     parameters: Sequence[_Parameter],
     wanted: set[str],
-    dtype: torch.dtype,
+    gathering: _Gathering,
     report: Callable[[int], None],
 ) -> Iterator[tuple[str, Iterator[Tensor]]]:
-    """Name and pieces of the wanted Hugging Face tensors, on the writer; nothing elsewhere. Collective."""
+    """Name and pieces of the wanted Hugging Face tensors, on the writer, one after another; nothing elsewhere."""
     for parameter in parameters:
         names = wanted.intersection(parameter.hf_names)
         if not names:
             continue
-        shards = _gathered_shards(parameter, dtype)
+        shards = gathering.shards(parameter)
         if shards is None:
             continue
         merged = merge_rows(arch, parameter.name, layer_offset=parameter.layer_offset, shards=shards)
         for name in names:
             yield name, _reported(merged.pop(name), report)
-        # Not while the next ones are gathered.
-        del shards, merged
 
 
 def _reported(pieces: Iterator[Tensor], report: Callable[[int], None]) -> Iterator[Tensor]:
@@ -202,23 +201,41 @@ def _reported(pieces: Iterator[Tensor], report: Callable[[int], None]) -> Iterat
         report(piece.nbytes)
 
 
-def _gathered_shards(parameter: _Parameter, dtype: torch.dtype) -> list[Tensor] | None:
-    """The shards of all ranks of the group, in order, on the CPU of its first rank; None elsewhere. Collective."""
-    shard, group = parameter.shard, parameter.group
-    if partition_dim(parameter.name) is None or group.size() == 1:
-        return [shard.to(dtype)] if _is_writer(group) else None
-    shards = None
-    if _is_writer(group):
-        shards = [torch.empty(shard.shape, dtype=dtype, device="cpu") for _ in range(group.size())]
-    # Some rows at a time: backends make a copy of what they gather.
-    step = max(_GATHERED_BYTES * len(shard) // (shard.numel() * dtype.itemsize), 1)
-    for row in range(0, len(shard), step):
-        block = shard[row : row + step].to(dtype).contiguous()
-        blocks = None if shards is None else [torch.empty_like(block) for _ in shards]
-        dist.gather(block, blocks, group=group, group_dst=0)
-        for whole, part in zip(shards or (), blocks or (), strict=True):
-            whole[row : row + step] = part
-    return shards
+class _Gathering:
+    """Brings the shards of one parameter after another to the first rank of its group, always into the same memory.
+
+    Sent and received, not gathered: gloo's gather makes copies, and keeps them for a while.
+    """
+
+    def __init__(self, parameters: Sequence[_Parameter], dtype: torch.dtype):
+        largest = max((p.shard.numel() * _ranks(p) for p in parameters if _is_writer(p.group)), default=0)
+        self._whole = torch.empty(largest, dtype=dtype, device="cpu")
+        device = parameters[0].shard.device if parameters else None
+        self._block = torch.empty(_BLOCK_BYTES // dtype.itemsize, dtype=dtype, device=device)
+
+    def shards(self, parameter: _Parameter) -> list[Tensor] | None:
+        """Those of all ranks, in order, on the CPU of the first rank, until the next call; None elsewhere."""
+        own, group, ranks = parameter.shard.view(-1), parameter.group, _ranks(parameter)
+        if not _is_writer(group):
+            for begin in range(0, own.numel() if ranks > 1 else 0, self._block.numel()):
+                part = own[begin : begin + self._block.numel()]
+                block = self._block[: part.numel()]
+                block.copy_(part)
+                dist.send(block, group=group, group_dst=0)
+            return None
+        shards = self._whole[: own.numel() * ranks].view(ranks, own.numel())
+        shards[0].copy_(own)
+        for rank in range(1, ranks):
+            for part in shards[rank].split(self._block.numel()):
+                block = self._block[: part.numel()]
+                dist.recv(block, group=group, group_src=rank)
+                part.copy_(block)
+        return [shard.view(parameter.shard.shape) for shard in shards]
+
+
+def _ranks(parameter: _Parameter) -> int:
+    """How many hold a different shard each."""
+    return 1 if partition_dim(parameter.name) is None else parameter.group.size()
 
 
 def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
