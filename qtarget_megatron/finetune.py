@@ -41,6 +41,7 @@ from qtarget_megatron.megatron.arguments import (
 )
 from qtarget_megatron.megatron.commands import print_error
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
+from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.saved_model import SavedModel
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.resumable import ResumableDirectory, file_digest
@@ -244,7 +245,11 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     )
     if args.save_hf is not None:
         dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
-        save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype)
+
+        def progress(total: int):
+            return Progress("qtarget_megatron: writing", total, unit="GB", scale=1e9).add
+
+        save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype, progress=progress)
         if args.rank == 0:
             print(f"qtarget_megatron: exported the model to {args.save_hf}", flush=True)
     _report_peak_memory(args.rank)

@@ -296,7 +296,7 @@ def _cut(shards: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[list[to
     return runs
 
 
-def _side_by_side(shards: Sequence[torch.Tensor], block: int = 1 << 24) -> Iterator[torch.Tensor]:
+def _side_by_side(shards: Sequence[torch.Tensor], block: int = 1 << 22) -> Iterator[torch.Tensor]:
     """The columns of all shards in one matrix, some rows, of about so many bytes, at a time."""
     step = max(block // (sum(shard.shape[1] for shard in shards) * shards[0].itemsize), 1)
     for row in range(0, len(shards[0]), step):

@@ -286,7 +286,6 @@ def _build(
     saved: SavedModel | None,
     progress: str | None,
 ) -> OpenModel:
-    from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import get_model
 
@@ -299,7 +298,7 @@ def _build(
     wrapped = get_model(provider, wrap_with_ddp=False)
     if saved is not None:
         saved.check_fits(provider.built, arch, f"the model in {args.hf_model}")
-        load_checkpoint(wrapped, None, None)
+        saved.load_into(provider.built)
     else:
         total = sum(parameter.nbytes for chunk in provider.built for parameter in chunk.parameters())
         report = Progress(progress, total, unit="GB", scale=1e9).add if progress else lambda nbytes: None

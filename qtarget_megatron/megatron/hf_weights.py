@@ -30,7 +30,7 @@ from qtarget_megatron.checkpoint import (
 from qtarget_megatron.megatron.commands import on_first_rank
 
 # Of a shard, sent at a time.
-_BLOCK_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 21
 
 
 def load_hf_weights(
@@ -208,7 +208,8 @@ class _Gathering:
     """
 
     def __init__(self, parameters: Sequence[_Parameter], dtype: torch.dtype):
-        largest = max((p.shard.numel() * _ranks(p) for p in parameters if _is_writer(p.group)), default=0)
+        cut = [p for p in parameters if _ranks(p) > 1 and _is_writer(p.group)]
+        largest = max((p.shard.numel() * _ranks(p) for p in cut), default=0)
         self._whole = torch.empty(largest, dtype=dtype, device="cpu")
         device = parameters[0].shard.device if parameters else None
         self._block = torch.empty(_BLOCK_BYTES // dtype.itemsize, dtype=dtype, device=device)
@@ -216,9 +217,10 @@ class _Gathering:
     def shards(self, parameter: _Parameter) -> list[Tensor] | None:
         """Those of all ranks, in order, on the CPU of the first rank, until the next call; None elsewhere."""
         own, group, ranks = parameter.shard.view(-1), parameter.group, _ranks(parameter)
+        if ranks == 1:
+            return [parameter.shard.to("cpu", self._whole.dtype)] if _is_writer(group) else None
         if not _is_writer(group):
-            for begin in range(0, own.numel() if ranks > 1 else 0, self._block.numel()):
-                part = own[begin : begin + self._block.numel()]
+            for part in own.split(self._block.numel()):
                 block = self._block[: part.numel()]
                 block.copy_(part)
                 dist.send(block, group=group, group_dst=0)
