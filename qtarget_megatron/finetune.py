@@ -14,9 +14,7 @@ schedules, checkpoints and logs. The shape of the model comes from --hf-model an
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +25,6 @@ from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import (
     Architecture,
     HFReader,
-    check_output_directory,
     check_tensors,
 )
 from qtarget_megatron.data import JsonlFile
@@ -42,10 +39,12 @@ from qtarget_megatron.megatron.arguments import (
     megatron_flags,
     record_architecture,
 )
+from qtarget_megatron.megatron.commands import print_error
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
+from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.saved_model import SavedModel
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
-from qtarget_megatron.resumable import file_digest
+from qtarget_megatron.resumable import ResumableDirectory, file_digest
 from qtarget_megatron.sparse_teacher import check_residuals
 from qtarget_megatron.teacher_cache import TeacherCache
 
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         # Bad input is one line; a fault inside Megatron or torch keeps its traceback.
         if not launch.is_bad_input(error):
             raise
-        _print_error(error, int(os.environ.get("RANK", "0")))
+        print_error("finetune", error)
         return 2
     return 0
 
@@ -136,7 +135,7 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
         if path is not None:
             JsonlFile(path)
     if args.save_hf is not None:
-        check_output_directory(args.save_hf)
+        ResumableDirectory(args.save_hf).check()
     resumes = None not in (args.load, args.save) and Path(args.load).absolute() == Path(args.save).absolute()
     if not resumes and launch.has_checkpoint(args.save):
         raise ValueError(
@@ -246,7 +245,11 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     )
     if args.save_hf is not None:
         dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
-        save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype)
+
+        def progress(total: int):
+            return Progress("qtarget_megatron: writing", total, unit="GB", scale=1e9).add
+
+        save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype, progress=progress)
         if args.rank == 0:
             print(f"qtarget_megatron: exported the model to {args.save_hf}", flush=True)
     _report_peak_memory(args.rank)
@@ -258,15 +261,6 @@ def _report_peak_memory(rank: int) -> None:
     if rank == 0:
         text = " ".join(f"{peak / 2**30:.2f}" for peak in peaks)
         print(f"qtarget_megatron: peak memory per rank (GiB): {text}", flush=True)
-
-
-def _print_error(error: ValueError, rank: int) -> None:
-    """One line from rank 0. Another rank speaks up only if it is still there a moment later: where all fail alike, the
-    launcher has ended it by then."""
-    if rank != 0:
-        time.sleep(5)
-    where = f" on rank {rank}" if rank != 0 else ""
-    print(f"finetune: error{where}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ ALLOWED = {
     "verification": {"objectives", "loss", "linear_loss", "sparse_teacher", "collectives"},
     "data": {"data", "side_inputs"},
     "teacher_cache": {"teacher_cache", "data"},
-    "checkpoint": {"checkpoint"},
+    "checkpoint": {"checkpoint", "resumable"},
     "planning": {"checkpoint"},
     "__init__": {"objectives", "statistics", "loss", "linear_loss", "inspection", "sparse_teacher"},
     "megatron": {

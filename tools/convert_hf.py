@@ -16,6 +16,11 @@
     python tools/convert_hf.py check --hf-model DIR --load CKPT
     python tools/convert_hf.py check --hf-model OUT --reference DIR
 
+OUT and CKPT appear when they are complete; until then they are filled in a hidden folder beside them,
+.NAME.incomplete. An export that was interrupted goes on when the same command is given again: the
+files that were complete are kept if their SHA-256 still says so. Started from another checkpoint,
+dtype or number of pipeline stages it is refused, until that folder is deleted. An import starts anew.
+
 Every Megatron flag works: layout, --bf16 or --fp16 to change the dtype (import and export keep it,
 check computes in float32), --transformer-impl, --ckpt-step. finetune reads --hf-model and writes
 --save-hf by itself; this tool is for other programs, and to look before a long run.
@@ -29,6 +34,7 @@ own that such a checkpoint does not hold; finetune, export and check set it them
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -70,7 +76,11 @@ def run_export(ours: argparse.Namespace, words: list[str]) -> int:
     from qtarget_megatron.megatron.commands import print_once
     from qtarget_megatron.megatron.convert import export_hf
 
-    export_hf(ours.hf_model, ours.load, ours.save_hf, words, cpu=ours.cpu)
+    if ours.checksums is not None and not ours.checksums.absolute().parent.is_dir():
+        raise ValueError(f"--checksums {ours.checksums}: there is no directory {ours.checksums.parent}: create it")
+    digests = export_hf(ours.hf_model, ours.load, ours.save_hf, words, cpu=ours.cpu)
+    if ours.checksums is not None and int(os.environ.get("RANK", "0")) == 0:
+        ours.checksums.write_text("".join(f"{digest}  {file}\n" for file, digest in digests.items()))
     print_once(f"convert_hf: exported {ours.load} to {ours.save_hf}")
     return 0
 
@@ -137,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", run_export, "Megatron checkpoint to Hugging Face directory")
     add(sub, "--load", "CKPT", "the Megatron checkpoint", required=True)
     add(sub, "--save-hf", "OUT", f"where to write the model: {new}", required=True)
+    add(sub, "--checksums", "FILE", "write the SHA-256 of each file there: cd OUT && sha256sum -c FILE (default: none)")
     sub = command("check", run_check, "Compare the logits of Megatron and transformers, in float32")
     add(sub, "--load", "CKPT", "Megatron checkpoint with the weights (default: those of --hf-model)")
     add(sub, "--reference", "DIR", "what transformers loads (default: --hf-model)")

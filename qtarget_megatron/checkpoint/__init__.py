@@ -1,14 +1,16 @@
 """Hugging Face checkpoints: read a rank's slices, map them to Megatron parameters, export them."""
 
-from qtarget_megatron.checkpoint.architecture import Architecture, RopeScaling
+from qtarget_megatron.checkpoint.architecture import Architecture, RopeScaling, read_config
 from qtarget_megatron.checkpoint.hf_reader import HFReader
-from qtarget_megatron.checkpoint.hf_writer import HFExport, check_output_directory, plan_shards
+from qtarget_megatron.checkpoint.hf_writer import HFExport, ShardPlan, plan_shards
 from qtarget_megatron.checkpoint.layout import (
     check_tensors,
     hf_names,
     hf_tensor_shapes,
     load_parameter,
     merge_parameter,
+    merge_rows,
+    parameter_pieces,
     partition_dim,
 )
 from qtarget_megatron.checkpoint.transformers_model import transformers_logits
@@ -18,13 +20,16 @@ __all__ = [
     "HFExport",
     "HFReader",
     "RopeScaling",
-    "check_output_directory",
+    "ShardPlan",
     "check_tensors",
     "hf_names",
     "hf_tensor_shapes",
     "load_parameter",
     "merge_parameter",
+    "merge_rows",
+    "parameter_pieces",
     "partition_dim",
     "plan_shards",
+    "read_config",
     "transformers_logits",
 ]

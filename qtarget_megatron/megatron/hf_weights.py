@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from qtarget_megatron.checkpoint import (
     Architecture,
     HFExport,
     HFReader,
+    ShardPlan,
     hf_names,
-    load_parameter,
-    merge_parameter,
+    hf_tensor_shapes,
+    merge_rows,
+    parameter_pieces,
     partition_dim,
     plan_shards,
 )
+from qtarget_megatron.megatron.commands import on_first_rank
+
+# Of a shard, sent at a time.
+_BLOCK_BYTES = 1 << 21
 
 
-def load_hf_weights(model: GPTModel, reader: HFReader, arch: Architecture) -> None:
-    """Fill one pipeline stage from a Hugging Face checkpoint, reading only this rank's slices.
+def load_hf_weights(
+    model: GPTModel, reader: HFReader, arch: Architecture, report: Callable[[int], None] = lambda nbytes: None
+) -> None:
+    """Fill one pipeline stage from a Hugging Face checkpoint, reading only this rank's slices, one at a time.
 
     Rows of the vocabulary go by token id: zeros where the model has more of them, left out where it has fewer.
-    ValueError where a parameter has no counterpart there or another shape.
+    report: called with the bytes of the parameters that were filled, bit by bit. ValueError where a parameter has no
+    counterpart there or another shape.
     """
     group = model.pg_collection.tp
     for name, parameter in model.named_parameters():
-        shard = load_parameter(
+        pieces = parameter_pieces(
             reader,
             arch,
             name,
@@ -40,13 +53,21 @@ def load_hf_weights(model: GPTModel, reader: HFReader, arch: Architecture) -> No
             tp_size=group.size(),
             padded_vocab_size=model.vocab_size,
         )
-        if shard.shape != parameter.shape:
+        rows = 0
+        for piece in pieces:
+            target = parameter.detach()[rows : rows + len(piece)]
+            rows += len(piece)
+            given = [rows, *piece.shape[1:]]
+            if target.shape == piece.shape:
+                target.copy_(piece)
+                report(target.nbytes)
+            # Not while the next one is read.
+            del piece
+        if given != list(parameter.shape):
             raise ValueError(
-                f"{name} is {list(parameter.shape)} on this rank, but {reader.directory} gives {list(shard.shape)}: "
+                f"{name} is {list(parameter.shape)} on this rank, but {reader.directory} gives {given}: "
                 "the model was not built from this directory's config.json"
             )
-        with torch.no_grad():
-            parameter.copy_(shard)
 
 
 def check_complete(models: Sequence[GPTModel], arch: Architecture) -> None:
@@ -65,57 +86,158 @@ def save_hf_weights(
     source: Path,
     out: Path,
     dtype: torch.dtype | None = None,
-) -> None:
+    *,
+    made_from: Mapping[str, Any] | None = None,
+    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda nbytes: None,
+) -> dict[str, str]:
     """Export the model of all ranks as a Hugging Face directory; call it on every rank.
 
     models: this rank's model chunks. source: the directory whose config and tokenizer files are carried over.
-    dtype: of the exported tensors, default the architecture's. One tensor-parallel rank of each pipeline stage writes
-    that stage's files, so the directory must be on storage that all nodes share. It appears under its final name only
-    when it is complete.
+    dtype: of the exported tensors, default the architecture's. made_from: see HFExport; the files that an interrupted
+    export of the same wrote to their end are kept. progress: called with the bytes that this rank writes, returns what
+    is called with those that were written, bit by bit. Returns the SHA-256 of each file.
 
-    Collectives: one all-gather per sharded parameter over the tensor-parallel group; object gathers and barriers.
+    Of each pipeline stage, its data-parallel replicas share the files; one tensor-parallel rank of a replica writes,
+    so the directory must be on storage that all nodes share. It holds no more than one parameter, as a whole, beside
+    its own shard. The directory appears under its final name only when it is complete.
+
+    Communicates: shards over the tensor-parallel group to the rank that writes; object gathers and broadcasts.
     """
     dtype = dtype or arch.dtype
     plan = plan_shards(arch, dtype, stages=_stages(models, arch))
-    temporary = _broadcast(f".{out.name}.incomplete-{torch.randint(2**62, ()).item():x}")
-    export = HFExport(out, source, arch, plan, dtype=dtype, temporary_name=temporary)
-    writes = (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    )
-    if dist.get_rank() == 0:
-        export.begin()
+    export = HFExport(out, source, arch, plan, dtype=dtype, made_from=made_from)
+    on_first_rank(export.begin)
+    parameters = _parameters(models, arch)
+    mine = _files_to_write(plan, parameters)
+    held = {file for file in mine if _is_writer(mine[file]) and export.holds_shard(file)}
+    held = set().union(*_gather(held, None))
+    left = [file for file in mine if file not in held]
+    gathering = _Gathering(parameters, dtype)
+    names, shapes = dict(plan), hf_tensor_shapes(arch)
+    written = [name for file in left if _is_writer(mine[file]) for name in names[file]]
+    report = progress(sum(math.prod(shapes[name]) for name in written) * dtype.itemsize)
+    for file in left:
+        tensors = _tensors(arch, parameters, set(names[file]), gathering, report)
+        if _is_writer(mine[file]):
+            export.write_shard(file, tensors)
+        else:
+            for _ in tensors:
+                pass
     dist.barrier()
-    mine = set(_held(models, arch))
-    tensors = _hf_tensors(models, arch, dtype)
-    for file, names in plan:
-        if mine.isdisjoint(names):
+    return on_first_rank(export.finish)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter of this rank.
+
+    group: the ranks that hold its shards, in order. replica, replicas: which of the groups that hold the same this is,
+    and how many there are. hf_names: of the tensors that it is exported to.
+    """
+
+    name: str
+    shard: Tensor
+    layer_offset: int
+    hf_names: tuple[str, ...]
+    group: ProcessGroup
+    replica: int
+    replicas: int
+
+
+def _parameters(models: Sequence[GPTModel], arch: Architecture) -> list[_Parameter]:
+    """What this rank holds a piece of, and with whom."""
+    return [
+        _Parameter(
+            name,
+            parameter.detach(),
+            offset,
+            hf_names(arch, name, layer_offset=offset),
+            model.pg_collection.tp,
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        )
+        for model in models
+        for offset in [_layer_offset(model)]
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def _files_to_write(plan: ShardPlan, parameters: Sequence[_Parameter]) -> dict[str, ProcessGroup]:
+    """File -> the group that gathers for it and whose first rank writes it; those that this rank has a part in."""
+    holders = {hf_name: parameter for parameter in parameters for hf_name in parameter.hf_names}
+    files = [(file, holders[names[0]]) for file, names in plan if names[0] in holders]
+    return {
+        file: holder.group for number, (file, holder) in enumerate(files) if number % holder.replicas == holder.replica
+    }
+
+
+def _is_writer(group: ProcessGroup) -> bool:
+    return group.rank() == 0
+
+
+def _tensors(
+    arch: Architecture,
+    parameters: Sequence[_Parameter],
+    wanted: set[str],
+    gathering: _Gathering,
+    report: Callable[[int], None],
+) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    """Name and pieces of the wanted Hugging Face tensors, on the writer, one after another; nothing elsewhere."""
+    for parameter in parameters:
+        names = wanted.intersection(parameter.hf_names)
+        if not names:
             continue
-        # The plan keeps each stage's order, so the stream fills one file after the other.
-        shard: dict[str, Tensor] = {}
-        while not shard.keys() >= set(names):
-            name, tensor = next(tensors)
-            shard[name] = tensor
-        if writes:
-            export.write_shard(file, shard)
-    for _ in tensors:
-        raise AssertionError("the export plan left out a tensor")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        export.finish()
-    dist.barrier()
+        shards = gathering.shards(parameter)
+        if shards is None:
+            continue
+        merged = merge_rows(arch, parameter.name, layer_offset=parameter.layer_offset, shards=shards)
+        for name in names:
+            yield name, _reported(merged.pop(name), report)
 
 
-def _hf_tensors(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for model in models:
-        group = model.pg_collection.tp
-        for name, parameter in model.named_parameters():
-            shard = parameter.detach().to(dtype)
-            shards = [shard]
-            if partition_dim(name) is not None and group.size() > 1:
-                shards = [torch.empty_like(shard) for _ in range(group.size())]
-                dist.all_gather(shards, shard.contiguous(), group=group)
-            yield from merge_parameter(arch, name, layer_offset=_layer_offset(model), shards=shards).items()
+def _reported(pieces: Iterator[Tensor], report: Callable[[int], None]) -> Iterator[Tensor]:
+    for piece in pieces:
+        yield piece
+        report(piece.nbytes)
+
+
+class _Gathering:
+    """Brings the shards of one parameter after another to the first rank of its group, always into the same memory.
+
+    Sent and received, not gathered: gloo's gather makes copies, and keeps them for a while.
+    """
+
+    def __init__(self, parameters: Sequence[_Parameter], dtype: torch.dtype):
+        cut = [p for p in parameters if _ranks(p) > 1 and _is_writer(p.group)]
+        largest = max((p.shard.numel() * _ranks(p) for p in cut), default=0)
+        self._whole = torch.empty(largest, dtype=dtype, device="cpu")
+        device = parameters[0].shard.device if parameters else None
+        self._block = torch.empty(_BLOCK_BYTES // dtype.itemsize, dtype=dtype, device=device)
+
+    def shards(self, parameter: _Parameter) -> list[Tensor] | None:
+        """Those of all ranks, in order, on the CPU of the first rank, until the next call; None elsewhere."""
+        own, group, ranks = parameter.shard.view(-1), parameter.group, _ranks(parameter)
+        if ranks == 1:
+            return [parameter.shard.to("cpu", self._whole.dtype)] if _is_writer(group) else None
+        if not _is_writer(group):
+            for part in own.split(self._block.numel()):
+                block = self._block[: part.numel()]
+                block.copy_(part)
+                dist.send(block, group=group, group_dst=0)
+            return None
+        shards = self._whole[: own.numel() * ranks].view(ranks, own.numel())
+        shards[0].copy_(own)
+        for rank in range(1, ranks):
+            for part in shards[rank].split(self._block.numel()):
+                block = self._block[: part.numel()]
+                dist.recv(block, group=group, group_src=rank)
+                part.copy_(block)
+        return [shard.view(parameter.shard.shape) for shard in shards]
+
+
+def _ranks(parameter: _Parameter) -> int:
+    """How many hold a different shard each."""
+    return 1 if partition_dim(parameter.name) is None else parameter.group.size()
 
 
 def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
@@ -142,9 +264,3 @@ def _gather(value, group) -> list:
     gathered = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
-
-
-def _broadcast(value):
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
