@@ -31,6 +31,7 @@ from qtarget_megatron.data import JsonlFile
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
+    check_experts,
     check_flags,
     check_head,
     check_layout,
@@ -42,7 +43,7 @@ from qtarget_megatron.megatron.arguments import (
 from qtarget_megatron.megatron.commands import print_error
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
 from qtarget_megatron.megatron.progress import Progress
-from qtarget_megatron.megatron.saved_model import SavedModel
+from qtarget_megatron.megatron.saved_model import SavedModel, check_resumed_experts
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.resumable import ResumableDirectory, file_digest
 from qtarget_megatron.sparse_teacher import check_residuals
@@ -127,6 +128,7 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
     """What needs no file but the small ones: objective, layout, data, output directory."""
     _check_second_model_flags(args, objective)
     check_layout(args, student, "student")
+    check_experts(args, student, "student", in_training=not args.skip_train)
     check_whole_stages(args, student, "student")
     check_head(args)
     if args.sft_train is None and not args.skip_train:
@@ -147,6 +149,8 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
             f"--load {args.load}: expected a Megatron checkpoint (latest_checkpointed_iteration.txt), found none: drop "
             "--load to start from --hf-model"
         )
+    if launch.has_checkpoint(args.load):
+        check_resumed_experts(args, student)
 
 
 def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Objective) -> None:

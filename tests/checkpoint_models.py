@@ -35,6 +35,12 @@ CASES = {
         "Qwen3",
         dict(num_key_value_heads=3, head_dim=6, attention_bias=True, tie_word_embeddings=True),
     ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        dict(num_key_value_heads=3, head_dim=6, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+        | dict(mlp_only_layers=[0]),
+    ),
+    "mixtral": ("Mixtral", dict(num_key_value_heads=3, num_local_experts=5)),
 }
 
 

@@ -31,6 +31,7 @@ LLAMA3 = {
     "high_freq_factor": 3.5,
     "original_max_position_embeddings": 24,
 }
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 # With 1 key/value head, two tensor-parallel ranks share one.
 FAMILIES = {
     "llama2": ("Llama", dict(num_key_value_heads=12)),
@@ -38,6 +39,17 @@ FAMILIES = {
     "mistral": ("Mistral", dict(num_key_value_heads=2, head_dim=8)),
     "qwen2": ("Qwen2", dict(num_key_value_heads=2, rms_norm_eps=1e-3)),
     "qwen3": ("Qwen3", dict(num_key_value_heads=1, head_dim=6)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        # The first and the third layer have one MLP; weights of the chosen experts do not add up to 1.
+        dict(num_key_value_heads=2, head_dim=6, mlp_only_layers=[0, 2], moe_intermediate_size=20, norm_topk_prob=False)
+        | EXPERTS,
+    ),
+    "qwen3_moe_normalized": (
+        "Qwen3Moe",
+        dict(num_key_value_heads=2, head_dim=6, moe_intermediate_size=20, norm_topk_prob=True) | EXPERTS,
+    ),
+    "mixtral": ("Mixtral", dict(num_key_value_heads=2) | EXPERTS),
     "biases": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
 }
 

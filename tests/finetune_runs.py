@@ -27,7 +27,7 @@ COMMON = [
 
 def write_models(folder: Path) -> None:
     """untied: a Llama; tied: a Qwen3 with qk norms and 2 key/value heads; teacher: another width, depth and tie; deep:
-    a teacher of the student's depth; odd: one of 3 layers."""
+    a teacher of the student's depth; odd: one of 3 layers; experts: a Qwen3-MoE whose first layer has one MLP."""
     sizes = dict(vocab_size=vocabulary(), max_position_embeddings=64, num_attention_heads=4)
     models = {
         "untied": ("Llama", dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4)),
@@ -49,6 +49,11 @@ def write_models(folder: Path) -> None:
     }
     models["deep"] = ("Llama", dict(hidden_size=48, intermediate_size=40, num_hidden_layers=4))
     models["odd"] = ("Llama", dict(hidden_size=40, intermediate_size=48, num_hidden_layers=3))
+    models["experts"] = (
+        "Qwen3Moe",
+        dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_key_value_heads=2, head_dim=16)
+        | dict(mlp_only_layers=[0], moe_intermediate_size=20, num_local_experts=4, num_experts_per_tok=2),
+    )
     generator = torch.Generator().manual_seed(11)
     for name, (family, extra) in models.items():
         write_model(folder / name, family, sizes | extra, generator)

@@ -3,6 +3,7 @@
 The truth is transformers (tiny random models that it saves) and loops written out here.
 """
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from qtarget_megatron.checkpoint import (
     check_tensors,
     hf_names,
     hf_tensor_shapes,
+    is_expert,
     load_parameter,
     merge_parameter,
     partition_dim,
@@ -33,10 +35,14 @@ def checkpoint(request, tmp_path_factory):
     model = make_model(request.param)
     model.save_pretrained(directory, max_shard_size="20KB")
     assert len(list(directory.glob("*.safetensors"))) > 1
+    arch = Architecture.from_hf(directory)
+    if arch.experts is not None:  # stacked in memory, one by one on disk
+        files = sorted(directory.glob("*.safetensors"))
+        return directory, HFReader(directory), arch, {n: t for file in files for n, t in load_file(file).items()}
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    return directory, HFReader(directory), Architecture.from_hf(directory), tensors
+    return directory, HFReader(directory), arch, tensors
 
 
 @pytest.fixture
@@ -47,20 +53,34 @@ def llama(tmp_path):
     return directory
 
 
+# The gate and up matrices of the first layer: Megatron's name, and those of both halves.
+_MLP = ("decoder.layers.0.mlp.linear_fc1.weight", "mlp.gate_proj", "mlp.up_proj")
+GATE_UP = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"), _MLP) | {
+    "mixtral": (
+        "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight",
+        "block_sparse_moe.experts.3.w1",
+        "block_sparse_moe.experts.3.w3",
+    )
+}
+
+
 def megatron_names(arch: Architecture, engine: str) -> list[str]:
     """What named_parameters() of a GPTModel lists, for the local or Transformer Engine layers."""
     names = ["embedding.word_embeddings.weight"]
     for i in range(arch.num_layers):
         layer, attention = f"decoder.layers.{i}", f"decoder.layers.{i}.self_attention"
-        if engine == "local":
-            names += [f"{layer}.input_layernorm.weight", f"{layer}.pre_mlp_layernorm.weight"]
+        local = engine == "local"
+        has_experts = arch.experts is not None and arch.experts.layers[i]
+        mlp_norm = "pre_mlp_layernorm.weight" if local or has_experts else "mlp.linear_fc1.layer_norm_weight"
+        names.append(f"{layer}.input_layernorm.weight" if local else f"{attention}.linear_qkv.layer_norm_weight")
+        names += [f"{attention}.linear_qkv.weight", f"{attention}.linear_proj.weight", f"{layer}.{mlp_norm}"]
+        if has_experts:
+            names.append(f"{layer}.mlp.router.weight")
+            for linear, expert in itertools.product(("linear_fc1", "linear_fc2"), range(arch.experts.count)):
+                inner = f"local_experts.{expert}.{linear}.weight" if local else f"{linear}.weight{expert}"
+                names.append(f"{layer}.mlp.experts.{inner}")
         else:
-            names += [
-                f"{attention}.linear_qkv.layer_norm_weight",
-                f"{layer}.mlp.linear_fc1.layer_norm_weight",
-            ]
-        names += [f"{attention}.linear_qkv.weight", f"{attention}.linear_proj.weight"]
-        names += [f"{layer}.mlp.linear_fc1.weight", f"{layer}.mlp.linear_fc2.weight"]
+            names += [f"{layer}.mlp.linear_fc1.weight", f"{layer}.mlp.linear_fc2.weight"]
         if arch.qkv_bias:
             names.append(f"{attention}.linear_qkv.bias")
         if arch.output_bias:
@@ -106,7 +126,8 @@ def test_load_then_merge_returns_every_tensor_bit_for_bit(checkpoint, engine, tp
 
 def test_tensor_shapes_are_those_of_transformers_in_its_order(checkpoint):
     _, reader, arch, tensors = checkpoint
-    assert list(hf_tensor_shapes(arch).items()) == [(n, tuple(t.shape)) for n, t in tensors.items()]
+    expected, actual = [(n, tuple(t.shape)) for n, t in tensors.items()], list(hf_tensor_shapes(arch).items())
+    assert actual == expected if arch.experts is None else sorted(actual) == sorted(expected)
     check_tensors(reader, arch)
 
 
@@ -137,9 +158,10 @@ def test_qkv_shards_are_the_grouped_rows_in_order(checkpoint, part, tp):
 @pytest.mark.parametrize("tp", TP_SIZES)
 def test_fc1_shards_hold_their_gate_rows_then_their_up_rows(checkpoint, tp):
     _, reader, arch, tensors = checkpoint
-    gate, up = (tensors[f"model.layers.0.mlp.{which}_proj.weight"] for which in ("gate", "up"))
-    rows = arch.ffn_hidden_size // tp
-    shards = load_all_ranks(reader, arch, "decoder.layers.0.mlp.linear_fc1.weight", tp)
+    name, *halves = GATE_UP[arch.family]
+    gate, up = (tensors[f"model.layers.0.{half}.weight"] for half in halves)
+    rows = len(gate) // tp
+    shards = load_all_ranks(reader, arch, name, tp)
     for rank, shard in enumerate(shards):
         expected = [gate[rank * rows + j] for j in range(rows)]
         expected += [up[rank * rows + j] for j in range(rows)]
@@ -168,7 +190,7 @@ def test_ranks_read_their_share_and_nothing_twice(checkpoint, tp):
     directory, _, arch, tensors = checkpoint
     if arch.tied:  # the head reads the embedding a second time, by design
         tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
-    whole = ("norm.weight", "norm.weight", "o_proj.bias", "down_proj.bias")
+    whole = ("norm.weight", "norm.weight", "o_proj.bias", "down_proj.bias", "gate.weight")
     replicated = sum(t.nbytes for n, t in tensors.items() if n.endswith(whole))
     sharded = sum(t.nbytes for t in tensors.values()) - replicated
     total = 0
@@ -205,7 +227,8 @@ def test_partition_dim_tells_which_parameters_to_gather(checkpoint):
     [
         "decoder.layers.0.self_attention.linear_qkv._extra_state",
         "rotary_pos_emb.inv_freq",
-        "decoder.layers.0.mlp.router.weight",
+        "decoder.layers.0.mlp.experts.local_experts.0.linear_fc3.weight",
+        "decoder.layers.0.mlp.experts.linear_fc1.weight",
         "module.output_layer.weight",
     ],
 )
@@ -219,6 +242,24 @@ def test_unknown_megatron_names_are_refused_by_name(llama, name):
     ):
         with pytest.raises(ValueError, match=name):
             call()
+
+
+@pytest.mark.parametrize("engine", ["local", "te"])
+def test_experts_are_counted_from_the_first_of_their_rank(tmp_path, engine):
+    make_model("mixtral").save_pretrained(tmp_path)
+    reader, arch = HFReader(tmp_path), Architecture.from_hf(tmp_path)
+    inner = "local_experts.1.linear_fc2.weight" if engine == "local" else "linear_fc2.weight1"
+    name = f"decoder.layers.0.mlp.experts.{inner}"
+    place = dict(layer_offset=2, expert_offset=3)
+    expected = "model.layers.2.block_sparse_moe.experts.4.w2.weight"
+    assert is_expert(name) and hf_names(arch, name, **place) == (expected,)
+    loaded = load_parameter(reader, arch, name, **place, tp_rank=0, tp_size=1, padded_vocab_size=PADDED)
+    assert torch.equal(loaded, reader.read(expected))
+    assert_same_bits(merge_parameter(arch, name, **place, shards=[loaded]), {expected: loaded})
+    with pytest.raises(ValueError, match="expert offset 4.*no such tensor"):
+        hf_names(arch, name, layer_offset=2, expert_offset=4)
+    for shared in ("decoder.layers.0.mlp.router.weight", "decoder.layers.0.mlp.linear_fc2.weight"):
+        assert not is_expert(shared)
 
 
 def test_wrong_layers_sizes_and_shards_are_refused(llama):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from qtarget_megatron.checkpoint import Architecture, RopeScaling
+from qtarget_megatron.checkpoint import Architecture, Experts, RopeScaling
 
 SHAPE = dict(
     vocab_size=131,
@@ -17,6 +17,8 @@ SHAPE = dict(
 )
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", **SHAPE)
 QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SHAPE)
+QWEN3_MOE = dict(architectures=["Qwen3MoeForCausalLM"], num_key_value_heads=4)
+MIXTRAL = dict(architectures=["MixtralForCausalLM"])
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=512)
 
 
@@ -34,8 +36,10 @@ def both(tmp_path, config: dict):
 FAMILIES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 
@@ -63,8 +67,8 @@ FAMILIES = {
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_are_what_transformers_reads(tmp_path, family, extra):
-    if family == "mistral" and "num_key_value_heads" in extra:
-        extra = extra | dict(num_key_value_heads=8)  # its config class takes no null here
+    if family in ("mistral", "mixtral", "qwen3_moe") and "num_key_value_heads" in extra:
+        extra = extra | dict(num_key_value_heads=8)  # their config classes take no null here
     ours, theirs = both(tmp_path, dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE, **extra))
     with torch.device("meta"):
         names = set(transformers.AutoModelForCausalLM.from_config(theirs).state_dict())
@@ -77,7 +81,7 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         ffn_hidden_size=theirs.intermediate_size,
         num_attention_heads=theirs.num_attention_heads,
         num_query_groups=theirs.num_key_value_heads,
-        head_dim=getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads),
+        head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
         vocab_size=theirs.vocab_size,
         max_position_embeddings=theirs.max_position_embeddings,
         norm_epsilon=theirs.rms_norm_eps,
@@ -92,7 +96,44 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         dtype=theirs.dtype or torch.bfloat16,
         eos_token_ids=() if ids is None else tuple(ids) if isinstance(ids, list) else (ids,),
         bos_token_id=theirs.bos_token_id,
+        experts=experts_of(theirs, names),
     )
+
+
+def experts_of(theirs, names):
+    """What transformers built: routers where there are experts."""
+    layers = tuple(f"model.layers.{i}.mlp.gate.weight" in names for i in range(theirs.num_hidden_layers))
+    if not any(layers):
+        return None
+    return Experts(
+        count=theirs.num_experts,
+        per_token=theirs.num_experts_per_tok,
+        ffn_hidden_size=getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
+        normalized=getattr(theirs, "norm_topk_prob", True),
+        layers=layers,
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "layers"),
+    [
+        ({}, [1, 1, 1, 1, 1]),
+        (dict(mlp_only_layers=[0, 3]), [0, 1, 1, 0, 1]),
+        (dict(decoder_sparse_step=2), [0, 1, 0, 1, 0]),
+        (dict(decoder_sparse_step=2, mlp_only_layers=[1]), [0, 0, 0, 1, 0]),
+        (dict(decoder_sparse_step=8), []),
+    ],
+)
+def test_layers_have_experts_where_transformers_builds_them(tmp_path, extra, layers):
+    config = SHAPE | dict(hidden_size=48, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=5)
+    config |= dict(
+        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_experts=6, moe_intermediate_size=8
+    )
+    ours, theirs = both(tmp_path, config | dict(num_experts_per_tok=3) | extra)
+    with torch.device("meta"):
+        names = set(transformers.AutoModelForCausalLM.from_config(theirs).state_dict())
+    assert ours.experts == experts_of(theirs, names)
+    assert layers == ([] if ours.experts is None else list(ours.experts.layers))
 
 
 ROPES = {
@@ -175,7 +216,7 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (dict(architectures=["GPT2LMHeadModel"]), "LlamaForCausalLM, MistralForCausalLM, Qwen2"),
+        (dict(architectures=["GPT2LMHeadModel"]), "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2"),
         (dict(architectures=["LlamaModel"]), "got \\['LlamaModel'\\]"),
         (dict(architectures=None), "got None"),
         (dict(architectures=[{}]), "expected architectures"),
@@ -204,6 +245,10 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (dict(rope_theta=-1), "rope_theta to be a positive number"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor 1"),
         (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor 1"),
+        (MIXTRAL | dict(num_local_experts=0), "num_experts to be a positive integer, got 0"),
+        (MIXTRAL | dict(num_experts_per_tok=9), "num_experts_per_tok of at most num_experts .8., got 9"),
+        (MIXTRAL | QWEN3_MOE | dict(mlp_only_layers="0"), "mlp_only_layers to be a list of layers, got '0'"),
+        (dict(architectures=["Own"], auto_map=dict(AutoModel="own.Own")), "auto_map.* is never run"),
         (QWEN2 | dict(use_sliding_window=True, max_window_layers=1), "mix full and sliding"),
         (QWEN2 | dict(use_sliding_window=True, layer_types=["full_attention"]), "list 2 layers"),
     ],

@@ -26,25 +26,40 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(120
 # float32 sums in another order; the largest difference measured was 4e-6, on logits up to 10.
 TOLERANCE = 1e-5
 MODELS = {f"{family}-{tie}": (family, tie == "tied") for family in FAMILIES for tie in ("tied", "untied")}
+WITH_EXPERTS = [name for name, (family, _) in MODELS.items() if "num_experts_per_tok" in FAMILIES[family][1]]
 # Padding to a multiple of the tensor-parallel size only: 131 rows at one rank, 132 at two.
 PADDING = ["--make-vocab-size-divisible-by", 1]
 TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
 VPP2 = ["--num-virtual-stages-per-pipeline-rank", 2]
+EP2, ETP1 = ["--expert-model-parallel-size", 2], ["--expert-tensor-parallel-size", 1]
 LAYOUTS = {
     1: {"single": []},
-    2: {"tp2": TP2, "pp2": PP2, "tp2-sp": [*TP2, "--sequence-parallel"], "pp2-vpp2": [*PP2, *VPP2]},
-    4: {"tp2-pp2": [*TP2, *PP2]},
+    2: {
+        "tp2": TP2,
+        "pp2": PP2,
+        "tp2-sp": [*TP2, "--sequence-parallel"],
+        "pp2-vpp2": [*PP2, *VPP2],
+        "ep2": EP2,
+        "tp2-ep2": [*TP2, *EP2, *ETP1],
+    },
+    4: {
+        "tp2-pp2": [*TP2, *PP2],
+        "tp2-ep2-etp2": [*TP2, *EP2],
+        "tp2-pp2-ep2": [*TP2, *PP2, *EP2, *ETP1],
+    },
 }
+DENSE = [layout for layout in LAYOUTS[2] if "ep2" not in layout]
 # Sequence and virtual pipeline parallelism cut no weights: a few models will do.
-FEW = ["llama3-tied", "qwen2-untied", "qwen3-tied"]
+FEW = ["llama3-tied", "qwen2-untied", "qwen3-tied", "qwen3_moe-untied"]
 COMPARED = [
     (world, layout, name)
     for world, layouts in LAYOUTS.items()
     for layout in layouts
-    for name in (FEW if layout in ("tp2-sp", "pp2-vpp2") else MODELS)
+    for name in (FEW if layout in ("tp2-sp", "pp2-vpp2") else WITH_EXPERTS if "ep2" in layout else MODELS)
 ]
-# Imported and exported: both ties, biases, qk norms, a shared key/value head, both dtypes.
+# Imported and exported: ties, biases, qk norms, a shared key/value head, both dtypes, experts in some or all layers.
 ROUND_TRIPS = ["llama3-untied", "qwen2-tied", "qwen3-untied", "biases-tied", "mistral-bf16"]
+ROUND_TRIPS += ["qwen3_moe-tied", "qwen3_moe_normalized-untied", "mixtral-untied"]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +79,9 @@ def workspace(tmp_path_factory):
     rope = {"rope_type": "default", "rope_theta": 20000.0}
     variant(good, folder / "wrong-theta", rope_parameters=rope)
     variant(good, folder / "wrong-eps", rms_norm_eps=1e-4)
+    experts = folder / "experts"
+    variant(experts, folder / "swapped-experts", tensors=swap_experts)
+    variant(experts, folder / "other-normalisation", norm_topk_prob=True)
     variant(good, folder / "unknown", architectures=["GPT2LMHeadModel"])
     weights = variant(good, folder / "truncated") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -79,6 +97,12 @@ def workspace(tmp_path_factory):
 def swap_gate_and_up(weights):
     gate, up = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up"))
     weights[gate], weights[up] = weights[up], weights[gate]
+
+
+def swap_experts(weights):
+    for part in ("gate", "up", "down"):
+        first, second = (f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight" for expert in (1, 2))
+        weights[first], weights[second] = weights[second], weights[first]
 
 
 def launch(world_size, jobs, timeout=420):
@@ -147,6 +171,9 @@ def one(workspace):
     for name in ("wrong-theta", "wrong-eps", "swapped", "with-nan"):
         words = ["check", "--hf-model", workspace / name, "--reference", good]
         jobs[f"check {name}"] = ("convert", *words)
+    experts = ("convert", "check", "--reference", workspace / "experts", "--hf-model")
+    for name in ("experts", "swapped-experts", "other-normalisation"):
+        jobs[f"check {name}"] = (*experts, workspace / name)
     jobs["check load swapped"] = (
         "convert",
         "check",
@@ -168,8 +195,8 @@ def one(workspace):
 def four(workspace, one):
     """TP2 x PP2: imports there, and exports of what one process imported."""
     jobs = logits_jobs(workspace, 4)
-    layout = LAYOUTS[4]["tp2-pp2"]
     for name in ROUND_TRIPS:
+        layout = LAYOUTS[4]["tp2-pp2-ep2" if name in WITH_EXPERTS else "tp2-pp2"]
         source = ("--hf-model", workspace / name)
         words = [*source, "--save", workspace / f"ckpt4-{name}", *PADDING, *layout]
         jobs[f"import {name}"] = ("convert", "import", *words)
@@ -181,7 +208,7 @@ def four(workspace, one):
             "--save-hf",
             workspace / f"back4-{name}",
         )
-    jobs["bytes"] = ("bytes_read", workspace / "llama2-untied", *PADDING, *layout)
+    jobs["bytes"] = ("bytes_read", workspace / "llama2-untied", *PADDING, *LAYOUTS[4]["tp2-pp2"])
     return launch(4, jobs)
 
 
@@ -193,11 +220,17 @@ def two(workspace, four):
         words = ["--hf-model", workspace / name, "--load", workspace / f"ckpt4-{name}"]
         out = workspace / f"back41-{name}"
         jobs[f"export {name}"] = ("convert", "export", *words, "--save-hf", out)
-    for layout, words in LAYOUTS[2].items():
+    for layout in DENSE:
+        words = LAYOUTS[2][layout]
         good = ["--hf-model", workspace / "untied", "--load", workspace / "ckpt-untied"]
         jobs[f"check {layout}"] = ("convert", "check", *good, *words)
         swapped = ["--hf-model", workspace / "swapped", "--reference", workspace / "untied"]
         jobs[f"check swapped {layout}"] = ("convert", "check", *swapped, *words)
+    experts = ("convert", "check", "--reference", workspace / "experts", "--hf-model")
+    for name in ("experts", "swapped-experts"):
+        jobs[f"check {name} ep2"] = (*experts, workspace / name, *EP2)
+    jobs["incomplete ep2"] = ("incomplete", workspace / "mixtral-untied", *EP2)
+    jobs["bytes ep2"] = ("bytes_read", workspace / "mixtral-untied", *PADDING, *EP2)
     jobs["incomplete pp2"] = ("incomplete", workspace / "llama2-tied", *PP2)
     jobs["incomplete pp2-vpp2"] = ("incomplete", workspace / "llama2-tied", *PP2, *VPP2)
     words = ["--hf-model", workspace / "other-weights", "--sft-train", workspace / "train.jsonl"]
@@ -267,6 +300,13 @@ def test_each_rank_reads_about_its_share(workspace, four):
     assert max(four["bytes"]) <= 1.05 * total / 4
 
 
+def test_each_rank_reads_its_experts_only(workspace, two):
+    tensors = read_tensors(workspace / "mixtral-untied")
+    experts = sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
+    shared = sum(tensor.nbytes for tensor in tensors.values()) - experts
+    assert two["bytes ep2"] == [shared + experts // 2] * 2
+
+
 def test_plain_megatron_reads_the_checkpoint(one, expected_logits):
     assert (only(one["plain"]) - expected_logits["llama2-untied"]).abs().max() <= TOLERANCE
 
@@ -291,6 +331,15 @@ def test_a_checkpoint_has_the_names_of_transformer_engine_layers(workspace, one,
     qwen3 = names | norms | {"output_layer.weight"}
     assert checkpoint_names(workspace / "ckpt-qwen3-untied") == qwen3
     assert checkpoint_names(workspace / "ckpt4-qwen3-untied") == qwen3
+    mixtral = names - {f"decoder.layers.mlp.{part}" for part in (
+        "linear_fc1.layer_norm_weight", "linear_fc1.weight", "linear_fc2.weight"
+    )} | {f"decoder.layers.{part}" for part in (
+        "pre_mlp_layernorm.weight", "mlp.router.weight", "mlp.experts.experts.linear_fc1.weight",
+        "mlp.experts.experts.linear_fc2.weight",
+    )}  # fmt: skip
+    mixtral.add("output_layer.weight")
+    assert checkpoint_names(workspace / "ckpt-mixtral-untied") == mixtral
+    assert checkpoint_names(workspace / "ckpt4-mixtral-untied") == mixtral
     qwen2 = names | {"decoder.layers.self_attention.linear_qkv.bias"}
     assert checkpoint_names(workspace / "ckpt4-qwen2-tied") == qwen2
 
@@ -311,6 +360,9 @@ def test_layers_with_a_state_of_their_own_need_the_strictness_that_the_help_name
         ("check swapped", 1),
         ("check with-nan", 1),
         ("check load swapped", 1),
+        ("check experts", 0),
+        ("check swapped-experts", 1),
+        ("check other-normalisation", 1),
     ],
 )
 def test_check_tells_equal_from_different(one, job, code):
@@ -319,7 +371,12 @@ def test_check_tells_equal_from_different(one, job, code):
     assert line.endswith(": equal" if code == 0 else ": DIFFERENT")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[2])
+def test_check_works_with_experts_on_different_ranks(two):
+    assert [code for code, _ in two["check experts ep2"]] == [0, 0]
+    assert [code for code, _ in two["check swapped-experts ep2"]] == [1, 1]
+
+
+@pytest.mark.parametrize("layout", DENSE)
 def test_check_works_at_every_layout(two, layout):
     assert [code for code, _ in two[f"check {layout}"]] == [0, 0]
     assert [code for code, _ in two[f"check swapped {layout}"]] == [1, 1]
@@ -339,10 +396,11 @@ def test_agreement_is_measured_on_the_logits(workspace, one, expected_logits):
     assert found["kl_max"] == pytest.approx(kl.max().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2"])
+@pytest.mark.parametrize("layout", ["pp2", "pp2-vpp2", "ep2"])
 def test_a_left_out_stage_is_noticed(two, layout):
     first, second = two[f"incomplete {layout}"]
     assert "a plan without" in first and first == second
+    assert layout != "ep2" or "experts.2." in first
 
 
 def test_bad_input_is_one_line_and_writes_nothing(workspace, one):

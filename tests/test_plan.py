@@ -65,6 +65,8 @@ def workspace(tmp_path_factory):
         write_config(folder / name, **sizes)
     odd = dict(num_attention_heads=30, head_dim=128, num_key_value_heads=10, num_hidden_layers=30)
     odd |= dict(intermediate_size=14340, architectures=["MistralForCausalLM"], sliding_window=4096)
+    experts = dict(architectures=["MixtralForCausalLM"], num_local_experts=8, num_experts_per_tok=2)
+    write_config(folder / "experts", **LARGE["8b"] | experts)
     write_config(folder / "odd", **LARGE["8b"] | odd)
     return folder
 
@@ -90,6 +92,7 @@ def commands(folder):
         "no-teacher": words("8b", *BATCH, "--objective", "target-sft"),
         "needless-teacher": words("8b", *BATCH, "--objective", "sft", "--teacher-cache-k", 8),
         "not-planned": words("8b", *BATCH, "--use-precision-aware-optimizer"),
+        "experts": words("experts", *BATCH),
         "no-entries": words("8b", *BATCH, "--teacher-cache-k", 0),
     }
 
@@ -270,6 +273,7 @@ def test_everything_that_does_not_divide_is_named_at_once(plans):
         ("no-teacher", 2, "reads a second model: give --teacher-hf DIR or --teacher-cache-k K"),
         ("needless-teacher", 2, "reads no second model: drop --teacher-hf and --teacher-cache-k"),
         ("not-planned", 2, "--use-precision-aware-optimizer changes sizes"),
+        ("experts", 2, "got 8 experts: no plan is made for their sizes"),
         ("no-entries", 2, "--teacher-cache-k must be above 0, got 0"),
     ],
 )

@@ -1,22 +1,26 @@
 """Hugging Face checkpoints: read a rank's slices, map them to Megatron parameters, export them."""
 
-from qtarget_megatron.checkpoint.architecture import Architecture, RopeScaling, read_config
+from qtarget_megatron.checkpoint.architecture import Architecture
+from qtarget_megatron.checkpoint.config_file import read_config
+from qtarget_megatron.checkpoint.experts import Experts
 from qtarget_megatron.checkpoint.hf_reader import HFReader
+from qtarget_megatron.checkpoint.hf_tensors import check_tensors, hf_tensor_shapes
 from qtarget_megatron.checkpoint.hf_writer import HFExport, ShardPlan, plan_shards
 from qtarget_megatron.checkpoint.layout import (
-    check_tensors,
     hf_names,
-    hf_tensor_shapes,
+    is_expert,
     load_parameter,
     merge_parameter,
     merge_rows,
     parameter_pieces,
     partition_dim,
 )
+from qtarget_megatron.checkpoint.rope import RopeScaling
 from qtarget_megatron.checkpoint.transformers_model import transformers_logits
 
 __all__ = [
     "Architecture",
+    "Experts",
     "HFExport",
     "HFReader",
     "RopeScaling",
@@ -24,6 +28,7 @@ __all__ = [
     "check_tensors",
     "hf_names",
     "hf_tensor_shapes",
+    "is_expert",
     "load_parameter",
     "merge_parameter",
     "merge_rows",

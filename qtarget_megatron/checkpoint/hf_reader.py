@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import torch
 
-from qtarget_megatron.checkpoint.architecture import read_config, read_json_object
+from qtarget_megatron.checkpoint.config_file import read_config, read_json_object
 from qtarget_megatron.checkpoint.model_files import model_file
 
 SINGLE_FILE = "model.safetensors"

@@ -24,14 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtarget_megatron.checkpoint.architecture import (
-    Architecture,
-    declared_dtype,
-    dtype_name,
-    read_config,
-)
+from qtarget_megatron.checkpoint.architecture import Architecture
+from qtarget_megatron.checkpoint.config_file import declared_dtype, dtype_name, read_config
 from qtarget_megatron.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE
-from qtarget_megatron.checkpoint.layout import hf_tensor_shapes
+from qtarget_megatron.checkpoint.hf_tensors import hf_tensor_shapes
 from qtarget_megatron.checkpoint.model_files import model_file
 from qtarget_megatron.checkpoint.safetensors_file import SafetensorsFile, file_bytes
 from qtarget_megatron.resumable import ResumableDirectory, check_space, sync

@@ -1,26 +1,22 @@
 """The mapping between Megatron parameters and Hugging Face tensors.
 
-Written as data: which Hugging Face tensors a Megatron parameter is made of, and how tensor
-parallelism cuts it. Both implementations of a Megatron layer (local, and Transformer Engine with
-its norms fused into the following linear layer) are understood. Everything here is pure: no process
-groups, no Megatron.
+Written as data: which tensors a Megatron parameter is made of, and how tensor parallelism cuts it. Both implementations
+of a Megatron layer are understood: local, and Transformer Engine with its norms fused into the following linear layer
+and its experts grouped. Everything here is pure: no process groups, no Megatron.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from types import MappingProxyType
 
 import torch
 
+from qtarget_megatron.checkpoint import families
 from qtarget_megatron.checkpoint.architecture import Architecture
 from qtarget_megatron.checkpoint.hf_reader import HFReader
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+from qtarget_megatron.checkpoint.hf_tensors import hf_tensor_shapes
 
 # How tensor parallelism cuts a parameter, and along which dimension of the local shard.
 _REPLICATED, _VOCABULARY, _QKV, _GATE_UP, _COLUMNS = (
@@ -32,108 +28,73 @@ _REPLICATED, _VOCABULARY, _QKV, _GATE_UP, _COLUMNS = (
 )
 _PARTITION_DIM = {_REPLICATED: None, _VOCABULARY: 0, _QKV: 0, _GATE_UP: 0, _COLUMNS: 1}
 
+# Megatron parameter -> how it is cut, and the roles (family.py) of the tensors it is made of.
 _OUTER = {
-    "embedding.word_embeddings.weight": (_VOCABULARY, (EMBEDDING,)),
-    "output_layer.weight": (_VOCABULARY, (HEAD,)),
-    "decoder.final_layernorm.weight": (_REPLICATED, ("model.norm.weight",)),
+    "embedding.word_embeddings.weight": (_VOCABULARY, ("embedding",)),
+    "output_layer.weight": (_VOCABULARY, ("head",)),
+    "decoder.final_layernorm.weight": (_REPLICATED, ("final_norm",)),
 }
-_INPUT_NORM = (_REPLICATED, ("input_layernorm.weight",))
-_MLP_NORM = (_REPLICATED, ("post_attention_layernorm.weight",))
 _LAYER = {
-    "input_layernorm.weight": _INPUT_NORM,
-    "self_attention.linear_qkv.layer_norm_weight": _INPUT_NORM,
-    "self_attention.q_layernorm.weight": (_REPLICATED, ("self_attn.q_norm.weight",)),
-    "self_attention.k_layernorm.weight": (_REPLICATED, ("self_attn.k_norm.weight",)),
-    "self_attention.linear_proj.weight": (_COLUMNS, ("self_attn.o_proj.weight",)),
-    "self_attention.linear_proj.bias": (_REPLICATED, ("self_attn.o_proj.bias",)),
-    "pre_mlp_layernorm.weight": _MLP_NORM,
-    "mlp.linear_fc1.layer_norm_weight": _MLP_NORM,
-    "mlp.linear_fc2.weight": (_COLUMNS, ("mlp.down_proj.weight",)),
-    "mlp.linear_fc2.bias": (_REPLICATED, ("mlp.down_proj.bias",)),
-} | {
-    f"{megatron}.{part}": (kind, tuple(f"{module}.{part}" for module in modules))
-    for part in ("weight", "bias")
-    for megatron, kind, modules in (
-        (
-            "self_attention.linear_qkv",
-            _QKV,
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ),
-        ("mlp.linear_fc1", _GATE_UP, ("mlp.gate_proj", "mlp.up_proj")),
-    )
+    "input_layernorm.weight": (_REPLICATED, ("input_norm",)),
+    "self_attention.linear_qkv.layer_norm_weight": (_REPLICATED, ("input_norm",)),
+    "self_attention.linear_qkv.weight": (_QKV, ("query", "key", "value")),
+    "self_attention.linear_qkv.bias": (_QKV, ("query", "key", "value")),
+    "self_attention.q_layernorm.weight": (_REPLICATED, ("query_norm",)),
+    "self_attention.k_layernorm.weight": (_REPLICATED, ("key_norm",)),
+    "self_attention.linear_proj.weight": (_COLUMNS, ("attention_output",)),
+    "self_attention.linear_proj.bias": (_REPLICATED, ("attention_output",)),
+    "pre_mlp_layernorm.weight": (_REPLICATED, ("mlp_norm",)),
+    "mlp.linear_fc1.layer_norm_weight": (_REPLICATED, ("mlp_norm",)),
+    "mlp.linear_fc1.weight": (_GATE_UP, ("gate", "up")),
+    "mlp.linear_fc1.bias": (_GATE_UP, ("gate", "up")),
+    "mlp.linear_fc2.weight": (_COLUMNS, ("down",)),
+    "mlp.linear_fc2.bias": (_REPLICATED, ("down",)),
+    "mlp.router.weight": (_REPLICATED, ("router",)),
+}
+# Of each expert that this expert-parallel rank holds.
+_EXPERT = {
+    "linear_fc1": (_GATE_UP, ("expert_gate", "expert_up")),
+    "linear_fc2": (_COLUMNS, ("expert_down",)),
 }
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>\w+)\.weight")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<linear>\w+)\.weight(?P<expert>\d+)")
 
 
 @dataclass(frozen=True)
 class _Rule:
+    """kind: how the parameter is cut. part: "weight" or "bias". layer, expert: counted on this rank."""
+
     kind: str
-    layer: int | None  # local index
-    hf_suffixes: tuple[str, ...]
-
-    def sources(self, layer_offset: int) -> tuple[str, ...]:
-        if self.layer is None:
-            return self.hf_suffixes
-        return tuple(f"model.layers.{self.layer + layer_offset}.{s}" for s in self.hf_suffixes)
+    roles: tuple[str, ...]
+    part: str
+    layer: int | None = None
+    expert: int | None = None
 
 
-def hf_tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face checkpoint and its shape, in checkpoint order.
-
-    Embedding, layers, final norm, and lm_head where the model is not tied.
-    """
-    return dict(_shapes(arch))
-
-
-@lru_cache(maxsize=8)  # asked once per parameter, and a large model has thousands of tensors
-def _shapes(arch: Architecture) -> Mapping[str, tuple[int, ...]]:
-    hidden, ffn, head = arch.hidden_size, arch.ffn_hidden_size, arch.head_dim
-    query, key = arch.num_attention_heads * head, arch.num_query_groups * head
-    linears = (
-        ("self_attn.q_proj", query, hidden, arch.qkv_bias),
-        ("self_attn.k_proj", key, hidden, arch.qkv_bias),
-        ("self_attn.v_proj", key, hidden, arch.qkv_bias),
-        ("self_attn.o_proj", hidden, query, arch.output_bias),
-        ("mlp.gate_proj", ffn, hidden, arch.mlp_bias),
-        ("mlp.up_proj", ffn, hidden, arch.mlp_bias),
-        ("mlp.down_proj", hidden, ffn, arch.mlp_bias),
-    )
-    layer: dict[str, tuple[int, ...]] = {}
-    for module, rows, cols, bias in linears:
-        layer[f"{module}.weight"] = (rows, cols)
-        if bias:
-            layer[f"{module}.bias"] = (rows,)
-        if module == "self_attn.o_proj" and arch.qk_norm:
-            layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (head,)
-    layer["input_layernorm.weight"] = layer["post_attention_layernorm.weight"] = (hidden,)
-
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (arch.vocab_size, hidden)}
-    for i in range(arch.num_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not arch.tied:
-        shapes[HEAD] = (arch.vocab_size, hidden)
-    return MappingProxyType(shapes)
+def is_expert(name: str) -> bool:
+    """True for a Megatron parameter of one of a rank's experts: expert tensor parallelism cuts it, and each
+    expert-parallel rank has others. ValueError for a name that has no counterpart in a Hugging Face checkpoint."""
+    return _rule(name).expert is not None
 
 
 def partition_dim(name: str) -> int | None:
-    """The dimension along which tensor parallelism cuts a Megatron parameter, None if replicated.
+    """The dimension along which (expert) tensor parallelism cuts a Megatron parameter, None if replicated.
 
     ValueError for a name that has no counterpart in a Hugging Face checkpoint.
     """
     return _PARTITION_DIM[_rule(name).kind]
 
 
-def hf_names(arch: Architecture, name: str, *, layer_offset: int) -> tuple[str, ...]:
+def hf_names(arch: Architecture, name: str, *, layer_offset: int, expert_offset: int = 0) -> tuple[str, ...]:
     """The Hugging Face tensors that the Megatron parameter ``name`` is exported to.
 
-    ``name`` carries the local layer index; ``layer_offset`` is the global index of local layer 0.
-    Empty for the output layer of a tied model, whose weight is exported as the embedding.
+    ``name`` counts layers and experts on its rank; ``layer_offset`` and ``expert_offset`` are the global index of the
+    first of each. Empty for the output layer of a tied model, whose weight is exported as the embedding.
     """
     if _is_tied_head(arch, name):
         return ()
-    return _sources(arch, name, layer_offset)
+    return _sources(arch, name, layer_offset, expert_offset)
 
 
 def load_parameter(
@@ -145,9 +106,11 @@ def load_parameter(
     tp_rank: int,
     tp_size: int,
     padded_vocab_size: int,
+    expert_offset: int = 0,
 ) -> torch.Tensor:
     """This tensor-parallel rank's shard of the Megatron parameter ``name``.
 
+    tp_rank, tp_size: of expert tensor parallelism where is_expert(name). layer_offset, expert_offset: as in hf_names.
     CPU tensor in the checkpoint's dtype; reads only the slices the shard consists of.
 
     - vocabulary: rows [r P/tp, (r+1) P/tp) of the P = ``padded_vocab_size`` rows, zeros from the
@@ -156,7 +119,7 @@ def load_parameter(
       heads, then its key head, then its value head), also where a share cuts a group.
     - linear_fc1: this rank's share of the gate rows, then its share of the up rows.
     - linear_proj, linear_fc2: a share of the columns.
-    - norms and row-parallel biases: whole.
+    - norms, row-parallel biases and routers: whole.
 
     ValueError where ``name`` is unknown or absent from this architecture, or ``tp_size`` does not
     divide the dimension.
@@ -169,6 +132,7 @@ def load_parameter(
         tp_rank=tp_rank,
         tp_size=tp_size,
         padded_vocab_size=padded_vocab_size,
+        expert_offset=expert_offset,
     )
     return _joined(pieces)
 
@@ -182,6 +146,7 @@ def parameter_pieces(
     tp_rank: int,
     tp_size: int,
     padded_vocab_size: int,
+    expert_offset: int = 0,
 ) -> Iterator[torch.Tensor]:
     """The shard of `load_parameter` in pieces along its first dimension, each read when it is asked for.
 
@@ -190,7 +155,8 @@ def parameter_pieces(
     if not 0 <= tp_rank < tp_size:
         raise ValueError(f"expected a tensor-parallel rank in [0, {tp_size}), got {tp_rank}")
     kind = _rule(name).kind
-    sources = (EMBEDDING,) if _is_tied_head(arch, name) else _sources(arch, name, layer_offset)
+    read_as = "embedding.word_embeddings.weight" if _is_tied_head(arch, name) else name
+    sources = _sources(arch, read_as, layer_offset, expert_offset)
     if kind == _REPLICATED:
         yield reader.read(sources[0])
     elif kind == _VOCABULARY:
@@ -199,7 +165,7 @@ def parameter_pieces(
         columns = reader.shape(sources[0])[1]
         yield reader.read(sources[0], cols=_share(name, columns, tp_rank, tp_size))
     elif kind == _GATE_UP:
-        rows = _share(name, arch.ffn_hidden_size, tp_rank, tp_size)
+        rows = _share(name, reader.shape(sources[0])[0], tp_rank, tp_size)
         for source in sources:
             yield reader.read(source, rows=rows)
     else:
@@ -215,18 +181,18 @@ def parameter_pieces(
 
 
 def merge_parameter(
-    arch: Architecture, name: str, *, layer_offset: int, shards: Sequence[torch.Tensor]
+    arch: Architecture, name: str, *, layer_offset: int, shards: Sequence[torch.Tensor], expert_offset: int = 0
 ) -> dict[str, torch.Tensor]:
     """The inverse of `load_parameter`: Hugging Face tensors from the shards of all ranks.
 
-    ``shards``: those of every tensor-parallel rank, in rank order; of a replicated parameter the
+    ``shards``: those of every (expert) tensor-parallel rank, in rank order; of a replicated parameter the
     first is taken. Vocabulary padding is cut. The output layer of a tied model gives {}, its weight
     being exported as the embedding.
     Tensors keep the shards' dtype and device. ValueError where the shards do not add up to the
     architecture's shapes.
     """
-    rows = merge_rows(arch, name, layer_offset=layer_offset, shards=shards)
-    merged, expected = {source: _joined(pieces) for source, pieces in rows.items()}, _shapes(arch)
+    rows = merge_rows(arch, name, layer_offset=layer_offset, shards=shards, expert_offset=expert_offset)
+    merged, expected = {source: _joined(pieces) for source, pieces in rows.items()}, hf_tensor_shapes(arch)
     for source, tensor in merged.items():
         if tuple(tensor.shape) != expected[source]:
             raise ValueError(
@@ -237,7 +203,7 @@ def merge_parameter(
 
 
 def merge_rows(
-    arch: Architecture, name: str, *, layer_offset: int, shards: Sequence[torch.Tensor]
+    arch: Architecture, name: str, *, layer_offset: int, shards: Sequence[torch.Tensor], expert_offset: int = 0
 ) -> dict[str, Iterator[torch.Tensor]]:
     """The tensors of `merge_parameter`, each in pieces along its first dimension: the shards' own memory where rows
     were cut, some rows at a time where columns were.
@@ -249,7 +215,7 @@ def merge_rows(
     if _is_tied_head(arch, name):
         return {}
     kind = _rule(name).kind
-    sources = _sources(arch, name, layer_offset)
+    sources = _sources(arch, name, layer_offset, expert_offset)
     if kind == _REPLICATED:
         merged = [[shards[0]]]
     elif kind == _COLUMNS:
@@ -303,80 +269,37 @@ def _side_by_side(shards: Sequence[torch.Tensor], block: int = 1 << 22) -> Itera
         yield torch.cat([shard[row : row + step] for shard in shards], dim=1)
 
 
-def check_tensors(reader: HFReader, arch: Architecture) -> None:
-    """Raise ValueError unless the checkpoint holds exactly the tensors that config.json promises.
-
-    Names, shapes and floating dtypes are compared; leftovers named rotary_emb.inv_freq are ignored.
-    A tied model may also hold lm_head.weight, if it is equal to the embedding (only then are both
-    read).
-    """
-    expected = _shapes(arch)
-    present = {name for name in reader.names if not name.endswith("rotary_emb.inv_freq")}
-    spare_head = arch.tied and HEAD in present
-    problems = {
-        "missing": [name for name in expected if name not in present],
-        "unexpected": sorted(present - expected.keys() - ({HEAD} if spare_head else set())),
-        "of wrong shape": [
-            f"{name} (expected {list(shape)}, got {list(reader.shape(name))})"
-            for name, shape in expected.items()
-            if name in present and reader.shape(name) != shape
-        ],
-        "of wrong dtype": [
-            f"{name} (expected a 16 or 32 bit float, got {reader.dtype(name)})"
-            for name in expected
-            if name in present and reader.dtype(name) not in _WEIGHT_DTYPES
-        ],
-    }
-    found = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for what, names in problems.items()
-        if names
-    ]
-    if found:
-        raise ValueError(
-            f"{reader.directory}: expected the {len(expected)} tensors of a {arch.family} model "
-            f"by its config.json, got {'; '.join(found)}; weights and config.json do not belong "
-            "together"
-        )
-    if spare_head and not _equal_rows(reader, HEAD, EMBEDDING):
-        raise ValueError(
-            f"{reader.directory}: expected {HEAD} equal to {EMBEDDING} (tie_word_embeddings is "
-            "true), got other values; set tie_word_embeddings to false if the head is meant to be "
-            "its own"
-        )
-
-
-def _equal_rows(reader: HFReader, first: str, second: str, step: int = 8192) -> bool:
-    if reader.shape(first) != reader.shape(second) or reader.dtype(first) != reader.dtype(second):
-        return False
-    total = reader.shape(first)[0]
-    ranges = [(start, min(start + step, total)) for start in range(0, total, step)]
-    return all(torch.equal(reader.read(first, rows=r), reader.read(second, rows=r)) for r in ranges)
-
-
 def _rule(name: str) -> _Rule:
     match = _LAYER_NAME.fullmatch(name)
-    table, key, layer = _OUTER, name, None
-    if match:
-        table, key, layer = _LAYER, match[2], int(match[1])
-    if key not in table:
-        raise ValueError(
-            f"expected the name of a Megatron GPTModel parameter of a dense decoder, got "
-            f"{name!r}; it has no counterpart in a Hugging Face checkpoint"
-        )
-    kind, suffixes = table[key]
-    return _Rule(kind, layer, suffixes)
+    part = "bias" if name.endswith(".bias") else "weight"
+    if match is None and name in _OUTER:
+        return _Rule(*_OUTER[name], part)
+    if match is not None and match[2] in _LAYER:
+        return _Rule(*_LAYER[match[2]], part, layer=int(match[1]))
+    expert = match and (_LOCAL_EXPERT.fullmatch(match[2]) or _GROUPED_EXPERT.fullmatch(match[2]))
+    if expert and expert["linear"] in _EXPERT:
+        return _Rule(*_EXPERT[expert["linear"]], "weight", layer=int(match[1]), expert=int(expert["expert"]))
+    raise ValueError(
+        f"expected the name of a Megatron GPTModel parameter, got {name!r}; it has no counterpart in a Hugging Face "
+        "checkpoint"
+    )
 
 
-def _sources(arch: Architecture, name: str, layer_offset: int) -> tuple[str, ...]:
+def _sources(arch: Architecture, name: str, layer_offset: int, expert_offset: int) -> tuple[str, ...]:
     """The Hugging Face tensors behind ``name``; ValueError where the architecture lacks one."""
-    sources = _rule(name).sources(layer_offset)
-    shapes = _shapes(arch)
+    rule, family = _rule(name), families.by_name(arch.family)
+    place = {}
+    if rule.layer is not None:
+        place["layer"] = rule.layer + layer_offset
+    if rule.expert is not None:
+        place["expert"] = rule.expert + expert_offset
+    sources = tuple(family.tensor(role, rule.part, **place) for role in rule.roles)
+    shapes = hf_tensor_shapes(arch)
     for source in sources:
         if source not in shapes:
             raise ValueError(
-                f"{name} (layer offset {layer_offset}): expected {source} in a {arch.family} "
-                f"checkpoint of {arch.num_layers} layers, which has no such tensor; build the "
+                f"{name} (layer offset {layer_offset}, expert offset {expert_offset}): expected {source} in a "
+                f"{arch.family} checkpoint of {arch.num_layers} layers, which has no such tensor; build the "
                 "Megatron model from the checkpoint's own architecture"
             )
     return sources
@@ -413,6 +336,7 @@ def _load_vocabulary(
     tp_rank: int,
     tp_size: int,
     padded_vocab_size: int,
+    expert_offset: int = 0,
 ) -> Iterator[torch.Tensor]:
     start, stop = _share(f"padded vocabulary of {source}", padded_vocab_size, tp_rank, tp_size)
     first, last = (min(edge, arch.vocab_size) for edge in (start, stop))

@@ -10,10 +10,18 @@ from pathlib import Path
 from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.kernels import BACKENDS
-from qtarget_megatron.planning import division_problems, stage_problems
+from qtarget_megatron.planning import division_problems, divisors, stage_problems
 from qtarget_megatron.sparse_teacher import TAIL_RULES
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
+# Megatron's arguments that describe experts, with its values for a model without them.
+_NO_EXPERTS = {
+    "num_experts": None,
+    "moe_ffn_hidden_size": None,
+    "moe_router_topk": 2,
+    "moe_router_pre_softmax": False,
+    "moe_layer_freq": 1,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -25,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         required=True,
         metavar="DIR",
         help="Hugging Face directory of the student: architecture from config.json, initial weights from its "
-        "safetensors, tokenizer. Each rank reads only its slices; nothing is converted beforehand.",
+        "safetensors, tokenizer. Each rank reads only its slices; nothing is converted beforehand. Experts are spread "
+        "by --expert-model-parallel-size and --expert-tensor-parallel-size; their balance is left as it is "
+        "(router_aux_loss_coef is not used) unless --moe-aux-loss-coeff says otherwise.",
     )
     group.add_argument(
         "--objective",
@@ -167,7 +177,47 @@ def megatron_flags(arch: Architecture) -> list[str]:
         flags += ["--add-qkv-bias"] if arch.qkv_bias else []
     flags += ["--qk-layernorm"] if arch.qk_norm else []
     flags += [] if arch.tied else ["--untie-embeddings-and-output-weights"]
+    return flags + _expert_flags(arch)
+
+
+def expert_arguments(arch: Architecture) -> dict[str, object]:
+    """Megatron's arguments that describe the experts of this architecture, by their name in args; Megatron's own values
+    for a model without experts.
+
+    Raises ValueError where Megatron's router cannot express it.
+    """
+    experts = arch.experts
+    if experts is None:
+        return dict(_NO_EXPERTS)
+    if experts.per_token == 1 and experts.normalized:
+        raise ValueError(
+            "Megatron's router cannot give a weight of 1 to the only expert of a token, which config.json asks for "
+            "(one expert per token, normalised)"
+        )
+    return _NO_EXPERTS | {
+        "num_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        # Normalising the chosen of all softmax weights is a softmax over the chosen logits.
+        "moe_router_pre_softmax": not experts.normalized,
+        # Megatron's checkpoints name layers one by one where this is a list.
+        "moe_layer_freq": 1 if all(experts.layers) else [int(has_experts) for has_experts in experts.layers],
+    }
+
+
+def _expert_flags(arch: Architecture) -> list[str]:
+    if arch.experts is None:
+        return []
+    flags = []
+    for name, value in expert_arguments(arch).items():
+        flags += (
+            [_flag(name)] if value is True else [] if value is False else [_flag(name), str(value).replace(" ", "")]
+        )
     return flags
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def implementation_flags(*, on_cpu: bool) -> list[str]:
@@ -196,6 +246,7 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
         "--attention-dropout",
         "--hidden-dropout",
     }
+    fixed.update(map(_flag, _NO_EXPERTS))
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
     if given:
         raise ValueError(f"{', '.join(given)} follow(s) from the model's config.json and cannot be given: drop it")
@@ -215,6 +266,39 @@ def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None
         raise ValueError(problem)
     if args.sequence_parallel and length is not None and length % tp != 0:
         raise ValueError(f"--sequence-parallel needs --seq-length divisible by {tp}, got {length}")
+
+
+def check_experts(args: argparse.Namespace, arch: Architecture, who: str, *, in_training: bool = False) -> None:
+    """Refuse expert parallelism that this model's experts cannot be cut into. Raises ValueError.
+
+    in_training: its weights are trained.
+    """
+    tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    experts = arch.experts
+    if experts is None:
+        return
+    if experts.count % ep != 0:
+        raise ValueError(
+            f"--expert-model-parallel-size {ep} does not divide the {experts.count} experts of the {who}: use one of "
+            f"{divisors(experts.count)}"
+        )
+    etp = args.expert_tensor_parallel_size or tp
+    if experts.ffn_hidden_size % etp != 0:
+        raise ValueError(
+            f"--expert-tensor-parallel-size {etp} (default: that of tensor parallelism) does not divide the expert "
+            f"width {experts.ffn_hidden_size} of the {who}"
+        )
+    ranks = etp * ep * args.pipeline_model_parallel_size
+    if args.world_size % ranks != 0:
+        raise ValueError(
+            f"expected a multiple of {ranks} processes for expert tensor x expert x pipeline parallel = {etp} x {ep} x "
+            f"{args.pipeline_model_parallel_size}, got {args.world_size}"
+        )
+    if in_training and tp > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"Megatron trains experts under tensor parallelism with sequence parallelism only: give "
+            f"--sequence-parallel with --tensor-model-parallel-size {tp}"
+        )
 
 
 def check_whole_stages(args: argparse.Namespace, arch: Architecture, who: str) -> None:

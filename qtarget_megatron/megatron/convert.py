@@ -27,6 +27,7 @@ from qtarget_megatron.checkpoint import (
 from qtarget_megatron.data import compare_tokenizers, load_tokenizer
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.arguments import (
+    check_experts,
     check_flags,
     check_layout,
     check_whole_stages,
@@ -240,6 +241,7 @@ def check_second_model(
     """
     second = Architecture.from_hf(directory)
     check_layout(args, second, f"model of {flag}")
+    check_experts(args, second, f"model of {flag}")
     if with_weights:
         check_tensors(HFReader(directory), second)
     compare_tokenizers(tokenizer, load_tokenizer(directory))
@@ -262,6 +264,7 @@ def _complete(args: argparse.Namespace, arch: Architecture, hf_model, save, dtyp
     length = min(seq_length or limit, args.seq_length or limit)
     args.seq_length = length - length % tp if args.sequence_parallel else length
     check_layout(args, arch, "model")
+    check_experts(args, arch, "model")
     check_whole_stages(args, arch, "model")
     if args.world_size % ranks != 0:
         raise ValueError(

@@ -262,6 +262,22 @@ def _replace_torch_cuda() -> None:
     torch.accelerator.current_accelerator = always(None)
     # Compiling Megatron's fused elementwise functions costs every process seconds and gains nothing here.
     torch.compile = _compile_nothing
+    torch.distributed.all_to_all_single = _with_split_lists(torch.distributed.all_to_all_single)
+
+
+def _with_split_lists(all_to_all_single):
+    """Megatron counts the tokens that go to each expert-parallel rank in tensors, which it makes numbers of where they
+    lie on a GPU."""
+
+    @functools.wraps(all_to_all_single)
+    def replacement(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
+        sizes = (
+            value.tolist() if isinstance(value, torch.Tensor) else value
+            for value in (output_split_sizes, input_split_sizes)
+        )
+        return all_to_all_single(output, input, *sizes, **kwargs)
+
+    return replacement
 
 
 def _compile_nothing(model=None, **kwargs):

@@ -22,6 +22,7 @@ from qtarget_megatron.checkpoint import (
     ShardPlan,
     hf_names,
     hf_tensor_shapes,
+    is_expert,
     merge_rows,
     parameter_pieces,
     partition_dim,
@@ -42,13 +43,13 @@ def load_hf_weights(
     report: called with the bytes of the parameters that were filled, bit by bit. ValueError where a parameter has no
     counterpart there or another shape.
     """
-    group = model.pg_collection.tp
     for name, parameter in model.named_parameters():
+        group = _shard_group(model, name)
         pieces = parameter_pieces(
             reader,
             arch,
             name,
-            layer_offset=_layer_offset(model),
+            **_offsets(model, arch),
             tp_rank=group.rank(),
             tp_size=group.size(),
             padded_vocab_size=model.vocab_size,
@@ -74,8 +75,8 @@ def check_complete(models: Sequence[GPTModel], arch: Architecture) -> None:
     """ValueError unless all pipeline stages together hold every tensor of the architecture, once.
 
     models: all model chunks of this rank. load_hf_weights fills whatever a chunk has; only all
-    chunks together show that no layer was left out. Collective: one object gather over the
-    pipeline-parallel group.
+    chunks together show that no layer and no expert was left out. Collective: one object gather over the
+    expert-parallel and one over the pipeline-parallel group.
     """
     plan_shards(arch, arch.dtype, stages=_stages(models, arch))
 
@@ -97,11 +98,12 @@ def save_hf_weights(
     export of the same wrote to their end are kept. progress: called with the bytes that this rank writes, returns what
     is called with those that were written, bit by bit. Returns the SHA-256 of each file.
 
-    Of each pipeline stage, its data-parallel replicas share the files; one tensor-parallel rank of a replica writes,
-    so the directory must be on storage that all nodes share. It holds no more than one parameter, as a whole, beside
-    its own shard. The directory appears under its final name only when it is complete.
+    Of each pipeline stage, its data-parallel replicas share the files (with experts: each expert-parallel rank writes
+    those of its own, the first one also the rest); one tensor-parallel rank of a replica writes, so the directory must
+    be on storage that all nodes share. It holds no more than one parameter, as a whole, beside its own shard. The
+    directory appears under its final name only when it is complete.
 
-    Communicates: shards over the tensor-parallel group to the rank that writes; object gathers and broadcasts.
+    Communicates: shards over the (expert) tensor-parallel group to the rank that writes; object gathers and broadcasts.
     """
     dtype = dtype or arch.dtype
     plan = plan_shards(arch, dtype, stages=_stages(models, arch))
@@ -109,16 +111,16 @@ def save_hf_weights(
     on_first_rank(export.begin)
     parameters = _parameters(models, arch)
     mine = _files_to_write(plan, parameters)
-    held = {file for file in mine if _is_writer(mine[file]) and export.holds_shard(file)}
+    held = {file for file, part in mine.items() if part.writes and export.holds_shard(file)}
     held = set().union(*_gather(held, None))
     left = [file for file in mine if file not in held]
     gathering = _Gathering(parameters, dtype)
     names, shapes = dict(plan), hf_tensor_shapes(arch)
-    written = [name for file in left if _is_writer(mine[file]) for name in names[file]]
+    written = [name for file in left if mine[file].writes for name in names[file]]
     report = progress(sum(math.prod(shapes[name]) for name in written) * dtype.itemsize)
     for file in left:
-        tensors = _tensors(arch, parameters, set(names[file]), gathering, report)
-        if _is_writer(mine[file]):
+        tensors = _tensors(arch, mine[file].parameters, set(names[file]), gathering, report)
+        if mine[file].writes:
             export.write_shard(file, tensors)
         else:
             for _ in tensors:
@@ -131,13 +133,14 @@ def save_hf_weights(
 class _Parameter:
     """A parameter of this rank.
 
-    group: the ranks that hold its shards, in order. replica, replicas: which of the groups that hold the same this is,
-    and how many there are. hf_names: of the tensors that it is exported to.
+    offsets: as hf_names takes them. group: the ranks that hold its shards, in order. replica, replicas: which of the
+    groups that hold the same this is, and among how many files are shared. hf_names: of the tensors that it is exported
+    to.
     """
 
     name: str
     shard: Tensor
-    layer_offset: int
+    offsets: dict[str, int]
     hf_names: tuple[str, ...]
     group: ProcessGroup
     replica: int
@@ -146,33 +149,47 @@ class _Parameter:
 
 def _parameters(models: Sequence[GPTModel], arch: Architecture) -> list[_Parameter]:
     """What this rank holds a piece of, and with whom."""
+    dense = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    # With experts a file has tensors of two kinds of groups, whose first ranks are the same only in the first replica.
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True) if arch.experts is None else 1
     return [
         _Parameter(
             name,
             parameter.detach(),
-            offset,
-            hf_names(arch, name, layer_offset=offset),
-            model.pg_collection.tp,
-            parallel_state.get_data_parallel_rank(with_context_parallel=True),
-            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            offsets,
+            hf_names(arch, name, **offsets),
+            _shard_group(model, name),
+            parallel_state.get_expert_data_parallel_rank() if is_expert(name) else dense,
+            replicas,
         )
         for model in models
-        for offset in [_layer_offset(model)]
+        for offsets in [_offsets(model, arch)]
         for name, parameter in model.named_parameters()
     ]
 
 
-def _files_to_write(plan: ShardPlan, parameters: Sequence[_Parameter]) -> dict[str, ProcessGroup]:
-    """File -> the group that gathers for it and whose first rank writes it; those that this rank has a part in."""
-    holders = {hf_name: parameter for parameter in parameters for hf_name in parameter.hf_names}
-    files = [(file, holders[names[0]]) for file, names in plan if names[0] in holders]
-    return {
-        file: holder.group for number, (file, holder) in enumerate(files) if number % holder.replicas == holder.replica
-    }
+@dataclass(frozen=True)
+class _Part:
+    """What this rank has to do with a file: parameters it sends or gathers, and whether it is the one that writes."""
+
+    parameters: list[_Parameter]
+    writes: bool
 
 
-def _is_writer(group: ProcessGroup) -> bool:
-    return group.rank() == 0
+def _files_to_write(plan: ShardPlan, parameters: Sequence[_Parameter]) -> dict[str, _Part]:
+    """The files that this rank has a part in, in the order of the plan."""
+    mine = {}
+    for number, (file, names) in enumerate(plan):
+        wanted = set(names)
+        held = [
+            parameter
+            for parameter in parameters
+            if number % parameter.replicas == parameter.replica and not wanted.isdisjoint(parameter.hf_names)
+        ]
+        found = {name for parameter in held for name in parameter.hf_names}
+        if held:
+            mine[file] = _Part(held, wanted <= found and all(parameter.group.rank() == 0 for parameter in held))
+    return mine
 
 
 def _tensors(
@@ -190,7 +207,7 @@ def _tensors(
         shards = gathering.shards(parameter)
         if shards is None:
             continue
-        merged = merge_rows(arch, parameter.name, layer_offset=parameter.layer_offset, shards=shards)
+        merged = merge_rows(arch, parameter.name, **parameter.offsets, shards=shards)
         for name in names:
             yield name, _reported(merged.pop(name), report)
 
@@ -208,7 +225,7 @@ class _Gathering:
     """
 
     def __init__(self, parameters: Sequence[_Parameter], dtype: torch.dtype):
-        cut = [p for p in parameters if _ranks(p) > 1 and _is_writer(p.group)]
+        cut = [p for p in parameters if _ranks(p) > 1 and p.group.rank() == 0]
         largest = max((p.shard.numel() * _ranks(p) for p in cut), default=0)
         self._whole = torch.empty(largest, dtype=dtype, device="cpu")
         device = parameters[0].shard.device if parameters else None
@@ -218,8 +235,8 @@ class _Gathering:
         """Those of all ranks, in order, on the CPU of the first rank, until the next call; None elsewhere."""
         own, group, ranks = parameter.shard.view(-1), parameter.group, _ranks(parameter)
         if ranks == 1:
-            return [parameter.shard.to("cpu", self._whole.dtype)] if _is_writer(group) else None
-        if not _is_writer(group):
+            return [parameter.shard.to("cpu", self._whole.dtype)] if group.rank() == 0 else None
+        if group.rank() != 0:
             for part in own.split(self._block.numel()):
                 block = self._block[: part.numel()]
                 block.copy_(part)
@@ -241,23 +258,34 @@ def _ranks(parameter: _Parameter) -> int:
 
 
 def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
-    """The Hugging Face tensors behind this rank's chunks."""
+    """The Hugging Face tensors behind this rank's chunks; what all expert-parallel ranks have counts on the first."""
+    is_first = parallel_state.get_expert_model_parallel_rank() == 0
     return [
         hf_name
         for model in models
         for name, _ in model.named_parameters()
-        for hf_name in hf_names(arch, name, layer_offset=_layer_offset(model))
+        if is_first or is_expert(name)
+        for hf_name in hf_names(arch, name, **_offsets(model, arch))
     ]
 
 
 def _stages(models: Sequence[GPTModel], arch: Architecture) -> list[list[str]]:
-    """The Hugging Face tensors of every pipeline stage, in order."""
-    return _gather(_held(models, arch), parallel_state.get_pipeline_model_parallel_group())
+    """The Hugging Face tensors of every pipeline stage, in order; of each those on every expert-parallel rank."""
+    of_stage = _gather(_held(models, arch), parallel_state.get_expert_model_parallel_group())
+    stages = _gather(of_stage, parallel_state.get_pipeline_model_parallel_group())
+    return [held for of_stage in stages for held in of_stage]
 
 
-def _layer_offset(model: GPTModel) -> int:
-    layers = model.decoder.layers
-    return layers[0].layer_number - 1 if len(layers) else 0
+def _shard_group(model: GPTModel, name: str) -> ProcessGroup:
+    """The ranks that a parameter is cut over."""
+    return model.pg_collection.expt_tp if is_expert(name) else model.pg_collection.tp
+
+
+def _offsets(model: GPTModel, arch: Architecture) -> dict[str, int]:
+    """Global index of the first layer and of the first expert that this rank has."""
+    layers, group = model.decoder.layers, model.pg_collection.ep
+    first_expert = 0 if arch.experts is None else group.rank() * (arch.experts.count // group.size())
+    return {"layer_offset": layers[0].layer_number - 1 if len(layers) else 0, "expert_offset": first_expert}
 
 
 def _gather(value, group) -> list:

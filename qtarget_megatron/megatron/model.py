@@ -8,22 +8,17 @@ import dataclasses
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.checkpoint import Architecture, HFReader
-from qtarget_megatron.megatron.arguments import padded_vocab_size
+from qtarget_megatron.megatron.arguments import expert_arguments, padded_vocab_size
 from qtarget_megatron.megatron.hf_weights import check_complete, load_hf_weights
 from qtarget_megatron.megatron.saved_model import SavedModel
 from qtarget_megatron.megatron.teacher import StackedGPTModel
@@ -50,26 +45,36 @@ class RMSNorm(torch.nn.Module):
 
 
 def layer_spec(config: TransformerConfig, args: argparse.Namespace, vp_stage: int | None, pp_rank: int):
-    """Transformer Engine's layers where --transformer-impl asks for them, Megatron's local ones otherwise."""
+    """This stage's layers: Transformer Engine's where --transformer-impl asks for them, Megatron's local ones
+    otherwise."""
+    stage = dict(vp_stage=vp_stage, pp_rank=pp_rank)
     if args.transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    attention = spec.submodules.self_attention
-    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
-    attention = ModuleSpec(
-        module=attention.module,
-        params=attention.params,
-        submodules=dataclasses.replace(attention.submodules, q_layernorm=qk_norm, k_layernorm=qk_norm),
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, **stage)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, **stage
     )
-    submodules = dataclasses.replace(
-        spec.submodules,
+    layers = [_local_layer(spec, config) for spec in block.layer_specs]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _local_layer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
+    """Megatron's local layer with norms that know sequence parallelism."""
+    layer, attention = spec.submodules, spec.submodules.self_attention
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    norms = dict(q_layernorm=qk_norm, k_layernorm=qk_norm)
+    attention = dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **norms))
+    names = layer.sharded_state_dict_keys_map
+    if getattr(layer.mlp, "func", None) is MoELayer:
+        # Its name in checkpoints of Transformer Engine's layers, where no linear layer follows it.
+        names = {key: value for key, value in names.items() if key != "pre_mlp_layernorm."}
+    layer = dataclasses.replace(
+        layer,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         self_attention=attention,
+        sharded_state_dict_keys_map=names,
     )
-    layer = ModuleSpec(module=spec.module, params=spec.params, submodules=submodules)
-    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return dataclasses.replace(spec, submodules=layer)
 
 
 def transformer_config(args: argparse.Namespace, arch: Architecture, *, own_stages: bool = False) -> TransformerConfig:
@@ -94,6 +99,10 @@ def transformer_config(args: argparse.Namespace, arch: Architecture, *, own_stag
     args.add_bias_linear = arch.mlp_bias
     args.add_qkv_bias = arch.qkv_bias
     args.qk_layernorm = arch.qk_norm
+    vars(args).update(expert_arguments(arch))
+    if arch.experts is None:
+        # A second model without experts, beside one whose experts are spread.
+        args.expert_model_parallel_size = 1
     return core_transformer_config_from_args(args)
 
 

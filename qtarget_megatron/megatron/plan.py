@@ -7,6 +7,7 @@ import contextlib
 import io
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 from qtarget_megatron import objectives, planning
 from qtarget_megatron.checkpoint import Architecture
@@ -82,7 +83,7 @@ def _read(options: PlanOptions, words: list[str]):
     ours, _ = add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False)).parse_known_args(words)
     if ours.objective_file is not None:
         objectives.register_from_file(ours.objective_file)
-    student = Architecture.from_hf(ours.hf_model)
+    student = _planned(ours.hf_model)
     flags = megatron_flags(student)
     check_flags(words, flags)
     flags += implementation_flags(on_cpu=True) if ours.cpu else ["--no-one-logger", "--eval-iters", "0"]
@@ -104,7 +105,7 @@ def _read(options: PlanOptions, words: list[str]):
             f"objective {objective} reads no second model: drop --teacher-hf and --teacher-cache-k or choose another"
         )
     entries = options.entries or (_DEFAULT_ENTRIES if objective.needs_teacher else None)
-    teacher = None if args.teacher_hf is None else Architecture.from_hf(args.teacher_hf)
+    teacher = None if args.teacher_hf is None else _planned(args.teacher_hf)
     # What Megatron insists on; finetune fills in the same.
     args.world_size, args.rank = options.world_size, 0
     args.micro_batch_size = args.micro_batch_size or 1
@@ -115,6 +116,16 @@ def _read(options: PlanOptions, words: list[str]):
     args.calculate_per_token_loss = True
     record_architecture(args, student)
     return args, student, teacher, objective, entries
+
+
+def _planned(directory: Path) -> Architecture:
+    arch = Architecture.from_hf(directory)
+    if arch.experts is not None:
+        raise ValueError(
+            f"{directory}: expected a model whose layers have one MLP, got {arch.experts.count} experts: no plan is "
+            "made for their sizes"
+        )
+    return arch
 
 
 def _layout(args: argparse.Namespace, student: Architecture) -> Layout:

@@ -140,6 +140,28 @@ class SavedModel:
         return {key: shape for shapes in everyone for key, shape in shapes.items()}
 
 
+def check_resumed_experts(args: argparse.Namespace, arch: Architecture) -> None:
+    """ValueError where args resume a training whose optimizer Megatron cannot load at this layout.
+
+    Experts that are spread over ranks have an optimizer of their own, so its states do not move to a layout where they
+    are not, nor back. arch: of the model in args.load. The CPU platform must have been activated.
+    """
+    from megatron.core import dist_checkpointing
+
+    if arch.experts is None or args.load is None or args.finetune or args.no_load_optim:
+        return
+    directory = checkpoint_directory(args.load, args.ckpt_step)
+    saved = dist_checkpointing.load_common_state_dict(directory).get("args")
+    before = getattr(saved, "expert_model_parallel_size", None)
+    ours = args.expert_model_parallel_size
+    if before is not None and (before == 1) != (ours == 1):
+        raise ValueError(
+            f"--load {args.load} was saved with --expert-model-parallel-size {before}: its optimizer states load with "
+            f"{'that size' if before == 1 else 'any size above 1'} only, got {ours}; change it, or take the weights "
+            "alone with --finetune"
+        )
+
+
 def checkpoint_directory(load: str | Path, step: int | None = None, *, flag: str = "--load") -> str:
     """Where the iteration lies that load and step ask for; step: default the newest.
 

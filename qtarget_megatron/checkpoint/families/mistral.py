@@ -1,0 +1,15 @@
+"""Mistral 7B and later dense Mistral models."""
+
+from qtarget_megatron.checkpoint.family import Family
+
+FAMILY = Family(
+    name="mistral",
+    architecture="MistralForCausalLM",
+    defaults={
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+)

@@ -1,0 +1,86 @@
+"""What a family of Hugging Face decoders is: the declaration that each file in ``families/`` makes.
+
+A declaration is data. It says what distinguishes the family from a Llama: values that transformers assumes where
+config.json is silent, which layers have biases, how experts are chosen, and under which names tensors are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_LAYER = "model.layers.{layer}."
+
+# Role of a tensor -> its name in a checkpoint, without ".weight" and ".bias". Layers and experts are counted from 0.
+_TENSORS = {
+    "embedding": "model.embed_tokens",
+    "head": "lm_head",
+    "final_norm": "model.norm",
+    "input_norm": _LAYER + "input_layernorm",
+    "query": _LAYER + "self_attn.q_proj",
+    "key": _LAYER + "self_attn.k_proj",
+    "value": _LAYER + "self_attn.v_proj",
+    "attention_output": _LAYER + "self_attn.o_proj",
+    "query_norm": _LAYER + "self_attn.q_norm",
+    "key_norm": _LAYER + "self_attn.k_norm",
+    "mlp_norm": _LAYER + "post_attention_layernorm",
+    "gate": _LAYER + "mlp.gate_proj",
+    "up": _LAYER + "mlp.up_proj",
+    "down": _LAYER + "mlp.down_proj",
+    "router": _LAYER + "mlp.gate",
+    "expert_gate": _LAYER + "mlp.experts.{expert}.gate_proj",
+    "expert_up": _LAYER + "mlp.experts.{expert}.up_proj",
+    "expert_down": _LAYER + "mlp.experts.{expert}.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class ExpertRules:
+    """Where config.json says how a mixture of experts is built; a str is the name of a field.
+
+    width: of one expert's MLP. normalized: the weights of the chosen experts are divided by their sum. dense_layers:
+    a list of layers that have one MLP instead. sparse_step: layer i has experts where (i + 1) is a multiple of it.
+    None: there is no such field.
+    """
+
+    count: str = "num_experts"
+    per_token: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+    normalized: bool | str = True
+    dense_layers: str | None = None
+    sparse_step: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one Hugging Face architecture differs from a Llama.
+
+    name: of the family, in messages. architecture: its entry in config.json's ``architectures``. refused: why
+    Megatron's GPT model cannot express it; nothing else counts then. The bias rules are either a constant or the name
+    of the config field that decides. qk_norm: RMS norm of each query and key head. window_switch: sliding_window counts
+    only with use_sliding_window = true. experts: None where every layer has one MLP. defaults: the values that
+    transformers assumes for fields the file leaves out. aliases: other spelling of a field -> the one used here.
+    tensors: names that differ from a Llama's, by role.
+    """
+
+    name: str
+    architecture: str
+    refused: str | None = None
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    window_switch: bool = False
+    experts: ExpertRules | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if unknown := sorted(self.tensors.keys() - _TENSORS.keys()):
+            raise ValueError(f"family {self.name}: expected roles of {sorted(_TENSORS)}, got {unknown}")
+
+    def tensor(self, role: str, part: str = "weight", **place: int) -> str:
+        """The name of a tensor in the checkpoint; place: layer and expert, counted from 0, where the role has them."""
+        return f"{self.tensors.get(role, _TENSORS[role]).format(**place)}.{part}"
