@@ -106,14 +106,19 @@ def run_all(jobs: dict[str, tuple]) -> dict[str, object]:
 
 
 def convert(*words) -> tuple[int, str]:
-    """tools/convert_hf.py: exit code, and its own lines of the output."""
+    """tools/convert_hf.py: exit code, and its own lines of the output; not those of its progress."""
+    code, printed = convert_output(*words)
+    return code, "\n".join(line for line in printed.splitlines() if "convert_hf:" in line and "GB/s" not in line)
+
+
+def convert_output(*words) -> tuple[int, str]:
+    """tools/convert_hf.py: exit code and output."""
     from tools.convert_hf import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         code = main([str(word) for word in words])
-    lines = [line for line in printed.getvalue().splitlines() if "convert_hf:" in line]
-    return code, "\n".join(lines)
+    return code, printed.getvalue()
 
 
 def logits(directory: str, *words) -> np.ndarray | None:
@@ -255,6 +260,27 @@ def agreement(directory: str, reference: str):
     ids = tokens(model.args.seq_length)
     found = megatron_logits(model, ids)
     return vars(compare_with_transformers(model, Path(reference), ids)), found.numpy()
+
+
+def divergence(directory: str, reference: str, epsilon_of: str, *words) -> tuple[str, str]:
+    """Where the model of directory differs first from transformers' of reference, and the report of it.
+
+    epsilon_of: a norm, as "2.pre_mlp_layernorm", whose epsilon is made another; "" for none.
+    """
+    from qtarget_megatron.checkpoint import report_lines
+    from qtarget_megatron.megatron.convert import open_model
+
+    model = open_model(Path(directory), [str(word) for word in words])
+    from qtarget_megatron.megatron.agreement import compare_with_transformers
+
+    layer, _, norm = epsilon_of.partition(".")
+    for chunk in model.chunks:
+        for block in chunk.decoder.layers:
+            if norm and block.layer_number - 1 == int(layer):
+                getattr(block, norm).eps = 1e-2
+    found = compare_with_transformers(model, Path(reference), tokens(model.args.seq_length))
+    first = found.first_divergence()
+    return str(first and first.place), "\n".join(report_lines(found, 1e-4, str))
 
 
 def incomplete(directory: str, *words) -> str:

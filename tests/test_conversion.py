@@ -1,5 +1,6 @@
 """Conversion in both directions at parallel layouts, and the check that it computes the same."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,12 @@ def one(workspace):
     experts = ("convert", "check", "--reference", workspace / "experts", "--hf-model")
     for name in ("experts", "swapped-experts", "other-normalisation"):
         jobs[f"check {name}"] = (*experts, workspace / name)
+    words = ["check", "--hf-model", workspace / "swapped", "--reference", good]
+    jobs["printed check"] = ("convert_output", *words)
+    words = ["import", "--hf-model", good, "--save", workspace / "ckpt-printed"]
+    jobs["printed import"] = ("convert_output", *words)
+    words = ["export", "--hf-model", good, "--load", ckpt, "--save-hf", workspace / "back-printed"]
+    jobs["printed export"] = ("convert_output", *words)
     jobs["check load swapped"] = (
         "convert",
         "check",
@@ -374,6 +381,29 @@ def test_check_tells_equal_from_different(one, job, code):
 def test_check_works_with_experts_on_different_ranks(two):
     assert [code for code, _ in two["check experts ep2"]] == [0, 0]
     assert [code for code, _ in two["check swapped-experts ep2"]] == [1, 1]
+
+
+def test_check_prints_where_to_look(one):
+    code, printed = one["printed check"][0]
+    assert code == 1
+    assert "\nworst tokens\nposition " in printed
+    verdict, last = printed.splitlines()[-2:]
+    assert verdict.startswith("first divergence: layer 1, MLP (") and "gate_proj and up_proj exchanged" in verdict
+    assert last.startswith("convert_hf: over 64 tokens") and last.endswith(": DIFFERENT")
+    # Tokens as text, not as numbers.
+    row = printed[printed.index("worst tokens") :].splitlines()[2]
+    assert row.count("'") >= 8
+
+
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_conversions_say_how_far_they_are(one, way):
+    code, printed = one[f"printed {way}"][0]
+    assert code == 0
+    doing = {"import": "reading", "export": "writing"}[way]
+    lines = [line for line in printed.splitlines() if line.startswith(f"convert_hf: {doing}: ")]
+    size = r"([\d.e-]+)"
+    done, total = re.fullmatch(rf"convert_hf: {doing}: {size}/{size} GB, .* GB/s, 0:00:00 left", lines[-1]).groups()
+    assert done == total
 
 
 @pytest.mark.parametrize("layout", DENSE)

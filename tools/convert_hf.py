@@ -11,7 +11,8 @@
     # Megatron -> Hugging Face; architecture and tokenizer come from DIR
     python tools/convert_hf.py export --hf-model DIR --load CKPT --save-hf OUT
 
-    # do both compute the same? logits of Megatron against transformers' in float32; exit code 0 or 1
+    # do both compute the same? logits of Megatron against transformers' in float32; exit code 0 or 1.
+    # Where they differ: the worst tokens, the first layer whose hidden states differ, and what to look at
     python tools/convert_hf.py check --hf-model DIR
     python tools/convert_hf.py check --hf-model DIR --load CKPT
     python tools/convert_hf.py check --hf-model OUT --reference DIR
@@ -88,10 +89,13 @@ def run_export(ours: argparse.Namespace, words: list[str]) -> int:
 def run_check(ours: argparse.Namespace, words: list[str]) -> int:
     import torch
 
+    from qtarget_megatron.checkpoint import report_lines
+    from qtarget_megatron.data import load_tokenizer
     from qtarget_megatron.megatron.commands import print_once
     from qtarget_megatron.megatron.convert import open_model, text_tokens
 
     tokens = text_tokens(ours.hf_model, ours.text or TEXT)
+    tokenizer = load_tokenizer(ours.hf_model)
     model = open_model(
         ours.hf_model,
         words,
@@ -103,13 +107,12 @@ def run_check(ours: argparse.Namespace, words: list[str]) -> int:
     from qtarget_megatron.megatron.agreement import compare_with_transformers
 
     found = compare_with_transformers(model, ours.reference or ours.hf_model, tokens)
+    print_once("\n".join(report_lines(found, ours.tolerance, lambda token: repr(tokenizer.decode([token])))))
     # Written so that NaN fails.
     equal = found.max_difference <= ours.tolerance
     print_once(
-        f"convert_hf: {found.num_tokens} tokens, logits differ by at most "
-        f"{found.max_difference:.3g} (tolerance {ours.tolerance:g}), same argmax at "
-        f"{found.argmax_agreement:.2%}, KL(transformers to Megatron) mean {found.kl_mean:.3g} max "
-        f"{found.kl_max:.3g} nats: {'equal' if equal else 'DIFFERENT'}"
+        f"convert_hf: over {found.num_tokens} tokens the logits of Megatron and of transformers differ by at most "
+        f"{found.max_difference:.3g}: {'equal' if equal else 'DIFFERENT'}"
     )
     return 0 if equal else 1
 

@@ -1,11 +1,14 @@
 """Hugging Face checkpoints: read a rank's slices, map them to Megatron parameters, export them."""
 
+from qtarget_megatron.checkpoint.agreement import Agreement, StateAgreement, TokenAgreement
+from qtarget_megatron.checkpoint.agreement_report import report_lines
 from qtarget_megatron.checkpoint.architecture import Architecture
 from qtarget_megatron.checkpoint.config_file import read_config
 from qtarget_megatron.checkpoint.experts import Experts
 from qtarget_megatron.checkpoint.hf_reader import HFReader
 from qtarget_megatron.checkpoint.hf_tensors import check_tensors, hf_tensor_shapes
 from qtarget_megatron.checkpoint.hf_writer import HFExport, ShardPlan, plan_shards
+from qtarget_megatron.checkpoint.hidden_states import Place, recorded
 from qtarget_megatron.checkpoint.layout import (
     hf_names,
     is_expert,
@@ -19,12 +22,16 @@ from qtarget_megatron.checkpoint.rope import RopeScaling
 from qtarget_megatron.checkpoint.transformers_model import transformers_logits
 
 __all__ = [
+    "Agreement",
     "Architecture",
     "Experts",
     "HFExport",
     "HFReader",
+    "Place",
     "RopeScaling",
     "ShardPlan",
+    "StateAgreement",
+    "TokenAgreement",
     "check_tensors",
     "hf_names",
     "hf_tensor_shapes",
@@ -36,5 +43,7 @@ __all__ = [
     "partition_dim",
     "plan_shards",
     "read_config",
+    "recorded",
+    "report_lines",
     "transformers_logits",
 ]
