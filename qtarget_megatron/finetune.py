@@ -37,13 +37,12 @@ from qtarget_megatron.megatron.arguments import (
     check_layout,
     check_whole_stages,
     implementation_flags,
-    megatron_flags,
-    record_architecture,
 )
 from qtarget_megatron.megatron.commands import print_error
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
 from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.saved_model import SavedModel, check_resumed_experts
+from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.resumable import ResumableDirectory, file_digest
 from qtarget_megatron.sparse_teacher import check_residuals

@@ -69,11 +69,6 @@ def division_problems(arch: Architecture, who: str, *, tensor: int, seq_length: 
         yield f"{flag} does not divide the hidden size {arch.hidden_size} of the {who}"
     if seq_length is not None and seq_length > arch.max_position_embeddings:
         yield f"--seq-length {seq_length} exceeds the {arch.max_position_embeddings} positions of the {who}"
-    if arch.sliding_window is not None and (seq_length or 0) > arch.sliding_window:
-        yield (
-            f"the {who} attends within a sliding window of {arch.sliding_window} tokens, which this version does not "
-            f"build: use --seq-length of at most {arch.sliding_window}, got {seq_length}"
-        )
 
 
 def stage_problems(arch: Architecture, who: str, *, pipeline: int) -> Iterator[str]:

@@ -31,12 +31,22 @@ LLAMA3 = {
     "high_freq_factor": 3.5,
     "original_max_position_embeddings": 24,
 }
+# An attention factor other than 1, and a ramp between dimensions.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 3.0,
+    "beta_fast": 8.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+    "original_max_position_embeddings": 24,
+}
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 # With 1 key/value head, two tensor-parallel ranks share one.
 FAMILIES = {
     "llama2": ("Llama", dict(num_key_value_heads=12)),
     "llama3": ("Llama", dict(num_key_value_heads=2, rope_parameters=LLAMA3)),
-    "mistral": ("Mistral", dict(num_key_value_heads=2, head_dim=8)),
+    "mistral": ("Mistral", dict(num_key_value_heads=2, head_dim=8, sliding_window=None)),
     "qwen2": ("Qwen2", dict(num_key_value_heads=2, rms_norm_eps=1e-3)),
     "qwen3": ("Qwen3", dict(num_key_value_heads=1, head_dim=6)),
     "qwen3_moe": (
@@ -50,6 +60,17 @@ FAMILIES = {
         dict(num_key_value_heads=2, head_dim=6, moe_intermediate_size=20, norm_topk_prob=True) | EXPERTS,
     ),
     "mixtral": ("Mixtral", dict(num_key_value_heads=2) | EXPERTS),
+    # A window in every layer, in some, and layers without rotary embedding.
+    "mistral_window": ("Mistral", dict(num_key_value_heads=2, sliding_window=9)),
+    "qwen2_windows": (
+        "Qwen2",
+        dict(num_key_value_heads=2, rope_parameters=YARN, use_sliding_window=True, sliding_window=5)
+        | dict(max_window_layers=1),
+    ),
+    "smollm3": (
+        "SmolLM3",
+        dict(num_key_value_heads=2, head_dim=8, pad_token_id=None, no_rope_layers=[1, 0, 1, 0], rope_parameters=LLAMA3),
+    ),
     "biases": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
 }
 

@@ -18,6 +18,7 @@ SHAPE = dict(
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", **SHAPE)
 QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SHAPE)
 QWEN3_MOE = dict(architectures=["Qwen3MoeForCausalLM"], num_key_value_heads=4)
+SMOLLM3 = dict(architectures=["SmolLM3ForCausalLM"], num_key_value_heads=4)
 MIXTRAL = dict(architectures=["MixtralForCausalLM"])
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=512)
 
@@ -40,6 +41,7 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
 
 
@@ -70,6 +72,7 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
     if family in ("mistral", "mixtral", "qwen3_moe") and "num_key_value_heads" in extra:
         extra = extra | dict(num_key_value_heads=8)  # their config classes take no null here
     ours, theirs = both(tmp_path, dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE, **extra))
+    theirs.pad_token_id = None  # SmolLM3's is beyond this vocabulary
     with torch.device("meta"):
         names = set(transformers.AutoModelForCausalLM.from_config(theirs).state_dict())
     layer = "model.layers.0."
@@ -93,11 +96,19 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         rope_base=theirs.rope_parameters["rope_theta"],
         rope_scaling=None,
         sliding_window=getattr(theirs, "sliding_window", None),
+        window_layers=() if getattr(theirs, "sliding_window", None) is None else (True, True),
+        unrotated_layers=unrotated_of(theirs),
         dtype=theirs.dtype or torch.bfloat16,
         eos_token_ids=() if ids is None else tuple(ids) if isinstance(ids, list) else (ids,),
         bos_token_id=theirs.bos_token_id,
         experts=experts_of(theirs, names),
     )
+
+
+def unrotated_of(theirs):
+    """Layers without rotary embedding; () where there is none."""
+    rotated = getattr(theirs, "no_rope_layers", [1] * theirs.num_hidden_layers)
+    return () if all(rotated) else tuple(not value for value in rotated)
 
 
 def experts_of(theirs, names):
@@ -154,6 +165,21 @@ ROPES = {
         max_position_embeddings=1024,
         rope_scaling=dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0),
     ),
+    "yarn": dict(rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=512)),
+    "yarn-new": dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e6, factor=2.5)),
+    "yarn-all": dict(
+        rope_theta=1e5,
+        rope_scaling=dict(rope_type="yarn", factor=40, beta_fast=20, beta_slow=0.7, truncate=False, mscale=0.7)
+        | dict(mscale_all_dim=1.3, original_max_position_embeddings=256),
+    ),
+    "yarn-one-scale": dict(rope_scaling=dict(rope_type="yarn", factor=8, mscale=0.5, beta_fast=None)),
+    "yarn-attention-factor": dict(
+        rope_scaling=dict(rope_type="yarn", factor=8, mscale=0.5, mscale_all_dim=0.5, attention_factor=1.5)
+    ),
+    "yarn-factor-from-lengths": dict(
+        max_position_embeddings=4096,
+        rope_scaling=dict(rope_type="yarn", factor=None, original_max_position_embeddings=512),
+    ),
     "llama3-length-outside": dict(
         original_max_position_embeddings=2048,
         rope_scaling=dict(rope_type="llama3", **LLAMA3_ROPE),
@@ -167,7 +193,7 @@ def test_inverse_frequencies_are_the_bits_of_transformers(tmp_path, family, rope
     config = dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE)
     config |= dict(num_attention_heads=12, num_key_value_heads=12, head_dim=64) | ROPES[rope]
     ours, theirs = both(tmp_path, config)
-    small = dict(vocab_size=2, hidden_size=12, intermediate_size=2, num_hidden_layers=1)
+    small = dict(vocab_size=2, pad_token_id=None, hidden_size=12, intermediate_size=2, num_hidden_layers=1)
     for key, value in small.items():  # the rotary module depends on none of these
         setattr(theirs, key, value)
     model = transformers.AutoModelForCausalLM.from_config(theirs)
@@ -175,6 +201,8 @@ def test_inverse_frequencies_are_the_bits_of_transformers(tmp_path, family, rope
     assert actual.dtype == torch.float32 and actual.shape == (32,)
     assert torch.equal(actual, model.model.rotary_emb.inv_freq)
     assert ours.rope_base == theirs.rope_parameters["rope_theta"]
+    scaling = 1.0 if ours.rope_scaling is None else ours.rope_scaling.attention_factor
+    assert scaling == model.model.rotary_emb.attention_scaling
 
 
 def test_each_llama3_parameter_changes_the_frequencies(tmp_path):
@@ -188,21 +216,65 @@ def test_each_llama3_parameter_changes_the_frequencies(tmp_path):
     assert len(set(seen)) == len(seen)
 
 
+SWITCHED = dict(use_sliding_window=True)
+
+
 @pytest.mark.parametrize(
-    ("extra", "window"),
+    ("family", "extra", "window", "layers"),
     [
-        (dict(use_sliding_window=False, sliding_window=131072, max_window_layers=1), None),
-        (dict(use_sliding_window=True, sliding_window=64, max_window_layers=0), 64),
-        (dict(use_sliding_window=True, sliding_window=64, max_window_layers=28), None),
-        (dict(use_sliding_window=True, sliding_window=None), None),
-        (dict(use_sliding_window=True, layer_types=["sliding_attention"] * 2), 4096),
+        ("qwen2", dict(use_sliding_window=False, sliding_window=131072, max_window_layers=1), None, ()),
+        ("qwen2", SWITCHED | dict(sliding_window=64, max_window_layers=0), 64, (1, 1, 1)),
+        ("qwen2", SWITCHED | dict(sliding_window=64, max_window_layers=2), 64, (0, 0, 1)),
+        ("qwen2", SWITCHED | dict(sliding_window=64, max_window_layers=28), None, ()),
+        ("qwen2", SWITCHED | dict(sliding_window=None), None, ()),
+        ("qwen3", SWITCHED | dict(layer_types=["sliding_attention"] * 3), 4096, (1, 1, 1)),
+        (
+            "qwen3",
+            SWITCHED | dict(layer_types=["sliding_attention", "full_attention", "full_attention"]),
+            4096,
+            (1, 0, 0),
+        ),
+        ("smollm3", SWITCHED | dict(sliding_window=64, no_rope_layer_interval=2), 64, (0, 1, 0)),
+        ("smollm3", dict(sliding_window=64, no_rope_layer_interval=2), None, ()),
+        ("smollm3", SWITCHED | dict(no_rope_layer_interval=2), None, ()),
     ],
 )
-def test_a_qwen_window_counts_only_where_a_layer_uses_it(tmp_path, extra, window):
-    ours, theirs = both(tmp_path, QWEN2 | extra)
-    assert ours.sliding_window == window
-    used = theirs.sliding_window is not None and "sliding_attention" in theirs.layer_types
-    assert used == (window is not None)
+def test_a_window_counts_in_the_layers_that_use_it(tmp_path, family, extra, window, layers):
+    config = SHAPE | dict(architectures=[FAMILIES[family]], model_type=family, num_hidden_layers=3)
+    ours, theirs = both(tmp_path, config | dict(num_key_value_heads=96) | extra)
+    assert (ours.sliding_window, ours.window_layers) == (window, layers)
+    kinds = zip(theirs.layer_types, range(3), strict=True)
+    used = theirs.sliding_window is not None and theirs.use_sliding_window
+    assert [used and kind == "sliding_attention" for kind, _ in kinds] == list(map(bool, layers or (0, 0, 0)))
+
+
+def test_a_window_that_transformers_does_not_read_is_not_built(tmp_path):
+    write(tmp_path, LLAMA | dict(sliding_window=8))
+    assert Architecture.from_hf(tmp_path).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "unrotated"),
+    [
+        ({}, (0, 0, 0, 1, 0)),
+        (dict(no_rope_layer_interval=2), (0, 1, 0, 1, 0)),
+        (dict(no_rope_layers=[0, 1, 1, 1, 0]), (1, 0, 0, 0, 1)),
+        (dict(no_rope_layers=[1] * 6), ()),
+    ],
+)
+def test_layers_without_rotary_embedding_are_those_of_transformers(tmp_path, extra, unrotated):
+    config = SHAPE | dict(architectures=["SmolLM3ForCausalLM"], model_type="smollm3", num_hidden_layers=5)
+    ours, theirs = both(tmp_path, config | dict(num_key_value_heads=4) | extra)
+    assert ours.unrotated_layers == unrotated == unrotated_of(theirs)
+
+
+@pytest.mark.parametrize("rope", [name for name in ROPES if name.startswith("yarn")])
+def test_yarn_scales_scores_as_transformers_scales_cosine_and_sine(tmp_path, rope):
+    config = LLAMA | dict(num_attention_heads=12, head_dim=64) | ROPES[rope]
+    ours, theirs = both(tmp_path, config)
+    factor = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs).attention_scaling
+    expected = None if factor == 1 else factor * factor / 8
+    assert ours.softmax_scale() == (expected if expected is None else pytest.approx(expected, rel=1e-15))
 
 
 def test_remote_code_entries_are_ignored_not_run(tmp_path):
@@ -233,7 +305,9 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (dict(dtype="int8"), "dtype to be one of"),
         (dict(dtype={}, torch_dtype=["float32"]), "dtype to be one of"),
         (dict(eos_token_id="</s>"), "eos_token_id to be an integer"),
-        (dict(rope_scaling=dict(type="yarn", factor=4.0)), "'default', 'linear', 'llama3'.*'yarn'"),
+        (dict(rope_scaling=dict(type="longrope")), "'default', 'linear', 'llama3', 'yarn'.*'longrope'"),
+        (dict(rope_scaling=dict(type="yarn", factor=-1.0)), "factor to be a positive number, got -1.0"),
+        (dict(rope_scaling=dict(type="yarn", factor=2.0, truncate=1)), "truncate to be true or false, got 1"),
         (dict(rope_scaling=dict(type="dynamic", factor=4.0)), "got 'dynamic'"),
         (dict(rope_scaling=dict(type="linear")), "factor to be a positive number, got None"),
         (dict(rope_scaling=dict(type="llama3", factor=8.0)), "low_freq_factor"),
@@ -249,7 +323,10 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (MIXTRAL | dict(num_experts_per_tok=9), "num_experts_per_tok of at most num_experts .8., got 9"),
         (MIXTRAL | QWEN3_MOE | dict(mlp_only_layers="0"), "mlp_only_layers to be a list of layers, got '0'"),
         (dict(architectures=["Own"], auto_map=dict(AutoModel="own.Own")), "auto_map.* is never run"),
-        (QWEN2 | dict(use_sliding_window=True, max_window_layers=1), "mix full and sliding"),
+        (QWEN2 | dict(use_sliding_window=True, layer_types=["chunked_attention"] * 2), "'chunked_attention': not"),
+        (SMOLLM3 | dict(no_rope_layers=[1]), "for each of 2 layers, got .1."),
+        (SMOLLM3 | dict(no_rope_layers=[1, 2]), "no_rope_layers to be 1 .rotary. or 0"),
+        (SMOLLM3 | dict(no_rope_layer_interval=0), "no_rope_layer_interval to be a positive integer, got 0"),
         (QWEN2 | dict(use_sliding_window=True, layer_types=["full_attention"]), "list 2 layers"),
     ],
 )

@@ -68,3 +68,10 @@ def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
     known = [family.architecture for family in DECLARED if family.refused is None]
     with pytest.raises(ValueError, match=f"hold one of {', '.join(known)}, got \\['FalconForCausalLM'\\]"):
         Architecture.from_hf(write(tmp_path, architectures=["FalconForCausalLM"]))
+
+
+@pytest.mark.parametrize("family", [family for family in DECLARED if family.refused is not None])
+def test_a_family_that_megatron_cannot_express_is_refused_with_the_reason(tmp_path, family):
+    with pytest.raises(ValueError, match="that Megatron's GPT can express") as error:
+        Architecture.from_hf(write(tmp_path, architectures=[family.architecture]))
+    assert str(error.value).endswith(f"got {family.name}: {family.refused}") and "\n" not in str(error.value)

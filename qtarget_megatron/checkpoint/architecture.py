@@ -6,6 +6,7 @@ no file of ``families/`` declares is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from qtarget_megatron.checkpoint.config_file import (
 )
 from qtarget_megatron.checkpoint.experts import Experts, read_experts
 from qtarget_megatron.checkpoint.family import Family
+from qtarget_megatron.checkpoint.layers import read_unrotated_layers, read_windows
 from qtarget_megatron.checkpoint.rope import RopeScaling, inverse_frequencies, read_rope
 
 # A null means "absent", except where null is itself the meaning (no window, no such token).
@@ -37,10 +39,11 @@ class Architecture:
 
     ``ffn_hidden_size``: of the MLP in layers without experts. ``tied``: the output head is the embedding. ``qkv_bias``,
     ``output_bias`` (o_proj) and ``mlp_bias``: which linear layers carry a bias. ``qk_norm``: RMS norm per head on
-    queries and keys. ``rope_scaling`` is None for the default rotary embedding. ``sliding_window`` is None where every
-    layer sees the full context. ``experts`` is None where every layer has one MLP. ``dtype`` is what config.json
-    declares, bfloat16 where it declares nothing. ``eos_token_ids`` is empty and ``bos_token_id`` None where the model
-    has none.
+    queries and keys. ``rope_scaling`` is None for the default rotary embedding. ``sliding_window``: tokens that a layer
+    of ``window_layers`` attends to, itself included. ``window_layers`` and ``unrotated_layers`` (without rotary
+    embedding) have one entry per layer, or none where no layer is of that kind. ``experts`` is None where every layer
+    has one MLP. ``dtype`` is what config.json declares, bfloat16 where it declares nothing. ``eos_token_ids`` is empty
+    and ``bos_token_id`` None where the model has none.
     """
 
     family: str
@@ -64,6 +67,8 @@ class Architecture:
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    window_layers: tuple[bool, ...] = ()
+    unrotated_layers: tuple[bool, ...] = ()
     experts: Experts | None = None
 
     @classmethod
@@ -100,6 +105,8 @@ class Architecture:
                 f"num_key_value_heads ({groups})"
             )
         rope_base, rope_scaling = read_rope(config, positions)
+        unrotated = read_unrotated_layers(config, family, layers)
+        window, window_layers = read_windows(config, family.window, layers, unrotated)
         return cls(
             family=family.name,
             num_layers=layers,
@@ -118,16 +125,26 @@ class Architecture:
             qk_norm=family.qk_norm,
             rope_base=rope_base,
             rope_scaling=rope_scaling,
-            sliding_window=_read_window(config, family, layers),
+            sliding_window=window,
             dtype=declared_dtype(config) or torch.bfloat16,
             eos_token_ids=token_ids(config, "eos_token_id"),
             bos_token_id=next(iter(token_ids(config, "bos_token_id")), None),
+            window_layers=window_layers,
+            unrotated_layers=unrotated,
             experts=read_experts(config, family.experts, layers),
         )
 
     def inverse_frequencies(self) -> torch.Tensor:
         """Rotary inverse frequencies, float32 ``[head_dim / 2]``, the bits that transformers computes."""
         return inverse_frequencies(self.head_dim, self.rope_base, self.rope_scaling)
+
+    def softmax_scale(self) -> float | None:
+        """What the scores q k are multiplied by; None for 1 / sqrt(head_dim).
+
+        Yarn multiplies cosine and sine, hence queries and keys, by its attention factor: the scores by its square.
+        """
+        factor = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
+        return None if factor == 1 else factor**2 / math.sqrt(self.head_dim)
 
 
 def _find_family(raw: Mapping[str, Any]) -> Family:
@@ -166,30 +183,3 @@ def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
     if head_dim % 2:
         raise ValueError(f"config.json: expected an even head_dim for rotary pairs, got {head_dim}")
     return head_dim
-
-
-def _read_window(config: Mapping[str, Any], family: Family, num_layers: int) -> int | None:
-    """The window that all layers share, None where no layer has one; mixed layers are refused."""
-    if family.window_switch and not boolean(config, "use_sliding_window"):
-        return None
-    if config.get("sliding_window") is None:
-        return None
-    window = positive_int(config, "sliding_window")
-    if not family.window_switch:
-        return window
-    kinds = config.get("layer_types")
-    if kinds is None:
-        first = config["max_window_layers"]  # the first layer with a window
-        full = min(positive_int(config, "max_window_layers") if first != 0 else 0, num_layers)
-        kinds = ["full_attention"] * full + ["sliding_attention"] * (num_layers - full)
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise ValueError(f"config.json: expected layer_types to list {num_layers} layers, got {kinds!r}")
-    if all(kind == "full_attention" for kind in kinds):
-        return None
-    if all(kind == "sliding_attention" for kind in kinds):
-        return window
-    raise ValueError(
-        f"config.json: expected one kind of attention in all layers, got "
-        f"{sorted(set(map(str, kinds)))}; models that mix full and sliding-window layers are not "
-        "supported"
-    )

@@ -53,15 +53,31 @@ class ExpertRules:
 
 
 @dataclass(frozen=True)
+class WindowRules:
+    """Which layers attend within ``sliding_window`` tokens; a str is the name of a field.
+
+    switch: must be true for any of them to do so. listed: layer_types says which. first: without that list, those from
+    this layer on. unrotated: without that list, those without rotary embedding. With neither, all of them. None: there
+    is no such field.
+    """
+
+    switch: str | None = None
+    listed: bool = False
+    first: str | None = None
+    unrotated: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """How one Hugging Face architecture differs from a Llama.
 
     name: of the family, in messages. architecture: its entry in config.json's ``architectures``. refused: why
     Megatron's GPT model cannot express it; nothing else counts then. The bias rules are either a constant or the name
-    of the config field that decides. qk_norm: RMS norm of each query and key head. window_switch: sliding_window counts
-    only with use_sliding_window = true. experts: None where every layer has one MLP. defaults: the values that
-    transformers assumes for fields the file leaves out. aliases: other spelling of a field -> the one used here.
-    tensors: names that differ from a Llama's, by role.
+    of the config field that decides. qk_norm: RMS norm of each query and key head. window: None where sliding_window
+    has no meaning. unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else
+    every no_rope_layer_interval-th. experts: None where every layer has one MLP. defaults: the values that transformers
+    assumes for fields the file leaves out. aliases: other spelling of a field -> the one used here. tensors: names that
+    differ from a Llama's, by role.
     """
 
     name: str
@@ -71,7 +87,8 @@ class Family:
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
-    window_switch: bool = False
+    window: WindowRules | None = None
+    unrotated_layers: bool = False
     experts: ExpertRules | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)

@@ -15,18 +15,26 @@ _FIELDS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
 }
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary scaling, normalised: ``type`` "linear" (factor only) or "llama3" (all fields)."""
+    """Rotary scaling, normalised: ``type`` "linear" (factor only), "llama3" or "yarn".
+
+    attention_factor: of cosine and sine. truncate: yarn's ramp begins and ends at whole dimensions.
+    """
 
     type: str
     factor: float
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    truncate: bool = True
+    attention_factor: float = 1.0
 
 
 def read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeScaling | None]:
@@ -51,12 +59,15 @@ def read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeSca
     if kind == "default":
         return base, None
     values = {name: positive_number(rope, name) for name in _FIELDS[kind]}
-    if kind == "llama3":
+    if kind in ("llama3", "yarn"):
         lengths = {"original_max_position_embeddings": positions}
         for source in (rope, config):  # like transformers, the outer field wins where both exist
             if source.get("original_max_position_embeddings") is not None:
                 lengths = source
         values["original_max_position_embeddings"] = positive_int(lengths, "original_max_position_embeddings")
+    if kind == "yarn":
+        values |= _yarn(rope, positions / values["original_max_position_embeddings"])
+    if kind == "llama3":
         if values["high_freq_factor"] <= values["low_freq_factor"]:
             raise ValueError(
                 f"config.json: expected high_freq_factor above low_freq_factor, got "
@@ -65,14 +76,45 @@ def read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeSca
     return base, RopeScaling(type=kind, **values)
 
 
+def _yarn(rope: Mapping[str, Any], default_factor: float) -> dict[str, Any]:
+    factor = positive_number(rope, "factor") if rope.get("factor") is not None else default_factor
+    truncate = rope.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"config.json: expected truncate to be true or false, got {truncate!r}")
+    # As in transformers, null and 0 are absent; the two scales count only together.
+    scales = [positive_number(rope, key) for key in ("mscale", "mscale_all_dim") if rope.get(key)]
+    if rope.get("attention_factor") is not None:
+        attention_factor = positive_number(rope, "attention_factor")
+    elif len(scales) == 2:
+        attention_factor = yarn_scale(factor, scales[0]) / yarn_scale(factor, scales[1])
+    else:
+        attention_factor = yarn_scale(factor)
+    return {
+        "factor": factor,
+        "beta_fast": positive_number(rope, "beta_fast") if rope.get("beta_fast") else 32.0,
+        "beta_slow": positive_number(rope, "beta_slow") if rope.get("beta_slow") else 1.0,
+        "truncate": truncate,
+        "attention_factor": attention_factor,
+    }
+
+
+def yarn_scale(factor: float, scale: float = 1.0) -> float:
+    """1 + scale / 10 * ln(factor), for contexts that are longer than the original one."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
 def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> torch.Tensor:
     """Rotary inverse frequencies of heads of ``dim``, float32 ``[dim / 2]``.
 
     With f_j = base^(-2j/dim): "default" is f; "linear" is f / factor; "llama3" divides by factor the wavelengths
     2 pi / f above L / low_freq_factor, keeps those below L / high_freq_factor, and blends in between with
-    s = (L f / 2 pi - low) / (high - low): (1 - s) f / factor + s f; L is original_max_position_embeddings. The order of
-    operations is that of transformers, so that the float32 results are the same bits.
+    s = (L f / 2 pi - low) / (high - low): (1 - s) f / factor + s f; L is original_max_position_embeddings. "yarn" keeps
+    f below the dimension j that turns beta_fast times within L, divides by factor above the one that turns beta_slow
+    times, and blends linearly in j in between (arXiv 2309.00071). The order of operations is that of transformers, so
+    that the float32 results are the same bits.
     """
+    if scaling is not None and scaling.type == "yarn":
+        return _yarn_frequencies(dim, base, scaling)
     inv_freq = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if scaling is None:
         return inv_freq
@@ -87,3 +129,22 @@ def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> t
         inv_freq / scaling.factor,
         torch.where(wavelength < length / high, inv_freq, blended),
     )
+
+
+def _yarn_frequencies(dim: int, base: float, scaling: RopeScaling) -> torch.Tensor:
+    def turns(count: float) -> float:
+        """The dimension, as a real number, that turns count times within the original length."""
+        length = scaling.original_max_position_embeddings
+        return (dim * math.log(length / (count * 2 * math.pi))) / (2 * math.log(base))
+
+    low, high = turns(scaling.beta_fast), turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    powers = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    kept, divided = 1.0 / powers, 1.0 / (scaling.factor * powers)
+    keep = 1 - ramp
+    return divided * (1 - keep) + kept * keep

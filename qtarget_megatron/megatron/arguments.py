@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 from pathlib import Path
 
 from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.kernels import BACKENDS
+from qtarget_megatron.megatron.shape import layer_flags
 from qtarget_megatron.planning import division_problems, divisors, stage_problems
 from qtarget_megatron.sparse_teacher import TAIL_RULES
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
-# Megatron's arguments that describe experts, with its values for a model without them.
-_NO_EXPERTS = {
-    "num_experts": None,
-    "moe_ffn_hidden_size": None,
-    "moe_router_topk": 2,
-    "moe_router_pre_softmax": False,
-    "moe_layer_freq": 1,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -143,83 +135,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def megatron_flags(arch: Architecture) -> list[str]:
-    """Megatron command-line flags that describe this architecture.
-
-    Raises ValueError where Megatron's GPT model cannot express it.
-    """
-    linear_biases = {arch.qkv_bias, arch.output_bias, arch.mlp_bias}
-    if arch.output_bias != arch.mlp_bias or (arch.mlp_bias and not arch.qkv_bias):
-        raise ValueError(
-            f"Megatron has biases on all linear layers, on query/key/value only, or on none; config.json asks for "
-            f"query/key/value={arch.qkv_bias}, attention output={arch.output_bias}, MLP={arch.mlp_bias}"
-        )
-    values = {
-        "--num-layers": arch.num_layers,
-        "--hidden-size": arch.hidden_size,
-        "--ffn-hidden-size": arch.ffn_hidden_size,
-        "--num-attention-heads": arch.num_attention_heads,
-        "--num-query-groups": arch.num_query_groups,
-        "--kv-channels": arch.head_dim,
-        "--max-position-embeddings": arch.max_position_embeddings,
-        "--norm-epsilon": arch.norm_epsilon,
-        "--vocab-size": arch.vocab_size,
-        "--position-embedding-type": "rope",
-        "--normalization": "RMSNorm",
-        "--attention-dropout": 0,
-        "--hidden-dropout": 0,
-        "--tokenizer-type": "NullTokenizer",
-    }
-    flags = [str(word) for pair in values.items() for word in pair]
-    flags += ["--swiglu", "--group-query-attention"]
-    if linear_biases != {True}:
-        flags.append("--disable-bias-linear")
-        flags += ["--add-qkv-bias"] if arch.qkv_bias else []
-    flags += ["--qk-layernorm"] if arch.qk_norm else []
-    flags += [] if arch.tied else ["--untie-embeddings-and-output-weights"]
-    return flags + _expert_flags(arch)
-
-
-def expert_arguments(arch: Architecture) -> dict[str, object]:
-    """Megatron's arguments that describe the experts of this architecture, by their name in args; Megatron's own values
-    for a model without experts.
-
-    Raises ValueError where Megatron's router cannot express it.
-    """
-    experts = arch.experts
-    if experts is None:
-        return dict(_NO_EXPERTS)
-    if experts.per_token == 1 and experts.normalized:
-        raise ValueError(
-            "Megatron's router cannot give a weight of 1 to the only expert of a token, which config.json asks for "
-            "(one expert per token, normalised)"
-        )
-    return _NO_EXPERTS | {
-        "num_experts": experts.count,
-        "moe_ffn_hidden_size": experts.ffn_hidden_size,
-        "moe_router_topk": experts.per_token,
-        # Normalising the chosen of all softmax weights is a softmax over the chosen logits.
-        "moe_router_pre_softmax": not experts.normalized,
-        # Megatron's checkpoints name layers one by one where this is a list.
-        "moe_layer_freq": 1 if all(experts.layers) else [int(has_experts) for has_experts in experts.layers],
-    }
-
-
-def _expert_flags(arch: Architecture) -> list[str]:
-    if arch.experts is None:
-        return []
-    flags = []
-    for name, value in expert_arguments(arch).items():
-        flags += (
-            [_flag(name)] if value is True else [] if value is False else [_flag(name), str(value).replace(" ", "")]
-        )
-    return flags
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def implementation_flags(*, on_cpu: bool) -> list[str]:
     """Megatron flags that keep it to components this machine has; the user's own flags come later and win.
 
@@ -246,7 +161,7 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
         "--attention-dropout",
         "--hidden-dropout",
     }
-    fixed.update(map(_flag, _NO_EXPERTS))
+    fixed |= layer_flags()
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
     if given:
         raise ValueError(f"{', '.join(given)} follow(s) from the model's config.json and cannot be given: drop it")
@@ -316,19 +231,6 @@ def states_stages(args: argparse.Namespace) -> bool:
         or args.decoder_last_pipeline_num_layers
         or args.pipeline_model_parallel_layout
     )
-
-
-def padded_vocab_size(vocab_size: int, args: argparse.Namespace) -> int:
-    """Rows of the embedding matrix: vocab_size rounded up to make-vocab-size-divisible-by * tensor-parallel size."""
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    return math.ceil(vocab_size / multiple) * multiple
-
-
-def record_architecture(args: argparse.Namespace, arch: Architecture) -> None:
-    """Set the arguments that no flag can carry exactly; they are saved with Megatron's checkpoints."""
-    args.padded_vocab_size = padded_vocab_size(arch.vocab_size, args)
-    # The model gets its frequencies directly; plain Megatron reads the base under --use-checkpoint-args.
-    args.rotary_base = int(arch.rope_base) if float(arch.rope_base).is_integer() else arch.rope_base
 
 
 def check_head(args: argparse.Namespace) -> None:

@@ -32,12 +32,11 @@ from qtarget_megatron.megatron.arguments import (
     check_layout,
     check_whole_stages,
     implementation_flags,
-    megatron_flags,
-    record_architecture,
 )
 from qtarget_megatron.megatron.commands import on_first_rank
 from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.saved_model import SavedModel, checkpoint_directory
+from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 from qtarget_megatron.resumable import ResumableDirectory, check_space, directory_digest
 
 if TYPE_CHECKING:
@@ -260,7 +259,7 @@ def _complete(args: argparse.Namespace, arch: Architecture, hf_model, save, dtyp
         raise ValueError("expected --ckpt-format torch_dist without --async-save: drop those flags")
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     ranks = tp * pp * args.context_parallel_size
-    limit = min(arch.max_position_embeddings, arch.sliding_window or arch.max_position_embeddings)
+    limit = arch.max_position_embeddings
     length = min(seq_length or limit, args.seq_length or limit)
     args.seq_length = length - length % tp if args.sequence_parallel else length
     check_layout(args, arch, "model")

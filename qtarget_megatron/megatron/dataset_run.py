@@ -52,7 +52,7 @@ class RunOptions:
 
     def check(self, arch: Architecture) -> None:
         """ValueError for a sequence length that the model does not have."""
-        limit = min(arch.max_position_embeddings, arch.sliding_window or arch.max_position_embeddings)
+        limit = arch.max_position_embeddings
         if not 0 < self.seq_length <= limit:
             raise ValueError(
                 f"--seq-length: expected 1 to {limit}, what the model of {self.hf_model} can attend to, got "

@@ -18,9 +18,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.checkpoint import Architecture, HFReader
-from qtarget_megatron.megatron.arguments import expert_arguments, padded_vocab_size
 from qtarget_megatron.megatron.hf_weights import check_complete, load_hf_weights
 from qtarget_megatron.megatron.saved_model import SavedModel
+from qtarget_megatron.megatron.shape import describe_layers, padded_vocab_size
 from qtarget_megatron.megatron.teacher import StackedGPTModel
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 
@@ -99,7 +99,7 @@ def transformer_config(args: argparse.Namespace, arch: Architecture, *, own_stag
     args.add_bias_linear = arch.mlp_bias
     args.add_qkv_bias = arch.qkv_bias
     args.qk_layernorm = arch.qk_norm
-    vars(args).update(expert_arguments(arch))
+    describe_layers(args, arch)
     if arch.experts is None:
         # A second model without experts, beside one whose experts are spread.
         args.expert_model_parallel_size = 1

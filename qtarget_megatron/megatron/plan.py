@@ -17,11 +17,10 @@ from qtarget_megatron.megatron.arguments import (
     check_flags,
     check_head,
     implementation_flags,
-    megatron_flags,
-    record_architecture,
     states_stages,
 )
 from qtarget_megatron.megatron.plan_sizes import RefusedError, Sizes, count_parameters, like
+from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 from qtarget_megatron.planning import CachedTeacher, Layout, Plan, Stage
 from qtarget_megatron.teacher_cache import CacheHeader
 

@@ -1,10 +1,11 @@
 """Mistral 7B and later dense Mistral models."""
 
-from qtarget_megatron.checkpoint.family import Family
+from qtarget_megatron.checkpoint.family import Family, WindowRules
 
 FAMILY = Family(
     name="mistral",
     architecture="MistralForCausalLM",
+    window=WindowRules(),
     defaults={
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,

@@ -1,12 +1,13 @@
 """Mixtral: Mistral with a mixture of experts in every layer."""
 
-from qtarget_megatron.checkpoint.family import ExpertRules, Family
+from qtarget_megatron.checkpoint.family import ExpertRules, Family, WindowRules
 
 _MLP = "model.layers.{layer}.block_sparse_moe."
 
 FAMILY = Family(
     name="mixtral",
     architecture="MixtralForCausalLM",
+    window=WindowRules(),
     experts=ExpertRules(width="intermediate_size"),
     defaults={
         "max_position_embeddings": 131072,

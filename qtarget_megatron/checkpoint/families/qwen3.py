@@ -1,6 +1,6 @@
 """Qwen3, dense."""
 
-from qtarget_megatron.checkpoint.family import Family
+from qtarget_megatron.checkpoint.family import Family, WindowRules
 
 FAMILY = Family(
     name="qwen3",
@@ -8,7 +8,7 @@ FAMILY = Family(
     qkv_bias="attention_bias",
     output_bias="attention_bias",
     qk_norm=True,
-    window_switch=True,
+    window=WindowRules(switch="use_sliding_window", listed=True, first="max_window_layers"),
     defaults={
         "max_position_embeddings": 32768,
         "num_key_value_heads": 32,

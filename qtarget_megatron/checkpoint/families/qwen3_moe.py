@@ -1,6 +1,6 @@
 """Qwen3 with a mixture of experts (30B-A3B, 235B-A22B)."""
 
-from qtarget_megatron.checkpoint.family import ExpertRules, Family
+from qtarget_megatron.checkpoint.family import ExpertRules, Family, WindowRules
 
 FAMILY = Family(
     name="qwen3_moe",
@@ -8,7 +8,7 @@ FAMILY = Family(
     qkv_bias="attention_bias",
     output_bias="attention_bias",
     qk_norm=True,
-    window_switch=True,
+    window=WindowRules(switch="use_sliding_window"),
     experts=ExpertRules(normalized="norm_topk_prob", dense_layers="mlp_only_layers", sparse_step="decoder_sparse_step"),
     defaults={
         "max_position_embeddings": 32768,
