@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 import time
 
@@ -23,8 +24,8 @@ FLAGS = [
     *("--eval-iters", 0, "--eval-interval", 9, "--save-interval", 9, "--num-workers", 0),
     *("--position-embedding-type", "rope", "--no-rope-fusion", "--no-persist-layer-norm"),
     "--no-gradient-accumulation-fusion",
-    # Drawn whole and then cut: the same weights at every tensor-parallel size.
-    *("--use-cpu-initialization", "--train-iters", STEPS, "--log-interval", 1),
+    *("--hidden-dropout", 0, "--attention-dropout", 0),
+    *("--train-iters", STEPS, "--log-interval", 1),
 ]
 
 
@@ -43,6 +44,7 @@ def pretrain_script(runs, folder):
     from examples.plugging_in import pretrain_script
     from qtarget_megatron.megatron.output_processor import OutputProcessor
 
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as in its command
     own = pretrain_script.QTARGET
     assert str(own._settings.objective) == "focal(gamma=2)"
     losses = {}
@@ -87,14 +89,11 @@ def test_a_pretraining_script_of_ones_own(tmp_path):
     assert one["sft"] == pytest.approx(one["megatron"], rel=1e-6)
     assert one["whole"] == pytest.approx(one["megatron"], rel=1e-6)
     assert one["focal"] != pytest.approx(one["megatron"], rel=1e-3)
-    runs = {
-        "TP2": ("focal", ["--tensor-model-parallel-size", 2]),
-        "PP2": ("sft", ["--pipeline-model-parallel-size", 2]),
-        "PP2 megatron": (None, ["--pipeline-model-parallel-size", 2]),
-    }
+    layouts = {"TP2": ["--tensor-model-parallel-size", 2], "PP2": ["--pipeline-model-parallel-size", 2], "DP2": []}
+    runs = {f"{name} {kind}": (kinds[kind], flags) for name, flags in layouts.items() for kind in ("sft", "megatron")}
     several = run_ranks(2, pretrain_script, (runs, str(tmp_path / "two")), megatron=True)[-1]
-    assert several["TP2"] == pytest.approx(one["focal"], rel=1e-6)
-    assert several["PP2"] == pytest.approx(several["PP2 megatron"], rel=1e-6)
+    for name in layouts:
+        assert several[f"{name} sft"] == pytest.approx(several[f"{name} megatron"], rel=1e-6), name
 
 
 def test_side_inputs_and_masks():
