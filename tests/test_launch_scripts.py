@@ -85,6 +85,12 @@ def test_slurm(slurm):
     assert_exported(slurm / "hf")
 
 
+def test_experts_shared_by_all_ranks(workspace):
+    small = dict(MODEL="experts", TP=2, EP=2, KERNELS="", BALANCE=0.01)
+    run(workspace, "mixture_of_experts.sh", OUT="experts-run", **small)
+    assert_exported(workspace / "experts-run" / "hf")
+
+
 def test_cached_teacher_in_two_steps(workspace):
     small = dict(TEACHER="teacher", STUDENT="untied", OUT="cached", KEPT=32, TEACHER_TP=2)
     values = {key: value for key, value in small.items() if key != "TEACHER"}

@@ -18,16 +18,17 @@ BOUNDS = {
     "float32": TOLERANCES,
     "bfloat16": dict.fromkeys(TOLERANCES, 4 * HALF) | {"lm loss": HALF, "grad-norm": 8 * HALF, "supervised tokens": 0},
 }
-WEIGHTS = {"float32": 1e-5, "bfloat16": HALF}  # of a tensor's norm
+WEIGHTS = {"float32": 1e-5, "bfloat16": 2 * HALF}  # of a tensor's norm
 FACTORS = {
     "TP": (1, 2, 4),
     "PP": (1, 2),
     "VPP": (1, 2),
     "DP": (1, 2),
+    "EP": (1, 2),
     "sequence parallel": (False, True),
     "distributed optimizer": (False, True),
     "dtype": ("float32", "bfloat16"),
-    "student": ("untied", "tied"),
+    "student": ("untied", "tied", "experts"),
     "teacher": (False, True),
 }
 
@@ -37,7 +38,14 @@ def world_size(row):
 
 
 def possible(row):
-    return 1 < world_size(row) <= 8 and row["VPP"] <= row["PP"] and not (row["sequence parallel"] and row["TP"] == 1)
+    if not 1 < world_size(row) <= 8 or row["VPP"] > row["PP"]:
+        return False
+    if row["sequence parallel"] and row["TP"] == 1:
+        return False
+    if row["student"] != "experts":
+        return row["EP"] == 1
+    # Megatron trains experts under tensor parallelism with sequence parallelism only.
+    return (row["TP"] == 1 or row["sequence parallel"]) and row["EP"] <= row["TP"] * row["DP"]
 
 
 ROWS = covering(FACTORS, possible, world_size)
@@ -52,6 +60,11 @@ STUDENTS = {
         "Qwen3",
         dict(hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
     ),
+    "experts": (
+        "Qwen3Moe",
+        dict(hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16, moe_intermediate_size=24)
+        | dict(num_local_experts=4, num_experts_per_tok=2, norm_topk_prob=True),
+    ),
 }
 
 
@@ -61,7 +74,7 @@ def kind(row):
 
 
 def name(row):
-    degrees = "".join(f"{key}{row[key]}" for key in ("TP", "PP", "VPP", "DP") if row[key] > 1)
+    degrees = "".join(f"{key}{row[key]}" for key in ("TP", "PP", "VPP", "DP", "EP") if row[key] > 1)
     return " ".join([kind(row), "at", degrees, *(key for key, value in row.items() if value is True)])
 
 
@@ -78,6 +91,10 @@ def layout(row):
     flags = [*tp(row["TP"]), *pp(row["PP"])]
     if row["VPP"] > 1:
         flags += ["--num-virtual-stages-per-pipeline-rank", row["VPP"]]
+    if row["student"] == "experts":
+        # Where there are no data-parallel ranks, the tensor-parallel ones share the experts, each of which is whole.
+        flags += ["--expert-model-parallel-size", row["EP"]]
+        flags += ["--expert-tensor-parallel-size", 1] if row["DP"] == 1 and row["EP"] > 1 else []
     if row["sequence parallel"]:
         flags += ["--sequence-parallel"]
     if row["distributed optimizer"]:
