@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -31,18 +32,23 @@ from qtarget_megatron.checkpoint import (
     check_tensors,
 )
 from qtarget_megatron.data import JsonlFile
-from qtarget_megatron.megatron import cpu_platform, launch
+from qtarget_megatron.megatron import cpu_platform, launch, start
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
+    apply_nan_choice,
     check_flags,
     check_head,
     check_layout,
     check_whole_stages,
+    fault_flags,
     implementation_flags,
     megatron_flags,
     record_architecture,
 )
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
+from qtarget_megatron.megatron.faults import Fault, explained
+from qtarget_megatron.megatron.progress import Progress
+from qtarget_megatron.megatron.saved_files import prepare_start
 from qtarget_megatron.megatron.saved_model import SavedModel
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.resumable import file_digest
@@ -61,6 +67,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         _print_error(error, int(os.environ.get("RANK", "0")))
         return 2
+    except Fault as fault:
+        if not fault.told:
+            print(f"finetune: error on rank {os.environ.get('RANK', '0')}: {fault}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 
@@ -90,9 +100,11 @@ def run(argv: list[str]) -> None:
     student = Architecture.from_hf(ours.hf_model)
     arch_flags = megatron_flags(student)
     check_flags(argv, arch_flags)
-    args = launch.parse_arguments([*arch_flags, *implementation_flags(on_cpu=on_cpu), *argv], add_arguments)
+    flags = [*arch_flags, *implementation_flags(on_cpu=on_cpu), *fault_flags(), *argv]
+    args = launch.parse_arguments(flags, add_arguments)
     objective = objectives.from_arguments(args.objective, args.objective_args)
     _fill_in(args, student)
+    apply_nan_choice(args)
     _check(args, student, objective)
     tokenizer, teacher, teacher_weights = _check_models(args, student)
     caches = _open_caches(args, student, tokenizer)
@@ -100,8 +112,36 @@ def run(argv: list[str]) -> None:
     cpu_platform.repair_megatron_wheel()
     args.calculate_per_token_loss = True
     record_architecture(args, student)
+    store = start.open_store(args)
+    keys = None if store is None else start.for_this_run(store)
+    _begin(args, argv, keys)
     launch.initialize(args)
-    _train(args, student, teacher, teacher_weights, objective, tokenizer, caches)
+    with Progress(args, keys, args.rank, args.world_size) as progress:
+        try:
+            _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, store, progress)
+        except BaseException as error:
+            fault = explained(error, args, progress)
+            if fault is None:
+                raise
+            raise fault from error
+
+
+def _begin(args: argparse.Namespace, argv: list[str], store: dist.Store | None) -> None:
+    """Agree with the other ranks on what is started, and on the checkpoint that it continues from."""
+
+    def lead() -> int | None:
+        found = prepare_start(args)
+        for line in found.messages:
+            print(f"qtarget_megatron: {line}", flush=True)
+        return found.iteration
+
+    if store is None:
+        iteration = lead()
+    else:
+        iteration = start.agree(store, args.rank, args.world_size, start.identity(args, argv), lead)
+    if None not in (iteration, args.train_iters) and iteration >= args.train_iters and not args.finetune:
+        # Megatron would write the last checkpoint anew over itself: cut short, there would be none.
+        args.save = None
 
 
 def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
@@ -208,7 +248,7 @@ def _check_models(args: argparse.Namespace, student: Architecture):
     return tokenizer, teacher, saved
 
 
-def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches) -> None:
+def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, store, progress) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
     from qtarget_megatron.megatron.datasets import DatasetProvider
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
@@ -238,11 +278,13 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
         teacher_tail=args.teacher_tail,
         teacher_cost=teacher_cost,
     )
+    on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     launch.run_pretrain(
         args,
         datasets=DatasetProvider(args, tokenizer, objective.token_inputs, caches),
         model_provider=models,
-        forward_step=partial(forward_step, settings, args.check_for_nan_in_loss_and_grad),
+        forward_step=progress.watched(partial(forward_step, settings, on_nan)),
+        store=None if dist.is_initialized() else store,
     )
     if args.save_hf is not None:
         dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
@@ -263,6 +305,7 @@ def _report_peak_memory(rank: int) -> None:
 def _print_error(error: ValueError, rank: int) -> None:
     """One line from rank 0. Another rank speaks up only if it is still there a moment later: where all fail alike, the
     launcher has ended it by then."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank != 0:
         time.sleep(5)
     where = f" on rank {rank}" if rank != 0 else ""
@@ -271,6 +314,6 @@ def _print_error(error: ValueError, rank: int) -> None:
 
 if __name__ == "__main__":
     code = main()
-    if dist.is_initialized():
+    if dist.is_initialized() and code != 1:
         dist.destroy_process_group()
     sys.exit(code)

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from torch.distributed import Store
+
 SUPPORTED = "megatron-core >= 0.19.2, < 0.20"
 
 
@@ -81,8 +83,12 @@ def run_pretrain(
     datasets: Callable,
     model_provider: Callable,
     forward_step: Callable,
+    store: Store | None,
 ):
-    """Megatron's training loop, with this package's data, model and forward step."""
+    """Megatron's training loop, with this package's data, model and forward step.
+
+    store: that the ranks meet at, where no process group exists yet; None: Megatron opens one.
+    """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -93,4 +99,5 @@ def run_pretrain(
         ModelType.encoder_or_decoder,
         forward_step,
         model_provider=model_provider,
+        store=store,
     )
