@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -77,7 +78,8 @@ def save_hf_weights(
     """
     dtype = dtype or arch.dtype
     plan = plan_shards(arch, dtype, stages=_stages(models, arch))
-    temporary = _broadcast(f".{out.name}.incomplete-{torch.randint(2**62, ()).item():x}")
+    # Not torch's random numbers: after the same training they are the same, and a killed export has left its folder.
+    temporary = _broadcast(f".{out.name}.incomplete-{uuid.uuid4().hex[:16]}")
     export = HFExport(out, source, arch, plan, dtype=dtype, temporary_name=temporary)
     writes = (
         parallel_state.get_tensor_model_parallel_rank() == 0
