@@ -114,8 +114,11 @@ def run(argv: list[str]) -> None:
     record_architecture(args, student)
     store = start.open_store(args)
     keys = None if store is None else start.for_this_run(store)
-    _begin(args, argv, keys)
+    iteration = _agree(args, argv, keys)
     launch.initialize(args)
+    _skip_what_is_done(args, iteration)
+    if args.save is not None and args.exit_signal_handler and not args.skip_train:
+        launch.start_save_process()
     with Progress(args, keys, args.rank, args.world_size) as progress:
         try:
             _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, store, progress)
@@ -126,8 +129,8 @@ def run(argv: list[str]) -> None:
             raise fault from error
 
 
-def _begin(args: argparse.Namespace, argv: list[str], store: dist.Store | None) -> None:
-    """Agree with the other ranks on what is started, and on the checkpoint that it continues from."""
+def _agree(args: argparse.Namespace, argv: list[str], store: dist.Store | None) -> int | None:
+    """Compare what all ranks have been started with; the iteration that the training continues from, if any."""
 
     def lead() -> int | None:
         found = prepare_start(args)
@@ -136,12 +139,18 @@ def _begin(args: argparse.Namespace, argv: list[str], store: dist.Store | None) 
         return found.iteration
 
     if store is None:
-        iteration = lead()
-    else:
-        iteration = start.agree(store, args.rank, args.world_size, start.identity(args, argv), lead)
-    if None not in (iteration, args.train_iters) and iteration >= args.train_iters and not args.finetune:
-        # Megatron would write the last checkpoint anew over itself: cut short, there would be none.
-        args.save = None
+        return lead()
+    return start.agree(store, args.rank, args.world_size, start.identity(args, argv), lead)
+
+
+def _skip_what_is_done(args: argparse.Namespace, iteration: int | None) -> None:
+    """A training that was complete when its end, as the export, was cut short: Megatron would find no samples left, or
+    write the last checkpoint over itself, where a second end could ruin it."""
+    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    if iteration is not None and 0 < steps <= iteration and not (args.finetune or args.skip_train):
+        args.skip_train = True
+        if args.rank == 0:
+            print(f"qtarget_megatron: all {steps} steps have been trained: going on with what follows", flush=True)
 
 
 def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
@@ -312,8 +321,12 @@ def _print_error(error: ValueError, rank: int) -> None:
     print(f"finetune: error{where}: {error}", file=sys.stderr, flush=True)
 
 
+if __name__ == "__mp_main__":
+    launch.end_with_parent()
 if __name__ == "__main__":
     code = main()
-    if dist.is_initialized() and code != 1:
+    if code == 1:
+        launch.leave_failed()
+    if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

@@ -231,7 +231,10 @@ def _end_tree(process: subprocess.Popen) -> None:
 
 
 def _end_descendants(pid: int) -> list[psutil.Process]:
-    descendants = psutil.Process(pid).children(recursive=True)
+    try:
+        descendants = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:  # it ended a moment ago
+        return []
     for victim in descendants:
         if victim.is_running():  # False where the process id has been reused since
             victim.kill()

@@ -63,6 +63,7 @@ def _explain(error: BaseException) -> tuple[str | None, bool]:
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name == "rerun_state_machine.py":
             return f"{_REJECTED.sub('', str(error))}: {ON_NAN}", False
         if isinstance(error, dist.DistError) or _LOST.search(str(error)):
-            first = str(error).strip().splitlines()[0]
-            return f"another rank has ended, or does not answer ({first[:200]})", True
+            # Without the place in gloo's sources, and its advice.
+            reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
+            return f"another rank has ended, or does not answer ({reason[:200]})", True
     return None, False

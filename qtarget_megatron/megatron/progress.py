@@ -2,7 +2,7 @@
 
 A rank that stops, or sleeps, leaves the others in a collective, which ends after --distributed-timeout-minutes without
 a name (NCCL's watchdog then ends the process). The thread of each rank writes where the rank is to the launcher's
-key-value store. When nothing has moved for half of the timeout, the first rank (or the last one, where that is the
+key-value store. When nothing has moved for a third of the timeout, the first rank (or the last one, where that is the
 first that hangs) reads what all have written and prints one line.
 
 Cost: nothing in a step but a count. The thread writes about a hundred bytes every ten seconds at most; from thousands
@@ -89,44 +89,44 @@ class Progress:
         except RuntimeError:  # the store's host is gone
             return True
 
-    def _patience(self) -> float:
-        """Seconds without movement before a line is printed."""
+    def _timeout(self, *, started: bool) -> float:
+        """Seconds after which a collective gives up; a shorter time may hold once training has started."""
         later = self._args.distributed_timeout_seconds_after_init
         seconds = 60.0 * self._args.distributed_timeout_minutes
-        return (min(seconds, later) if later is not None and self._count else seconds) / 2
+        return min(seconds, later) if later is not None and started else seconds
+
+    def _patience(self) -> float:
+        """Seconds without movement before a line is printed."""
+        return self._timeout(started=self._count > 0) / 3
 
     def _interval(self) -> float:
-        return min(10.0, self._patience() / 5)
+        return min(10.0, self._timeout(started=True) / 15)
 
     def _watch(self) -> None:
-        beat, seen, since, told = 0, -1, time.monotonic(), False
+        beat, seen, since = 0, -1, time.monotonic()
+        first: list[Report | None] | None = None
+        first_beat = 0
         # The last rank waits a little longer: it speaks only where the first one does not.
         turn = {0: 0, self._world_size - 1: 4}.get(self._rank)
         try:
             while not self._ended.wait(self._interval()):
                 beat += 1
                 if self._count != seen:
-                    seen, since, told = self._count, time.monotonic(), False
+                    seen, since, first = self._count, time.monotonic(), None
                 still = time.monotonic() - since
                 place = self._place() if still > self._patience() / 2 else ""
                 report = Report(beat, self._count, self.step, self._host, place)
                 self._store.set(f"at-{self._rank}", json.dumps(asdict(report)))
-                late = turn is not None and still > self._patience() + turn * self._interval()
-                if late and not told:
-                    told = True
-                    self._tell_who(still)
+                if turn is None or still < self._patience() + turn * self._interval():
+                    continue
+                if first is None:
+                    first, first_beat = self._read(), beat
+                elif beat == first_beat + 3 and self._store.add(f"told-{self.step}", 1) == 1:
+                    line = who_waits(first, self._read(), self.step, still)
+                    print(f"qtarget_megatron: {line}", file=sys.stderr, flush=True)
         except RuntimeError:
             # The store is gone, and with it the rank or the launcher that hosts it: the training is ending.
             return
-
-    def _tell_who(self, still: float) -> None:
-        first = self._read()
-        if self._ended.wait(3 * self._interval()):
-            return
-        second = self._read()
-        if self._store.add(f"told-{self.step}", 1) > 1:
-            return
-        print(f"qtarget_megatron: {who_waits(first, second, self.step, still)}", file=sys.stderr, flush=True)
 
     def _read(self) -> list[Report | None]:
         keys = [f"at-{rank}" for rank in range(self._world_size)]
@@ -179,4 +179,4 @@ def _describe(rank: int, report: Report | None, what: str) -> str:
     if report is None:
         return f"rank {rank}, which has never reported"
     at = f", at {report.place}" if what == "does not wait" and report.place else ""
-    return f"rank {rank} (host {report.host}, step {report.step}), which {what}{at}"
+    return f"rank {rank} (host {report.host}, seen in step {report.step}), which {what}{at}"
