@@ -13,6 +13,7 @@ from qtarget_megatron.megatron.shape import layer_flags
 from qtarget_megatron.planning import division_problems, divisors, stage_problems
 from qtarget_megatron.sparse_teacher import TAIL_RULES
 
+ON_NAN = ("stop", "skip")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -128,6 +129,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "four, for memory of micro-batch x sequence x vocabulary",
     )
     group.add_argument(
+        "--qtarget-on-nan",
+        choices=ON_NAN,
+        default=ON_NAN[0],
+        help="a micro-batch whose loss or gradient is not finite: stop ends all ranks, naming rank, step and samples; "
+        "skip leaves out the whole step on all ranks alike and counts it in the log, which needs --bf16, --fp16 or "
+        "--use-distributed-optimizer (default: stop; steps that overflow under --fp16 are always skipped)",
+    )
+    group.add_argument(
+        "--no-exit-signal-handler",
+        action="store_false",
+        dest="exit_signal_handler",
+        help="let SIGTERM end the ranks at once. By default they finish the step, save to --save and exit with code 0; "
+        "torchrun ends them after 30 s (its --shutdown-timeout). Costs an all-gather of 4 bytes in each step.",
+    )
+    group.add_argument(
         "--cpu",
         action="store_true",
         help="run on the CPU over gloo; the default where no GPU is found, refused where one is",
@@ -153,6 +169,36 @@ def implementation_flags(*, on_cpu: bool) -> list[str]:
     if on_cpu or not (transformer_engine or apex):
         flags += ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
     return flags
+
+
+def fault_flags() -> list[str]:
+    """Megatron flags for how a training ends; the user's own come later and win.
+
+    Megatron's re-run of a step with a NaN is off: it lets the first step of each start pass unchecked, saves what that
+    has left of the parameters, and makes the next start stop at once.
+    """
+    return ["--exit-signal-handler", "--rerun-mode", "disabled"]
+
+
+def apply_nan_choice(args: argparse.Namespace) -> None:
+    """Set Megatron's arguments for --qtarget-on-nan skip; ValueError where its optimizer cannot skip a step.
+
+    With a loss scale, here 1, its optimizers look for inf and NaN in the gradients over all ranks that share the model,
+    and step on all of them or on none.
+    """
+    if args.qtarget_on_nan != "skip":
+        return
+    if not (args.bf16 or args.fp16 or args.use_distributed_optimizer):
+        raise ValueError(
+            "--qtarget-on-nan skip: Megatron's float32 optimizer always steps: give --use-distributed-optimizer, or "
+            "--bf16 or --fp16"
+        )
+    for key in ("use_megatron_fsdp", "use_torch_fsdp2", "use_layer_wise_distributed_optimizer"):
+        if getattr(args, key, False):
+            raise ValueError(f"--qtarget-on-nan skip does not go with --{key.replace('_', '-')}: drop one of them")
+    if args.loss_scale is None and not args.fp16:
+        args.loss_scale = 1.0
+    args.check_for_nan_in_loss_and_grad = False
 
 
 def check_flags(argv: list[str], arch_flags: list[str]) -> None:

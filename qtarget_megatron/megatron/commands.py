@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ def print_error(name: str, error: ValueError) -> None:
     """One line on stderr from the first rank. Another rank speaks up only if it is still there a moment later: where
     all fail alike, the launcher has ended it by then."""
     rank = int(os.environ.get("RANK", "0"))
+    # Megatron's handler, where it is on already, would keep a rank that the launcher ends.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank != 0:
         time.sleep(5)
     where = f" on rank {rank}" if rank != 0 else ""
