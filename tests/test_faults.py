@@ -136,7 +136,7 @@ def test_sigterm_saves_and_a_killed_rank_is_told(workspace, undisturbed):
 
 
 def wait_for(condition, launched):
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not condition():
         assert launched.process.poll() is None and time.monotonic() < deadline, launched.output()[-4000:]
         time.sleep(0.01)

@@ -63,7 +63,7 @@ class Watchdog:
 
         return counted
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Watchdog:
         if self._store is not None:
             self._store.set_timeout(timedelta(seconds=30))
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
