@@ -20,6 +20,7 @@ from conversion_runs import (
 )
 from finetune_runs import COMMON, write_data, write_models
 from launching import REPOSITORY, run_ranks, run_torchrun
+from safetensors.torch import load_file, save_file
 
 # The first test of a launch waits for all of its jobs.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -90,6 +91,14 @@ def workspace(tmp_path_factory):
     variant(good, folder / "unknown", architectures=["GPT2LMHeadModel"])
     weights = variant(good, folder / "truncated") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    variant(good, folder / "int8", tensors=lambda w: w.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    linked = variant(good, folder / "linked") / "model.safetensors"
+    linked.unlink()
+    linked.symlink_to(good / "model.safetensors")
+    twice = folder / "twice"
+    shutil.copytree(folder / "llama2-untied", twice)
+    first, second = sorted(twice.glob("*.safetensors"))[:2]
+    save_file(load_file(first) | {min(load_file(second)): torch.zeros(1)}, first)
     sharded = folder / "missing-shard"
     shutil.copytree(folder / "llama2-untied", sharded)
     min(sharded.glob("*.safetensors")).unlink()
@@ -145,6 +154,17 @@ def bad_inputs(workspace):
         "unknown architecture": (importing("unknown"), "GPT2LMHeadModel"),
         "missing shard": (importing("missing-shard"), "model-00001-of-"),
         "truncated": (importing("truncated"), "truncated"),
+        "wrong dtype": (importing("int8"), "expected a 16 or 32 bit float, got torch.int8"),
+        "link out of the directory": (importing("linked"), "got a link to"),
+        "tensor in two shards": (importing("twice"), "expected each tensor once"),
+        "no such directory": (importing("Qwen/Qwen2.5-1.5B"), "expected a checkpoint directory, found none"),
+        "a file": (importing("untied/config.json"), "expected a checkpoint directory, found a file"),
+        "a checkpoint as a model": (importing("ckpt-untied"), "expected a config.json"),
+        "a model as a checkpoint": (exporting("untied", "--load", good), "expected a Megatron checkpoint"),
+        "no place for checksums": (
+            [*exporting("untied", "--load", ckpt), "--checksums", workspace / "none" / "sums"],
+            "--checksums",
+        ),
         "heads": (importing("untied", "--tensor-model-parallel-size", 3), "3 does not divide the 4 attention heads"),
         "layers": (importing("untied", "--pipeline-model-parallel-size", 3), "3 does not divide the 4 layers"),
         "processes": (importing("untied", *TP2), "--nproc-per-node 2"),

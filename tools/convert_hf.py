@@ -35,7 +35,6 @@ own that such a checkpoint does not hold; finetune, export and check set it them
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -77,11 +76,7 @@ def run_export(ours: argparse.Namespace, words: list[str]) -> int:
     from qtarget_megatron.megatron.commands import print_once
     from qtarget_megatron.megatron.convert import export_hf
 
-    if ours.checksums is not None and not ours.checksums.absolute().parent.is_dir():
-        raise ValueError(f"--checksums {ours.checksums}: there is no directory {ours.checksums.parent}: create it")
-    digests = export_hf(ours.hf_model, ours.load, ours.save_hf, words, cpu=ours.cpu)
-    if ours.checksums is not None and int(os.environ.get("RANK", "0")) == 0:
-        ours.checksums.write_text("".join(f"{digest}  {file}\n" for file, digest in digests.items()))
+    export_hf(ours.hf_model, ours.load, ours.save_hf, words, checksums=ours.checksums, cpu=ours.cpu)
     print_once(f"convert_hf: exported {ours.load} to {ours.save_hf}")
     return 0
 

@@ -100,14 +100,18 @@ def _without_views(sharded_state_dict: Callable[..., dict], *arguments: Any, **k
     return state
 
 
-def export_hf(hf_model: Path, load: Path, save_hf: Path, words: list[str], *, cpu: bool = False) -> dict[str, str]:
-    """Megatron checkpoint to Hugging Face directory; call it on every rank. Returns the SHA-256 of each file.
+def export_hf(
+    hf_model: Path, load: Path, save_hf: Path, words: list[str], *, checksums: Path | None = None, cpu: bool = False
+) -> None:
+    """Megatron checkpoint to Hugging Face directory; call it on every rank.
 
     hf_model: config.json says the architecture, tokenizer files are copied; its weights are not
     read. The tensors keep the checkpoint's dtype, unless words hold --bf16 or --fp16. Of an interrupted export of the
-    same checkpoint at as many pipeline stages the complete files are kept. ValueError for bad input, before anything
-    is written.
+    same checkpoint at as many pipeline stages the complete files are kept. checksums: a file for the SHA-256 of each
+    file, as sha256sum writes them. ValueError for bad input, before anything is written.
     """
+    if checksums is not None and not checksums.absolute().parent.is_dir():
+        raise ValueError(f"--checksums {checksums}: there is no directory {checksums.parent}: create it")
     read_config(hf_model)
     made_from = {"--hf-model": directory_digest(hf_model)}
     ResumableDirectory(save_hf, made_from).check()
@@ -119,7 +123,7 @@ def export_hf(hf_model: Path, load: Path, save_hf: Path, words: list[str], *, cp
     def progress(total: int):
         return Progress("convert_hf: writing", total, unit="GB", scale=1e9).add
 
-    return save_hf_weights(
+    digests = save_hf_weights(
         model.chunks,
         model.arch,
         Path(hf_model),
@@ -128,6 +132,8 @@ def export_hf(hf_model: Path, load: Path, save_hf: Path, words: list[str], *, cp
         made_from=made_from,
         progress=progress,
     )
+    if checksums is not None and dist.get_rank() == 0:
+        checksums.write_text("".join(f"{digest}  {file}\n" for file, digest in digests.items()), encoding="utf-8")
 
 
 def open_model(
