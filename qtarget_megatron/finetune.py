@@ -33,6 +33,7 @@ from qtarget_megatron.megatron import cpu_platform, launch, start
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
     apply_nan_choice,
+    check_data_flags,
     check_experts,
     check_flags,
     check_head,
@@ -179,6 +180,7 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
     check_experts(args, student, "student", in_training=not args.skip_train)
     check_whole_stages(args, student, "student")
     check_head(args)
+    check_data_flags(args)
     if args.sft_train is None and not args.skip_train:
         raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
     for path in (args.sft_train, args.sft_valid):

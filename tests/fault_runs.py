@@ -146,7 +146,7 @@ def run_many(cases: dict[str, tuple], folder: str) -> dict[str, dict]:
     return {name: run_with(words, folder, happening) for name, (words, happening) in cases.items()}
 
 
-def launch_many(cases: dict[str, tuple], folder, *, timeout=150.0) -> list[dict[str, dict]]:
+def launch_many(cases: dict[str, tuple], folder, *, timeout=400.0) -> list[dict[str, dict]]:
     """Results of both ranks, in order, by case (words, happening); none of them may end early."""
     for ended in Path(folder).glob("ended-*"):
         ended.unlink()
@@ -165,7 +165,7 @@ def launch(words, folder) -> list[dict]:
     return results
 
 
-def launch_to_its_end(words, folder, happening, *, speaker=0, timeout=90.0):
+def launch_to_its_end(words, folder, happening, *, speaker=0, timeout=200.0):
     """What rank speaker printed of a run on two ranks that one of them does not survive."""
     ended = Path(folder, f"ended-{speaker}")
     ended.unlink(missing_ok=True)

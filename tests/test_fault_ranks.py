@@ -28,10 +28,10 @@ from qtarget_megatron.data import JsonlFile, SupervisedDataset, inspect_samples
 from qtarget_megatron.megatron.start import difference
 from qtarget_megatron.megatron.watchdog import Report, who_waits
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 DISTRIBUTED_OPTIMIZER = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
-TP2 = ["--tensor-model-parallel-size", 2]
+TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
 STEPS = 5
 OBJECTIVE = """
 import torch
@@ -88,7 +88,7 @@ def disagreements(workspace):
         "model": [command(workspace), flag("--hf-model", smaller)],
         "seed": [command(workspace), flag("--seed", 8)],
         # Not seen in time, these would leave both ranks waiting in the making of process groups.
-        "layout": [command(workspace, *TP2), command(workspace, "--pipeline-model-parallel-size", 2)],
+        "layout": [command(workspace, *TP2), command(workspace, *PP2)],
         "fewer flags": [command(workspace, "--sequence-parallel", *TP2), command(workspace, *TP2)],
         "copies": [
             command(workspace, "--exit-interval", 1),
@@ -146,12 +146,11 @@ TIMEOUT = ["--distributed-timeout-seconds-after-init", 8]
 )
 def test_a_rank_that_hangs_is_named_before_the_others_end(workspace, happening, speaker, what):
     printed = launch_to_its_end(command(workspace, *TIMEOUT), workspace, happening, speaker=speaker)
-    lines = printed.splitlines()
-    named = [number for number, line in enumerate(lines) if "has not moved for" in line]
-    assert len(named) == 1, printed[-3000:]
-    assert re.search(rf"step \d has not moved for \d+ s: the others wait for {what}", lines[named[0]])
+    # A busy machine may be slow in a step before.
+    named = re.search(rf"step \d has not moved for \d+ s: the others wait for {what}", printed)
+    assert named is not None, printed[-3000:]
     (line,) = error_lines(printed)
-    assert "another rank has ended, or does not answer" in line and lines.index(line) > named[0]
+    assert "another rank has ended, or does not answer" in line and printed.index(line) > named.end()
 
 
 def reports(*places, step=4, beat=7):
@@ -223,48 +222,46 @@ def test_a_nan_stops_all_ranks_and_names_rank_step_and_sample(workspace, spoiled
     assert "--qtarget-on-nan skip" in line
 
 
+LEFT_OUT = ["--iterations-to-skip", 3]
+# Layout, and what makes Megatron do nothing in step 3. That it cannot at TP2, where the training ends with that step.
 SKIPPING = {
-    "DP2 with the distributed optimizer": DISTRIBUTED_OPTIMIZER,
-    "DP2 in bfloat16": ["--bf16"],
-    "TP2 in bfloat16": ["--bf16", *TP2],
-    "PP2 with the distributed optimizer": [*DISTRIBUTED_OPTIMIZER, "--pipeline-model-parallel-size", 2],
+    "DP2 with the distributed optimizer": (DISTRIBUTED_OPTIMIZER, [], LEFT_OUT),
+    "DP2 in bfloat16": (["--bf16"], [], LEFT_OUT),
+    "PP2 with the distributed optimizer": ([*DISTRIBUTED_OPTIMIZER, *PP2], [], LEFT_OUT),
+    "TP2 in bfloat16": (["--bf16", *TP2], ["--train-iters", 3], ["--train-iters", 2]),
 }
 
 
 def test_a_skipped_step_changes_nothing_on_any_rank(workspace, spoiled):
     """Bit for bit what a training does that leaves the step out; Megatron compares the replicas after each step."""
     cases = {}
-    for name, layout in SKIPPING.items():
-        ways = {"skip": ["--qtarget-on-nan", "skip"], "leave out": ["--iterations-to-skip", 3]}
-        for way, words in ways.items():
+    for name, (layout, shared, left_out) in SKIPPING.items():
+        for way, words in (("skip", [*shared, "--qtarget-on-nan", "skip"]), ("nothing", left_out)):
             folder = workspace / f"{name}, {way}"
             words = [*layout, *words, "--save-hf", folder, "--save-hf-dtype", "float32", "--tensorboard-dir"]
             words += [workspace / f"board {folder.name}", "--check-weight-hash-across-dp-replicas-interval", 1]
             cases[folder.name] = (nan_command(workspace, 3, *words, number=len(cases)), None)
-    cases["refused"] = (command(workspace, "--qtarget-on-nan", "skip"), None)
     results = launch_many(cases, workspace)
+    before = tensors(workspace / "untied")
     for name in SKIPPING:
-        for way in ("skip", "leave out"):
+        for case in (f"{name}, skip", f"{name}, nothing"):
             for result in results:
-                assert result[f"{name}, {way}"]["code"] in (0, None), result[f"{name}, {way}"]["printed"][-3000:]
-        # The last rank prints the log line.
+                assert result[case]["code"] in (0, None), result[case]["printed"][-3000:]
+        # The log line is the last rank's.
         printed = "".join(result[f"{name}, skip"]["printed"] for result in results)
-        assert re.search(r"iteration\s+3/.*number of skipped iterations:\s+1", printed)
-        (line,) = re.findall(r"step 3 is skipped: the loss of record\(s\) \[.*\] \(counted from 0\) is nan on", printed)
-        skip, expected = (tensors(workspace / f"{name}, {way}") for way in ("skip", "leave out"))
+        assert re.search(r"iteration\s+3/.*number of skipped iterations:\s+1 ", printed)
+        said = re.findall(r"step 3 is skipped: the loss of record\(s\) \[(.*)\] \(counted from 0\) is nan on", printed)
+        assert len(said) == 1 and str(spoiled[3]) in said[0].split(", ")
+        skip, expected = (tensors(workspace / f"{name}, {way}") for way in ("skip", "nothing"))
         assert all(torch.equal(skip[key], tensor) for key, tensor in expected.items()), name
-        before = tensors(workspace / "untied")
         assert not any(torch.equal(skip[key], tensor) for key, tensor in before.items())
-        boards = [curves(workspace / f"board {name}, {way}")["lm loss"] for way in ("skip", "leave out")]
-        assert boards[0][-2:] == boards[1][-2:] and len(boards[0]) >= 4
-    assert [result["refused"]["code"] for result in results] == [2, 2]
-    assert (
-        "--qtarget-on-nan skip: Megatron's float32 optimizer always steps: give --use-distributed-optimizer"
-        in (results[0]["refused"]["printed"])
-    )
-    assert results[0][f"{name}, skip"]["handled"]
+    boards = [curves(workspace / f"board DP2 in bfloat16, {way}") for way in ("skip", "nothing")]
+    for tag in ("lm loss", "grad-norm"):
+        assert boards[0][tag][-2:] == boards[1][tag][-2:], tag
 
 
 def test_sigterm_ends_at_once_where_it_is_asked_for(workspace):
+    words = command(workspace, "--exit-interval", 1)
+    assert [result["handled"] for result in launch(words, workspace)] == [True, True]
     words = command(workspace, "--no-exit-signal-handler", "--exit-interval", 1)
     assert [result["handled"] for result in launch(words, workspace)] == [False, False]

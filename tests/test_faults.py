@@ -1,5 +1,6 @@
 """What may end a training: after each fault a second start goes on from the last complete checkpoint, bit for bit."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -19,7 +20,7 @@ from test_finetune import tensors
 
 from qtarget_megatron.megatron.saved_files import TRACKER, find_damage, newest_complete, prepare_start
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Steps, and steps between two checkpoints: the last one is written when training is done.
 STEPS, INTERVAL = 22, 4
@@ -111,7 +112,7 @@ def test_sigterm_saves_and_a_killed_rank_is_told(workspace, undisturbed):
         wait_for(lambda: (workspace / name / TRACKER).exists(), launched)
         time.sleep(draw.uniform(0, 0.4))
         launched.process.send_signal(signal.SIGTERM)
-        ended = launched.wait(timeout=60)
+        ended = launched.wait(timeout=120)
     assert "exiting program after receiving SIGTERM" in ended.stdout
     first = reached(workspace, name)
     assert INTERVAL <= first < STEPS
@@ -136,7 +137,7 @@ def test_sigterm_saves_and_a_killed_rank_is_told(workspace, undisturbed):
 
 
 def wait_for(condition, launched):
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 200
     while not condition():
         assert launched.process.poll() is None and time.monotonic() < deadline, launched.output()[-4000:]
         time.sleep(0.01)
@@ -187,6 +188,20 @@ def test_a_disk_that_is_full_for_the_tracker_file_needs_a_word(workspace, undist
     assert f"{TRACKER} is empty; iteration 8 is complete: give --ckpt-step 8 to continue from it" in line
     assert [result["continued"]["code"] for result in results] == [0, 0], results[0]["continued"]["printed"][-3000:]
     assert_continued(workspace, name, undisturbed, 8)
+
+
+def test_a_full_disk_during_the_export_leaves_the_training(workspace, undisturbed):
+    """The second start finds all steps done, and exports."""
+    name, out = "full-export", workspace / "full-export-hf"
+    words = command(workspace, name, "--save-hf", out)
+    last_save = AtOpen(0, f"{name}/{TRACKER}", number=len(range(INTERVAL, STEPS, INTERVAL)) + 1)
+    happening = dataclasses.replace(last_save, action="full", limit=100_000)
+    (line,) = error_lines(launch_to_its_end(words, workspace, happening))
+    assert "the export could not be written: " in line and "continues from iteration 22" in line
+    assert not out.exists()
+    launch(words, workspace)
+    expected, found = tensors(workspace / "whole-hf"), tensors(out)
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
 # ---- damaged files: prepare_start is what finetune asks before it trains

@@ -262,6 +262,15 @@ def check_experts(args: argparse.Namespace, arch: Architecture, who: str, *, in_
         )
 
 
+def check_data_flags(args: argparse.Namespace) -> None:
+    """Refuse what reads batches in Megatron's own way, on one tensor-parallel rank. Raises ValueError."""
+    if args.iterations_to_skip and args.tensor_model_parallel_size > 1:
+        raise ValueError(
+            "--iterations-to-skip needs --tensor-model-parallel-size 1, where Megatron's own reading of batches fits "
+            f"this data, got {args.tensor_model_parallel_size}"
+        )
+
+
 def check_whole_stages(args: argparse.Namespace, arch: Architecture, who: str) -> None:
     """Refuse pipeline stages that the first model's layers do not divide into, unless flags say how they are shared.
     Raises ValueError."""

@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from qtarget_megatron.megatron.saved_files import advice
@@ -57,6 +58,8 @@ def _explain(error: BaseException) -> tuple[str | None, bool]:
         return f"a checkpoint could not be {action} on rank(s) {ranks} (disk full? the reason stands above)", False
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return f"{error.filename or 'a file'} could not be written: {error.strerror}", False
+    if isinstance(error, SafetensorError):
+        return f"the export could not be written: {error}", False
     if isinstance(error, NotFinite):
         return str(error), False
     if isinstance(error, RuntimeError):
