@@ -104,9 +104,8 @@ def launches(workspace):
             name: words_of(workspace, model, *words, teacher="teacher" in name)
             for name, (model, words) in CASES[world_size].items()
         }
-        return run_ranks(
-            world_size, run_all, (cases, commands(workspace) if world_size == 1 else {}), timeout=300, megatron=True
-        )
+        # Not forked: what is measured here is the memory of a process of its own, as training has it.
+        return run_ranks(world_size, run_all, (cases, commands(workspace) if world_size == 1 else {}), timeout=300)
 
     return {world_size: launch(world_size) for world_size in CASES}
 
