@@ -39,7 +39,7 @@ def write_program(path, line):
 
 
 def environment(workspace, **values):
-    values = dict(MODEL="untied", TEACHER="deep", TRAIN="train.jsonl", **values)
+    values = dict(MODEL="untied", TEACHER="deep", TRAIN="train.jsonl") | values
     paths = {key: str(workspace / values[key]) for key in values.keys() & PATHS}
     small = dict(GPUS="2", SEQ_LENGTH="32", GLOBAL_BATCH="4", STEPS="2", LR="1e-3", PRECISION="")
     path = f"{workspace / 'bin'}{os.pathsep}{os.environ['PATH']}"
