@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -27,26 +26,33 @@ from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import (
     Architecture,
     HFReader,
-    check_output_directory,
     check_tensors,
 )
 from qtarget_megatron.data import JsonlFile
-from qtarget_megatron.megatron import cpu_platform, launch
+from qtarget_megatron.megatron import cpu_platform, launch, start
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
+    apply_nan_choice,
+    check_data_flags,
     check_experts,
     check_flags,
     check_head,
     check_layout,
     check_trained,
     check_whole_stages,
+    fault_flags,
     implementation_flags,
 )
+from qtarget_megatron.megatron.commands import print_error
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
+from qtarget_megatron.megatron.faults import Fault, explained
+from qtarget_megatron.megatron.progress import Progress
+from qtarget_megatron.megatron.saved_files import prepare_start
 from qtarget_megatron.megatron.saved_model import SavedModel, check_resumed_experts
 from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
-from qtarget_megatron.resumable import file_digest
+from qtarget_megatron.megatron.watchdog import Watchdog
+from qtarget_megatron.resumable import ResumableDirectory, file_digest
 from qtarget_megatron.sparse_teacher import check_residuals
 from qtarget_megatron.teacher_cache import TeacherCache
 
@@ -60,8 +66,12 @@ def main(argv: list[str] | None = None) -> int:
         # Bad input is one line; a fault inside Megatron or torch keeps its traceback.
         if not launch.is_bad_input(error):
             raise
-        _print_error(error, int(os.environ.get("RANK", "0")))
+        print_error("finetune", error)
         return 2
+    except Fault as fault:
+        if not fault.told:
+            print(f"finetune: error on rank {os.environ.get('RANK', '0')}: {fault}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 
@@ -91,9 +101,11 @@ def run(argv: list[str]) -> None:
     student = Architecture.from_hf(ours.hf_model)
     arch_flags = megatron_flags(student)
     check_flags(argv, arch_flags)
-    args = launch.parse_arguments([*arch_flags, *implementation_flags(on_cpu=on_cpu), *argv], add_arguments)
+    flags = [*arch_flags, *implementation_flags(on_cpu=on_cpu), *fault_flags(), *argv]
+    args = launch.parse_arguments(flags, add_arguments)
     objective = objectives.from_arguments(args.objective, args.objective_args)
     _fill_in(args, student)
+    apply_nan_choice(args)
     _check(args, student, objective)
     tokenizer, teacher, teacher_weights = _check_models(args, student)
     caches = _open_caches(args, student, tokenizer)
@@ -101,8 +113,45 @@ def run(argv: list[str]) -> None:
     cpu_platform.repair_megatron_wheel()
     args.calculate_per_token_loss = True
     record_architecture(args, student)
+    store = start.open_store(args)
+    keys = None if store is None else start.for_this_run(store)
+    iteration = _agree(args, argv, keys)
     launch.initialize(args)
-    _train(args, student, teacher, teacher_weights, objective, tokenizer, caches)
+    _skip_what_is_done(args, iteration)
+    if args.save is not None and args.exit_signal_handler and not args.skip_train:
+        launch.start_save_process()
+    with Watchdog(args, keys, args.rank, args.world_size) as watchdog:
+        try:
+            _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, store, watchdog)
+        except BaseException as error:
+            fault = explained(error, args, watchdog)
+            if fault is None:
+                raise
+            raise fault from error
+
+
+def _agree(args: argparse.Namespace, argv: list[str], store: dist.Store | None) -> int | None:
+    """Compare what all ranks have been started with; the iteration that the training continues from, if any."""
+
+    def lead() -> int | None:
+        found = prepare_start(args)
+        for line in found.messages:
+            print(f"qtarget_megatron: {line}", flush=True)
+        return found.iteration
+
+    if store is None:
+        return lead()
+    return start.agree(store, args.rank, args.world_size, start.identity(args, argv), lead)
+
+
+def _skip_what_is_done(args: argparse.Namespace, iteration: int | None) -> None:
+    """A training that was complete when its end, as the export, was cut short: Megatron would find no samples left, or
+    write the last checkpoint over itself, where a second end could ruin it."""
+    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    if iteration is not None and 0 < steps <= iteration and not (args.finetune or args.skip_train):
+        args.skip_train = True
+        if args.rank == 0:
+            print(f"qtarget_megatron: all {steps} steps have been trained: going on with what follows", flush=True)
 
 
 def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
@@ -134,13 +183,14 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
         check_trained(args, student)
     check_whole_stages(args, student, "student")
     check_head(args)
+    check_data_flags(args)
     if args.sft_train is None and not args.skip_train:
         raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
     for path in (args.sft_train, args.sft_valid):
         if path is not None:
             JsonlFile(path)
     if args.save_hf is not None:
-        check_output_directory(args.save_hf)
+        ResumableDirectory(args.save_hf).check()
     resumes = None not in (args.load, args.save) and Path(args.load).absolute() == Path(args.save).absolute()
     if not resumes and launch.has_checkpoint(args.save):
         raise ValueError(
@@ -214,7 +264,7 @@ def _check_models(args: argparse.Namespace, student: Architecture):
     return tokenizer, teacher, saved
 
 
-def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches) -> None:
+def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, store, watchdog) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
     from qtarget_megatron.megatron.datasets import DatasetProvider
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
@@ -244,15 +294,21 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
         teacher_tail=args.teacher_tail,
         teacher_cost=teacher_cost,
     )
+    on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     launch.run_pretrain(
         args,
         datasets=DatasetProvider(args, tokenizer, objective.token_inputs, caches),
         model_provider=models,
-        forward_step=partial(forward_step, settings, args.check_for_nan_in_loss_and_grad),
+        forward_step=watchdog.watched(partial(forward_step, settings, on_nan)),
+        store=None if dist.is_initialized() else store,
     )
     if args.save_hf is not None:
         dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
-        save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype)
+
+        def progress(total: int):
+            return Progress("qtarget_megatron: writing", total, unit="GB", scale=1e9).add
+
+        save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype, progress=progress)
         if args.rank == 0:
             print(f"qtarget_megatron: exported the model to {args.save_hf}", flush=True)
     _report_peak_memory(args.rank)
@@ -266,17 +322,12 @@ def _report_peak_memory(rank: int) -> None:
         print(f"qtarget_megatron: peak memory per rank (GiB): {text}", flush=True)
 
 
-def _print_error(error: ValueError, rank: int) -> None:
-    """One line from rank 0. Another rank speaks up only if it is still there a moment later: where all fail alike, the
-    launcher has ended it by then."""
-    if rank != 0:
-        time.sleep(5)
-    where = f" on rank {rank}" if rank != 0 else ""
-    print(f"finetune: error{where}: {error}", file=sys.stderr, flush=True)
-
-
+if __name__ == "__mp_main__":
+    launch.end_with_parent()
 if __name__ == "__main__":
     code = main()
+    if code == 1:
+        launch.leave_failed()
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

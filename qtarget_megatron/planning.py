@@ -23,7 +23,7 @@ _ENTRY_BYTES, _TAIL_BYTES = 12, 4
 
 @dataclass(frozen=True)
 class Layout:
-    """How a training is cut. stated_stages: flags say which pipeline stage has which layers."""
+    """How a training is cut."""
 
     world_size: int
     tensor: int
@@ -33,7 +33,6 @@ class Layout:
     seq_length: int
     micro_batch_size: int
     global_batch_size: int | None
-    stated_stages: bool = False
 
     @property
     def model_ranks(self) -> int:
@@ -49,30 +48,37 @@ class Layout:
         return self.micro_batch_size * self.seq_length // self.context
 
 
-def division_problems(layout: Layout, arch: Architecture, who: str, *, is_student: bool = True) -> Iterator[str]:
-    """One line for each thing of a model that the layout does not divide, all of them; who: the model in the text.
+def division_problems(arch: Architecture, who: str, *, tensor: int, seq_length: int | None) -> Iterator[str]:
+    """One line for each thing of a model that tensor parallelism does not divide or that it has too little of.
 
-    What finetune refuses one at a time before it builds anything, and context parallelism. A teacher's layers are
-    shared over the stages whatever their number.
+    who: the model in the text. Its layers are another matter: see stage_problems.
     """
-    tp, length = layout.tensor, layout.seq_length
+    flag = f"--tensor-model-parallel-size {tensor}"
     heads, groups = arch.num_attention_heads, arch.num_query_groups
-    if heads % tp:
-        yield f"TP {tp} does not divide the {heads} attention heads of the {who}: use one of {divisors(heads)}"
-    if groups % tp and tp % groups:
+    if heads % tensor:
+        yield f"{flag} does not divide the {heads} attention heads of the {who}: use one of {divisors(heads)}"
+    if groups % tensor and tensor % groups:
         fitting = [size for size in divisors(heads) if groups % size == 0 or size % groups == 0]
-        yield f"TP {tp} neither divides nor is a multiple of the {groups} key/value heads of the {who}: use {fitting}"
-    if arch.ffn_hidden_size % tp:
-        yield f"TP {tp} does not divide the MLP width {arch.ffn_hidden_size} of the {who}"
-    if arch.hidden_size % tp:
-        yield f"TP {tp} does not divide the hidden size {arch.hidden_size} of the {who}"
-    if is_student and arch.num_layers % layout.pipeline and not layout.stated_stages:
         yield (
-            f"PP {layout.pipeline} does not divide the {arch.num_layers} layers of the {who}: use one of "
-            f"{divisors(arch.num_layers)}, or say with --pipeline-model-parallel-layout which stage has which"
+            f"{flag} neither divides nor is a multiple of the {groups} key/value heads of the {who}: use one of "
+            f"{fitting}"
         )
-    if length > arch.max_position_embeddings:
-        yield f"--seq-length {length} exceeds the {arch.max_position_embeddings} positions of the {who}"
+    if arch.ffn_hidden_size % tensor:
+        yield f"{flag} does not divide the MLP width {arch.ffn_hidden_size} of the {who}"
+    if arch.hidden_size % tensor:
+        yield f"{flag} does not divide the hidden size {arch.hidden_size} of the {who}"
+    if seq_length is not None and seq_length > arch.max_position_embeddings:
+        yield f"--seq-length {seq_length} exceeds the {arch.max_position_embeddings} positions of the {who}"
+
+
+def stage_problems(arch: Architecture, who: str, *, pipeline: int) -> Iterator[str]:
+    """One line where the layers of the first model do not divide into stages, and no flag says how they are shared. (A
+    teacher's are shared whatever their number.)"""
+    if arch.num_layers % pipeline:
+        yield (
+            f"--pipeline-model-parallel-size {pipeline} does not divide the {arch.num_layers} layers of the {who}: use "
+            f"one of {divisors(arch.num_layers)}, or say with --pipeline-model-parallel-layout which stage has which"
+        )
 
 
 def layout_problems(layout: Layout) -> Iterator[str]:

@@ -1,10 +1,11 @@
-"""A file that a long run appends to: it survives an end at any moment, and appears only when it is complete."""
+"""Files and directories that a long run writes: they survive an end at any moment, and appear only when complete."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,7 @@ class ResumableLines:
         if not self._partial.exists():
             return
         begun = self._begun()
-        differing = sorted(k for k in begun.keys() | self.made_from.keys() if begun.get(k) != self.made_from.get(k))
-        if differing:
-            raise ValueError(
-                f"{self._partial} was begun with a different {', '.join(differing)}: go on with the same, or delete "
-                "it to start over"
-            )
+        _check_same(self._partial, begun, self.made_from, begun.keys() | self.made_from.keys())
 
     def _begun(self) -> dict[str, Any]:
         try:
@@ -92,6 +88,140 @@ class ResumableLines:
         self._file.close()
         os.replace(self._partial, self.path)
         self._header.unlink(missing_ok=True)
+
+
+class ResumableDirectory:
+    """A directory that is filled under another name, ``.NAME.incomplete`` beside it, and gets its own when complete.
+
+    made_from: as of ResumableLines. A later run with the same finds the files that were recorded. None: nothing that an
+    earlier run left is of use. One process opens and finishes; each process records the files that it wrote.
+    """
+
+    def __init__(self, path: str | Path, made_from: Mapping[str, Any] | None = None):
+        self.path, self._made_from = Path(path).absolute(), made_from
+        self.folder = self.path.with_name(f".{self.path.name}.incomplete")
+        self._records = self.folder / ".complete"
+        self._header = self._records / "made-from.json"
+
+    def check(self) -> None:
+        """ValueError where the directory cannot be written, or the folder holds what is not ours to delete, or was made
+        from something else. Writes nothing.
+
+        Of what the folder was made from only what this run names is compared: it may know more later.
+        """
+        check_output_directory(self.path)
+        begun = self._begun()
+        if begun is not None and self._made_from is not None:
+            _check_same(self.folder, begun, self._made_from, self._made_from.keys())
+
+    def _begun(self) -> dict[str, Any] | None:
+        """What the folder was made from; None where nothing was begun."""
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise ValueError(f"{self.folder}: expected a directory of ours or none, got a file or link; delete it")
+        if not self.folder.exists() or {path.name for path in self.folder.iterdir()} <= {self._records.name}:
+            return None
+        try:
+            return dict(json.loads(self._header.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            raise ValueError(
+                f"{self.folder}: {self._header.name}, which says what it was made from, is missing or damaged: delete "
+                "the folder to start over"
+            ) from None
+
+    def open(self) -> bool:
+        """Make the folder; True where files of an earlier run are in it. One process, before any other writes."""
+        self.check()
+        try:
+            if self._made_from is not None and self._begun() is not None:
+                return True
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self._records.mkdir(parents=True)
+            # Before any file: files of unknown origin could not be trusted.
+            _write_atomically(self._header, json.dumps(self._made_from or {}, indent=1) + "\n")
+        except OSError as error:
+            raise ValueError(f"{self.folder}: {error.strerror}") from error
+        return False
+
+    def holds(self, file: str) -> bool:
+        """Whether a file was recorded and is still what it was then: this reads it."""
+        return self.recorded(file) and self._record(file).read_text() == file_digest(self.folder / file)
+
+    def recorded(self, file: str) -> bool:
+        """Whether a file is there and was recorded, by this run or an earlier one."""
+        return self._record(file).is_file() and (self.folder / file).is_file()
+
+    def record(self, file: str) -> None:
+        """A file is complete: put it on the disk, and remember its digest."""
+        sync(self.folder / file)
+        _write_atomically(self._record(file), file_digest(self.folder / file))
+
+    def _record(self, file: str) -> Path:
+        return self._records / f"{file}.sha256"
+
+    def _files(self) -> list[Path]:
+        return sorted(p for p in self.folder.rglob("*") if p.is_file() and self._records not in p.parents)
+
+    def digests(self) -> dict[str, str]:
+        """File -> SHA-256, of all files; those that were recorded are not read again."""
+        names = [path.relative_to(self.folder).as_posix() for path in self._files()]
+        return {
+            name: self._record(name).read_text() if self.recorded(name) else file_digest(self.folder / name)
+            for name in names
+        }
+
+    def finish(self) -> None:
+        """The directory is complete: give it its name. One process, when all others are done."""
+        check_output_directory(self.path)
+        for folder in {self.folder, *(path.parent for path in self._files())}:
+            sync(folder)
+        os.rename(self.folder, self.path)
+        # Now: a folder without records is not ours to go on with, a whole directory with them is whole.
+        shutil.rmtree(self.path / self._records.name)
+        sync(self.path.parent)
+
+
+def check_output_directory(path: str | Path) -> None:
+    """Raise ValueError if ``path`` could not become a directory of ours. Writes nothing.
+
+    It must not exist, or be an empty directory, and its parent must be a directory. Worth calling
+    before hours of training.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path}: expected a new or empty directory, got a file or link; choose another")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(
+            f"{path}: expected a new or empty directory, got one with files in it; choose another or empty it"
+        )
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: expected its parent to be a directory, found none; create {path.absolute().parent}")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """ValueError where the disk of an existing folder has less than so many bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{folder}: expected {needed / 1e9:.1f} GB of free disk space for what is to be written, found "
+            f"{free / 1e9:.1f} GB; make room or write elsewhere"
+        )
+
+
+def sync(path: Path) -> None:
+    """Have the kernel put a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_same(what: Path, begun: Mapping[str, Any], made_from: Mapping[str, Any], keys: Iterable[str]) -> None:
+    if differing := sorted(key for key in keys if begun.get(key) != made_from.get(key)):
+        raise ValueError(
+            f"{what} was begun with a different {', '.join(differing)}: go on with the same, or delete it to start over"
+        )
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
+import os
+import re
 import shutil
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -140,14 +145,19 @@ def run_all(jobs: dict[str, tuple]) -> dict[str, object]:
 
 
 def convert(*words) -> tuple[int, str]:
-    """tools/convert_hf.py: exit code, and its own lines of the output."""
+    """tools/convert_hf.py: exit code, and its own lines of the output; not those of its progress."""
+    code, printed = convert_output(*words)
+    return code, "\n".join(line for line in printed.splitlines() if "convert_hf:" in line and "GB/s" not in line)
+
+
+def convert_output(*words) -> tuple[int, str]:
+    """tools/convert_hf.py: exit code and output."""
     from tools.convert_hf import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         code = main([str(word) for word in words])
-    lines = [line for line in printed.getvalue().splitlines() if "convert_hf:" in line]
-    return code, "\n".join(lines)
+    return code, printed.getvalue()
 
 
 def logits(directory: str, *words) -> np.ndarray | None:
@@ -178,6 +188,107 @@ def bytes_read(directory: str, *words) -> int:
     return reader.bytes_read
 
 
+def reading(directory: str, *words) -> tuple[int, int]:
+    """Bytes that this rank reads to fill its part of the model: as HFReader counts them, and as the system does.
+
+    The system counts what read() and pread() return, wherever it comes from; of mapped files it would count nothing.
+    """
+    from qtarget_megatron.checkpoint import HFReader
+    from qtarget_megatron.megatron.convert import open_model
+
+    def system() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    model = open_model(Path(directory), [str(word) for word in words])
+    from qtarget_megatron.megatron.hf_weights import load_hf_weights
+
+    before = system()
+    with HFReader(directory) as reader:
+        for chunk in model.chunks:
+            load_hf_weights(chunk, reader, model.arch)
+    return reader.bytes_read, system() - before
+
+
+def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, int, int]]:
+    """Of an import and an export on this rank: what torch's allocator held at most, by how much the resident memory
+    grew at most, and the bytes of this rank's part of the model."""
+    from qtarget_megatron.megatron.convert import export_hf, import_hf, open_model
+    from tools.benchmarking.measure import Subject
+    from tools.benchmarking.measure import memory as memory_of
+
+    # Memory that is freed goes back to the system, and is not mistaken for what a run needs: mallopt(M_MMAP_THRESHOLD).
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 1 << 20)
+    words, source = [str(word) for word in words], Path(directory)
+    model = open_model(source, words)
+    shard = sum(parameter.nbytes for chunk in model.chunks for parameter in chunk.parameters())
+    del model
+    reset()
+    found = {}
+    for name, run in (
+        ("import", lambda: import_hf(source, Path(ckpt), words)),
+        ("export", lambda: export_hf(source, Path(ckpt), Path(out), words)),
+    ):
+        libc.malloc_trim(0)
+        used, _ = memory_of(Subject(run), torch.device("cpu"))
+        found[name] = used.peak, used.resident, shard
+        reset()
+    return found
+
+
+def written_files(*words) -> list[str]:
+    """tools/convert_hf.py export in files of at most 30 KB; those that this rank wrote."""
+    from qtarget_megatron.checkpoint import HFExport
+
+    written, write = [], HFExport.write_shard
+    with (
+        small_files(),
+        mock.patch.object(
+            HFExport, "write_shard", lambda self, file, tensors: (write(self, file, tensors), written.append(file))
+        ),
+    ):
+        code, line = convert("export", *words)
+    assert code == 0, line
+    return written
+
+
+@contextlib.contextmanager
+def small_files():
+    from qtarget_megatron.megatron import hf_weights
+
+    with mock.patch.object(hf_weights, "plan_shards", partial(hf_weights.plan_shards, max_shard_bytes=30_000)):
+        yield
+
+
+def killed_export(after: int, *words) -> None:
+    """The same export, whose rank that writes a file too many dies as by SIGKILL once there are so many on the disk."""
+    from qtarget_megatron.checkpoint import HFExport
+
+    write = HFExport.write_shard
+
+    def die_late(self, file, tensors):
+        write(self, file, tensors)
+        if len(list(self.directory.folder.glob(".complete/*.sha256"))) >= int(after):
+            os._exit(9)
+
+    with small_files(), mock.patch.object(HFExport, "write_shard", die_late):
+        convert("export", *words)
+
+
+def killed_import(*words) -> None:
+    """An import whose ranks die as by SIGKILL when Megatron has written the checkpoint, tracker file included."""
+    from megatron.training import checkpointing
+
+    save = checkpointing.save_checkpoint
+
+    def die_late(*arguments, **keywords):
+        save(*arguments, **keywords)
+        os._exit(9)
+
+    with mock.patch.object(checkpointing, "save_checkpoint", die_late):
+        convert("import", *words)
+
+
 def agreement(directory: str, reference: str):
     """(Agreement as a dict, Megatron's logits of the directory)."""
     from qtarget_megatron.megatron.convert import open_model
@@ -188,6 +299,27 @@ def agreement(directory: str, reference: str):
     ids = tokens(model.args.seq_length)
     found = megatron_logits(model, ids)
     return vars(compare_with_transformers(model, Path(reference), ids)), found.numpy()
+
+
+def divergence(directory: str, reference: str, epsilon_of: str, *words) -> tuple[str, str]:
+    """Where the model of directory differs first from transformers' of reference, and the report of it.
+
+    epsilon_of: a norm, as "2.pre_mlp_layernorm", whose epsilon is made another; "" for none.
+    """
+    from qtarget_megatron.checkpoint import report_lines
+    from qtarget_megatron.megatron.convert import open_model
+
+    model = open_model(Path(directory), [str(word) for word in words])
+    from qtarget_megatron.megatron.agreement import compare_with_transformers
+
+    layer, _, norm = epsilon_of.partition(".")
+    for chunk in model.chunks:
+        for block in chunk.decoder.layers:
+            if norm and block.layer_number - 1 == int(layer):
+                getattr(block, norm).eps = 1e-2
+    found = compare_with_transformers(model, Path(reference), tokens(model.args.seq_length))
+    first = found.first_divergence()
+    return str(first and first.place), "\n".join(report_lines(found, 1e-4, str))
 
 
 def incomplete(directory: str, *words) -> str:

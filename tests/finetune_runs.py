@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import random
@@ -29,9 +30,7 @@ def write_models(folder: Path) -> None:
     """untied: a Llama; tied: a Qwen3 with qk norms and 2 key/value heads; teacher: another width, depth and tie; deep:
     a teacher of the student's depth; odd: one of 3 layers; experts: a Qwen3-MoE whose first layer has one MLP;
     latent: a DeepSeek-V3, whose first layer has one MLP."""
-    tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
-    # A vocabulary that no tensor-parallel size divides, so that every layout pads.
-    sizes = dict(vocab_size=len(tokenizer) + 5 | 1, max_position_embeddings=64, num_attention_heads=4)
+    sizes = dict(vocab_size=vocabulary(), max_position_embeddings=64, num_attention_heads=4)
     models = {
         "untied": ("Llama", dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4)),
         "tied": (
@@ -66,16 +65,26 @@ def write_models(folder: Path) -> None:
     )
     generator = torch.Generator().manual_seed(11)
     for name, (family, extra) in models.items():
-        config = getattr(transformers, f"{family}Config")(**sizes, **extra)
-        model = getattr(transformers, f"{family}ForCausalLM")(config).float()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise * 0.15 if parameter.dim() > 1 else 1 + noise * 0.1)
-            for buffer in corrections(model):
-                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        write_model(folder / name, family, sizes | extra, generator)
+
+
+def vocabulary() -> int:
+    """More tokens than the tokenizer has, and a number that no tensor-parallel size divides: every layout pads."""
+    return len(byte_tokenizer(CHATML, eos="<|im_end|>")) + 5 | 1
+
+
+def write_model(folder: Path, family: str, config: dict, generator: torch.Generator) -> None:
+    """A random model of transformers in float32, with the tokenizer of write_data's conversations."""
+    config = getattr(transformers, f"{family}Config")(**config)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 0.15 if parameter.dim() > 1 else 1 + noise * 0.1)
+        for buffer in corrections(model):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+    model.save_pretrained(folder)
+    byte_tokenizer(CHATML, eos="<|im_end|>").save_pretrained(folder)
 
 
 def write_data(path: Path, count: int, seed: int) -> None:
@@ -127,6 +136,15 @@ def run_all(runs: dict[str, list], folder: str, common=COMMON) -> dict[str, dict
         results[name] = {"code": code, "printed": printed.getvalue(), "scalars": written}
         reset()
     return results
+
+
+def run_tool(name: str, words: list) -> tuple[int, str]:
+    """Exit code and output of tools/<name>.py in this process group; called on every rank (by launching.run_ranks)."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = importlib.import_module(f"tools.{name}").main([str(word) for word in words])
+    reset()
+    return code, printed.getvalue()
 
 
 def scalars(board: Path) -> dict[str, list[float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -33,16 +33,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], args: Sequence = (), timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    args: Sequence = (),
+    timeout: float = 120.0,
+    *,
+    megatron: bool = False,
+) -> list[Any]:
     """Call ``function(*args)`` in world_size processes joined by gloo; the results, in rank order.
 
     function and args are pickled, so function is a module-level one. It finds the default process
     group initialised, and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+    megatron: Megatron is imported already, and the CPU platform active where there is no GPU.
 
     Raises RuntimeError with the traceback of the first rank that fails, TimeoutError after timeout
     seconds. No rank is left running in any case.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _forking_context() if megatron else multiprocessing.get_context("spawn")
     # Held here, on a port the store finds itself: no rank can lose a race for it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, connections = [], []
@@ -51,7 +59,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], args: Sequence = ()
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, world_size, store.port, timeout, sender, function, tuple(args)),
+                args=(rank, world_size, store.port, timeout, sender, function, tuple(args), dict(os.environ)),
                 # Not a daemon: Megatron's checkpoint saving starts processes of its own.
             )
             process.start()
@@ -66,6 +74,20 @@ def run_ranks(world_size: int, function: Callable[..., Any], args: Sequence = ()
                 _end_descendants(process.pid)
                 process.kill()
                 process.join()
+
+
+def _forking_context() -> multiprocessing.context.BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_preload"])
+    saved = dict(os.environ)
+    folders = [str(REPOSITORY / "tests"), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+    return context
 
 
 def _collect(connections: list[Connection], deadline: float, timeout: float) -> list[Any]:
@@ -96,7 +118,10 @@ def _rank_main(
     sender: Connection,
     function: Callable[..., Any],
     args: tuple,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.clear()  # a forked rank has that of the day its server was started
+    os.environ.update(environment)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(
         RANK=str(rank),
@@ -206,7 +231,10 @@ def _end_tree(process: subprocess.Popen) -> None:
 
 
 def _end_descendants(pid: int) -> list[psutil.Process]:
-    descendants = psutil.Process(pid).children(recursive=True)
+    try:
+        descendants = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:  # it ended by itself a moment ago
+        return []
     for victim in descendants:
         if victim.is_running():  # False where the process id has been reused since
             victim.kill()

@@ -74,12 +74,8 @@ def measure(words: list[str]) -> dict:
     the embedding and the final norm.
     """
     from qtarget_megatron.megatron import cpu_platform, launch
-    from qtarget_megatron.megatron.arguments import (
-        add_arguments,
-        implementation_flags,
-        megatron_flags,
-        record_architecture,
-    )
+    from qtarget_megatron.megatron.arguments import add_arguments, implementation_flags
+    from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 
     cpu_platform.activate()
     from qtarget_megatron import objectives

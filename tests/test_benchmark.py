@@ -211,7 +211,10 @@ COLLECTIVE = [
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["speed"], "unknown part 'speed': expected kernels, head, collective, step, growth, cuda, all or report"),
+        (
+            ["speed"],
+            "unknown part 'speed': expected kernels, head, collective, step, growth, convert, cuda, all or report",
+        ),
         (["cuda"], "cuda needs an NVIDIA GPU"),
         (["report", "--out", "empty"], "holds no results to report"),
         (["report", "--out", "broken"], "kernels.json: expected results of this benchmark, got no JSON"),

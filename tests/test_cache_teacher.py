@@ -149,7 +149,7 @@ BAD = {
 
 def launch(world_size, workspace, jobs):
     jobs = {name: [str(word) for word in words] for name, words in jobs.items()}
-    return run_ranks(world_size, run_all, (jobs, str(workspace)), timeout=420)
+    return run_ranks(world_size, run_all, (jobs, str(workspace)), timeout=420, megatron=True)
 
 
 @pytest.fixture(scope="module")

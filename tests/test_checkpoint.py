@@ -370,6 +370,31 @@ def truncate(path: Path, size: int) -> None:
         stream.truncate(size)
 
 
+def edit_header(path: Path, change) -> None:
+    """change(text of the header) -> text; the data stay as they are."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = change(content[8 : 8 + length].decode()).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
+def shift(name: str, by: int):
+    """A change of a header that moves a tensor."""
+
+    def change(text: str) -> str:
+        header = json.loads(text)
+        header[name]["data_offsets"] = [offset + by for offset in header[name]["data_offsets"]]
+        return json.dumps(header)
+
+    return change
+
+
+def link_out(d: Path, name: str) -> None:
+    """A file of the directory becomes a link to one beside the directory."""
+    (d / name).rename(d.parent / name)
+    (d / name).symlink_to(d.parent / name)
+
+
 def only_pickle(d: Path) -> None:
     (d / "model.safetensors").rename(d / "pytorch_model.bin")
 
@@ -387,7 +412,22 @@ def only_pickle(d: Path) -> None:
         (lambda d: truncate(d / "model.safetensors", 900), "hold none"),
         (lambda d: truncate(d / "model.safetensors", 40_000), "truncated"),
         (lambda d: (d / "model.safetensors").write_bytes(b"\3" + b"\0" * 7 + b"[1]"), "header"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 8 + b"{}" * 9), "hold none"),
+        (lambda d: edit_header(d / "model.safetensors", lambda h: h.replace('"F32"', '"F4"', 1)), "unknown dtype 'F4'"),
+        (
+            lambda d: edit_header(d / "model.safetensors", lambda h: h.replace("lm_head.weight", "model.norm.weight")),
+            "model.norm.weight twice",
+        ),
+        (lambda d: edit_header(d / "model.safetensors", shift("model.norm.weight", 4)), "the one before it ends at"),
+        (lambda d: edit_header(d / "model.safetensors", shift("model.norm.weight", -4)), "the one before it ends at"),
         (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "found both"),
+        (lambda d: link_out(d, "config.json"), r"config.json: .* got a link to .*, outside of it"),
+        (lambda d: link_out(d, "model.safetensors"), r"model.safetensors: .* got a link to .*, outside of it"),
+        (lambda d: (shutil.rmtree(d), d.write_text("")), "expected a checkpoint directory, found a file"),
+        (
+            lambda d: ((d / "config.json").unlink(), (d / "config.json").symlink_to("config.json")),
+            "got a link that leads nowhere",
+        ),
     ],
 )
 def test_damaged_single_file_checkpoints_are_refused_in_one_line(llama, damage, message):
@@ -395,6 +435,22 @@ def test_damaged_single_file_checkpoints_are_refused_in_one_line(llama, damage, 
     with pytest.raises(ValueError, match=message) as error:
         HFReader(llama)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_one_line(llama):
+    """Mapped into memory, it would end the process."""
+    reader = HFReader(llama)
+    truncate(llama / "model.safetensors", 30_000)
+    with pytest.raises(ValueError, match="model.safetensors became shorter while it was read"):
+        for name in reader.names:
+            reader.read(name)
+
+
+def test_links_within_the_directory_are_followed(llama):
+    (llama / "blobs").mkdir()
+    (llama / "model.safetensors").rename(llama / "blobs" / "x")
+    (llama / "model.safetensors").symlink_to("blobs/x")
+    check_tensors(HFReader(llama), Architecture.from_hf(llama))
 
 
 def test_damaged_shards_and_indexes_are_refused(tmp_path):

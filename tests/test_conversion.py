@@ -1,5 +1,6 @@
 """Conversion in both directions at parallel layouts, and the check that it computes the same."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from conversion_runs import (
 )
 from finetune_runs import COMMON, write_data, write_models
 from launching import REPOSITORY, run_ranks, run_torchrun
+from safetensors.torch import load_file, save_file
 
 # The first test of a launch waits for all of its jobs.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -91,6 +93,14 @@ def workspace(tmp_path_factory):
     variant(good, folder / "unknown", architectures=["GPT2LMHeadModel"])
     weights = variant(good, folder / "truncated") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    variant(good, folder / "int8", tensors=lambda w: w.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    linked = variant(good, folder / "linked") / "model.safetensors"
+    linked.unlink()
+    linked.symlink_to(good / "model.safetensors")
+    twice = folder / "twice"
+    shutil.copytree(folder / "llama2-untied", twice)
+    first, second = sorted(twice.glob("*.safetensors"))[:2]
+    save_file(load_file(first) | {min(load_file(second)): torch.zeros(1)}, first)
     sharded = folder / "missing-shard"
     shutil.copytree(folder / "llama2-untied", sharded)
     min(sharded.glob("*.safetensors")).unlink()
@@ -114,7 +124,7 @@ def swap_experts(weights):
 def launch(world_size, jobs, timeout=420):
     """Results of every rank, by job."""
     jobs = {name: tuple(map(str, job)) for name, job in jobs.items()}
-    results = run_ranks(world_size, run_all, (jobs,), timeout)
+    results = run_ranks(world_size, run_all, (jobs,), timeout, megatron=True)
     return {name: [result[name] for result in results] for name in jobs}
 
 
@@ -146,6 +156,17 @@ def bad_inputs(workspace):
         "unknown architecture": (importing("unknown"), "GPT2LMHeadModel"),
         "missing shard": (importing("missing-shard"), "model-00001-of-"),
         "truncated": (importing("truncated"), "truncated"),
+        "wrong dtype": (importing("int8"), "expected a 16 or 32 bit float, got torch.int8"),
+        "link out of the directory": (importing("linked"), "got a link to"),
+        "tensor in two shards": (importing("twice"), "expected each tensor once"),
+        "no such directory": (importing("Qwen/Qwen2.5-1.5B"), "expected a checkpoint directory, found none"),
+        "a file": (importing("untied/config.json"), "expected a checkpoint directory, found a file"),
+        "a checkpoint as a model": (importing("ckpt-untied"), "expected a config.json"),
+        "a model as a checkpoint": (exporting("untied", "--load", good), "expected a Megatron checkpoint"),
+        "no place for checksums": (
+            [*exporting("untied", "--load", ckpt), "--checksums", workspace / "none" / "sums"],
+            "--checksums",
+        ),
         "heads": (importing("untied", "--tensor-model-parallel-size", 3), "3 does not divide the 4 attention heads"),
         "layers": (importing("untied", "--pipeline-model-parallel-size", 3), "3 does not divide the 4 layers"),
         "processes": (importing("untied", *TP2), "--nproc-per-node 2"),
@@ -180,6 +201,12 @@ def one(workspace):
     experts = ("convert", "check", "--reference", workspace / "experts", "--hf-model")
     for name in ("experts", "swapped-experts", "other-normalisation"):
         jobs[f"check {name}"] = (*experts, workspace / name)
+    words = ["check", "--hf-model", workspace / "swapped", "--reference", good]
+    jobs["printed check"] = ("convert_output", *words)
+    words = ["import", "--hf-model", good, "--save", workspace / "ckpt-printed"]
+    jobs["printed import"] = ("convert_output", *words)
+    words = ["export", "--hf-model", good, "--load", ckpt, "--save-hf", workspace / "back-printed"]
+    jobs["printed export"] = ("convert_output", *words)
     jobs["check load swapped"] = (
         "convert",
         "check",
@@ -401,6 +428,29 @@ def test_check_works_with_experts_on_different_ranks(two):
     assert [code for code, _ in two["check swapped-experts ep2"]] == [1, 1]
 
 
+def test_check_prints_where_to_look(one):
+    code, printed = one["printed check"][0]
+    assert code == 1
+    assert "\nworst tokens\nposition " in printed
+    verdict, last = printed.splitlines()[-2:]
+    assert verdict.startswith("first divergence: layer 1, MLP (") and "gate_proj and up_proj exchanged" in verdict
+    assert last.startswith("convert_hf: over 64 tokens") and last.endswith(": DIFFERENT")
+    # Tokens as text, not as numbers.
+    row = printed[printed.index("worst tokens") :].splitlines()[2]
+    assert row.count("'") >= 8
+
+
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_conversions_say_how_far_they_are(one, way):
+    code, printed = one[f"printed {way}"][0]
+    assert code == 0
+    doing = {"import": "reading", "export": "writing"}[way]
+    lines = [line for line in printed.splitlines() if line.startswith(f"convert_hf: {doing}: ")]
+    size = r"([\d.e-]+)"
+    done, total = re.fullmatch(rf"convert_hf: {doing}: {size}/{size} GB, .* GB/s, 0:00:00 left", lines[-1]).groups()
+    assert done == total
+
+
 @pytest.mark.parametrize("layout", DENSE)
 def test_check_works_at_every_layout(two, layout):
     assert [code for code, _ in two[f"check {layout}"]] == [0, 0]
@@ -454,5 +504,5 @@ def test_the_tool_runs_by_its_path_and_under_torchrun(workspace, tmp_path):
     words = ["tools.convert_hf", "export", *source, "--load", ckpt, "--save-hf", out, *TP2]
     done = run_torchrun(2, list(map(str, words)), timeout=240)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("convert_hf:") == 1
+    assert done.stdout.count("convert_hf: exported") == 1
     assert_same_bits(read_tensors(out), read_tensors(workspace / "tied"))

@@ -91,10 +91,13 @@ def readme_objective(workspace):
     return path
 
 
-def launch(world_size, runs, workspace, timeout):
-    """Results of the last rank, which writes the scalars; every run must have ended well on every rank."""
+def launch(world_size, runs, workspace, timeout, run=run_all):
+    """Results of the last rank, which writes the scalars; every run must have ended well on every rank.
+
+    run: run_all, or a function like it that prepares each rank before.
+    """
     runs = {name: [str(word) for word in words] for name, words in runs.items()}
-    results = run_ranks(world_size, run_all, (runs, str(workspace)), timeout)
+    results = run_ranks(world_size, run, (runs, str(workspace)), timeout, megatron=True)
     for rank, outcome in enumerate(results):
         for name, result in outcome.items():
             assert result["code"] in (0, None), f"{name} on rank {rank}:\n{result['printed'][-3000:]}"

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from finetune_runs import run_all, write_data, write_models
-from launching import REPOSITORY, run_ranks, run_torchrun
+from finetune_runs import run_all, run_tool, write_data, write_models
+from launching import REPOSITORY, run_ranks
 from small_tokenizers import LLAMA3, byte_tokenizer
 from test_finetune import (
     DISTRIBUTED_OPTIMIZER,
@@ -32,8 +32,8 @@ def workspace(tmp_path_factory):
     for name, k, ranks, layout in (("all", vocabulary, 2, tp(2)), ("some", 64, 4, [*tp(2), *pp(2)])):
         words = ["--teacher-hf", folder / "teacher", "--data", folder / "train.jsonl", "--out", folder / name]
         words += ["--k", k, "--dtype", "float32", "--seq-length", SEQ_LENGTH, "--micro-batch-size", 3, *layout]
-        done = run_torchrun(ranks, ["tools.cache_teacher", *words], timeout=200)
-        assert done.returncode == 0, done.stdout[-3000:]
+        for code, printed in run_ranks(ranks, run_tool, ("cache_teacher", words), timeout=200, megatron=True):
+            assert code == 0, printed[-3000:]
     assert (REPOSITORY / "tools" / "cache_teacher.py").exists()
     for name in ("live", "cached"):
         (folder / f"weighted_{name}.py").write_text(WEIGHTED_KD.replace("NAME", f"weighted-{name}"))
@@ -157,7 +157,10 @@ def test_another_chat_template_is_refused_before_training(workspace, models):
     words = [
         str(word).replace(str(workspace / "untied"), str(workspace / "other-template")) for word in models["some drop"]
     ]
-    for result in (outcome["run"] for outcome in run_ranks(2, run_all, ({"run": words}, str(workspace)), timeout=120)):
+    for result in (
+        outcome["run"]
+        for outcome in run_ranks(2, run_all, ({"run": words}, str(workspace)), timeout=120, megatron=True)
+    ):
         assert result["code"] == 2, result["printed"][-2000:]
         assert "the teacher read other tokens than training does" in result["printed"]
         assert "chat template" in result["printed"] and "iteration        1/" not in result["printed"]

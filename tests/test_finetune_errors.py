@@ -130,6 +130,14 @@ CASES = {
         {"--pipeline-model-parallel-size": 2},
         ["Megatron", "world size (1)"],
     ),
+    "steps to leave out at TP2": (
+        {"--iterations-to-skip": 3, "--tensor-model-parallel-size": 2},
+        ["--iterations-to-skip", "--tensor-model-parallel-size 1", "got 2"],
+    ),
+    "NaN to skip with an optimizer that cannot": (
+        {"--qtarget-on-nan": "skip"},
+        ["--qtarget-on-nan skip", "float32 optimizer", "--use-distributed-optimizer"],
+    ),
     "no training data": ({"--sft-train": None}, ["--sft-train"]),
     "training data absent": ({"--sft-train": "absent.jsonl"}, ["absent.jsonl"]),
     "line that is no JSON": ({"--sft-train": "no-json.jsonl"}, ["no-json.jsonl:7", "JSON"]),
@@ -175,7 +183,7 @@ def command_line(workspace, changes):
 @pytest.fixture(scope="module")
 def outcomes(workspace):
     runs = {name: command_line(workspace, changes) for name, (changes, _) in CASES.items()}
-    return run_ranks(1, run_all, (runs, str(workspace), []), timeout=240)[0]
+    return run_ranks(1, run_all, (runs, str(workspace), []), timeout=240, megatron=True)[0]
 
 
 @pytest.mark.parametrize("name", CASES)

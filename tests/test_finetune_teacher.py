@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import transformers
-from finetune_runs import write_data, write_models
-from launching import run_torchrun
+from finetune_runs import run_tool, write_data, write_models
+from launching import run_ranks
 from safetensors import safe_open
 from test_finetune import DISTRIBUTED_OPTIMIZER, SEQUENCE_PARALLEL, assert_layouts, assert_same_training, launch, pp, tp
 
@@ -26,8 +26,8 @@ def workspace(tmp_path_factory):
     resize(folder, "larger", "cut", student)
     resize(folder, "deep", "smaller", len(load_tokenizer(folder / "untied")))
     save = ["import", "--hf-model", folder / "odd", "--save", folder / "odd-megatron"]
-    done = run_torchrun(2, ["tools.convert_hf", *save, *tp(2)], timeout=120)
-    assert done.returncode == 0, done.stdout[-3000:]
+    for code, printed in run_ranks(2, run_tool, ("convert_hf", [*save, *tp(2)]), timeout=120, megatron=True):
+        assert code == 0, printed[-3000:]
     shutil.copytree(folder / "odd", folder / "odd-without-weights")
     (folder / "odd-without-weights" / "model.safetensors").unlink()
     return folder

@@ -39,7 +39,7 @@ def write_program(path, line):
 
 
 def environment(workspace, **values):
-    values = dict(MODEL="untied", TEACHER="deep", TRAIN="train.jsonl", **values)
+    values = dict(MODEL="untied", TEACHER="deep", TRAIN="train.jsonl") | values
     paths = {key: str(workspace / values[key]) for key in values.keys() & PATHS}
     small = dict(GPUS="2", SEQ_LENGTH="32", GLOBAL_BATCH="4", STEPS="2", LR="1e-3", PRECISION="")
     path = f"{workspace / 'bin'}{os.pathsep}{os.environ['PATH']}"
@@ -83,6 +83,12 @@ def slurm(workspace):
 
 def test_slurm(slurm):
     assert_exported(slurm / "hf")
+
+
+def test_experts_shared_by_all_ranks(workspace):
+    small = dict(MODEL="experts", TP=2, EP=2, KERNELS="", BALANCE=0.01)
+    run(workspace, "mixture_of_experts.sh", OUT="experts-run", **small)
+    assert_exported(workspace / "experts-run" / "hf")
 
 
 def test_cached_teacher_in_two_steps(workspace):

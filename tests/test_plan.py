@@ -1,7 +1,5 @@
 """tools/plan.py: what it plans is what Megatron allocates and the loss sends, and it names all that does not fit."""
 
-import argparse
-import itertools
 import json
 import re
 import subprocess
@@ -11,9 +9,7 @@ import pytest
 from launching import REPOSITORY, run_ranks
 from plan_runs import run_all, words_of, write_models
 
-from qtarget_megatron.checkpoint import Architecture
-from qtarget_megatron.megatron.arguments import check_layout, check_whole_stages
-from qtarget_megatron.planning import GIB, Layout, Plan, Stage, division_problems, layout_problems
+from qtarget_megatron.planning import GIB, Plan, Stage
 
 # The first test of a launch waits for all of it.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(700)]
@@ -108,6 +104,7 @@ def launches(workspace):
             name: words_of(workspace, model, *words, teacher="teacher" in name)
             for name, (model, words) in CASES[world_size].items()
         }
+        # Not forked: what is measured here is the memory of a process of its own, as training has it.
         return run_ranks(world_size, run_all, (cases, commands(workspace) if world_size == 1 else {}), timeout=300)
 
     return {world_size: launch(world_size) for world_size in CASES}
@@ -253,9 +250,9 @@ def test_everything_that_does_not_divide_is_named_at_once(plans):
     problems = [line.removeprefix("PROBLEM: ") for line in text.splitlines() if line.startswith("PROBLEM")]
     assert code == 1
     for part in (
-        "TP 8 does not divide the 30 attention heads of the student",
-        "TP 8 neither divides nor is a multiple of the 10 key/value heads",
-        "PP 4 does not divide the 30 layers",
+        "--tensor-model-parallel-size 8 does not divide the 30 attention heads of the student",
+        "--tensor-model-parallel-size 8 neither divides nor is a multiple of the 10 key/value heads",
+        "--pipeline-model-parallel-size 4 does not divide the 30 layers",
         "MLP width 14340",
         "--seq-length 8190: --sequence-parallel",
         "--world-size 60 is no multiple of TP 8 x PP 4 x CP 1 = 32",
@@ -282,52 +279,6 @@ def test_bad_layouts_and_bad_input_are_one_line_and_an_exit_code(plans, name, ex
     code, text = plans[name]
     assert code == expected and part in text, text
     assert "Traceback" not in text and len(text.splitlines()) <= (2 if expected == 1 else 1)
-
-
-ARCHITECTURES = {
-    "llama": dict(hidden_size=48, intermediate_size=64, num_hidden_layers=6, num_attention_heads=12),
-    "odd-widths": dict(hidden_size=30, intermediate_size=62, num_hidden_layers=5, num_attention_heads=6, head_dim=8),
-}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_plan_refuses_a_model_exactly_where_finetune_does(tmp_path, name):
-    kinds = set()
-    for groups in (1, 2, 3, 4):
-        sizes = ARCHITECTURES[name] | dict(num_key_value_heads=groups, max_position_embeddings=64)
-        if sizes["num_attention_heads"] % groups:
-            continue
-        arch = Architecture.from_hf(write_config(tmp_path, **sizes))
-        for tp, pp, length, sp in itertools.product((1, 2, 3, 4, 6), (1, 2, 3), (24, 30, 48, 96), (False, True)):
-            layout = Layout(
-                world_size=tp * pp,
-                tensor=tp,
-                pipeline=pp,
-                context=1,
-                sequence_parallel=sp,
-                seq_length=length,
-                micro_batch_size=1,
-                global_batch_size=None,
-            )
-            args = argparse.Namespace(
-                tensor_model_parallel_size=tp,
-                pipeline_model_parallel_size=pp,
-                seq_length=length,
-                sequence_parallel=sp,
-                decoder_first_pipeline_num_layers=None,
-                decoder_last_pipeline_num_layers=None,
-                pipeline_model_parallel_layout=None,
-            )
-            problems = [*division_problems(layout, arch, "student"), *layout_problems(layout)]
-            try:
-                check_layout(args, arch, "student")
-                check_whole_stages(args, arch, "student")
-                refused = False
-            except ValueError:
-                refused = True
-            assert bool(problems) == refused, (tp, pp, length, sp, groups, problems)
-            kinds.add(refused)
-    assert kinds == {False, True}
 
 
 def test_the_largest_stage_is_the_one_shown_between_first_and_last():

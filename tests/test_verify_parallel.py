@@ -94,7 +94,7 @@ def exception_on_rank_2():
 def other_version_on_rank_1():
     from qtarget_megatron.megatron import verify
 
-    return _patched(verify, "_versions", lambda of: "version 0" if dist.get_rank() == 1 else of())
+    return _patched(verify, "versions", lambda of: "version 0" if dist.get_rank() == 1 else of())
 
 
 def hang_on_rank_1():

@@ -1,6 +1,6 @@
 """Measure the losses, in time and memory, next to what they replace, and write a report.
 
-    python tools/benchmark.py all                    # everything; about 12 minutes on 2 cores that do nothing else
+    python tools/benchmark.py all                    # everything; about 20 minutes on 2 cores that do nothing else
     python tools/benchmark.py kernels head           # only these; their sections of the report are replaced
     python tools/benchmark.py kernels --quick        # small shapes, under a minute: does it work? Not for figures
     python tools/benchmark.py report                 # only write the report anew, from what was measured before
@@ -11,6 +11,7 @@ head         output layer and loss together: logits a chunk at a time against lo
 collective   one all-gather and merge against Megatron's three all-reduces, 2 and 4 ranks over gloo
 step         training steps of the fine-tuning command on a small random model, 1 rank and 2 tensor-parallel ranks
 growth       how time grows with tokens, vocabulary and shards, and memory with tokens
+convert      a random model of Qwen2.5-1.5B's shape from Hugging Face to Megatron and back, 2 and 4 ranks; 10 GB of disk
 cuda         kernels on a GPU, 8192 x 131072 in bfloat16, with Megatron's fused loss and Liger's where installed
 all          all of them; cuda only where there is a GPU
 

@@ -11,10 +11,16 @@
     # Megatron -> Hugging Face; architecture and tokenizer come from DIR
     python tools/convert_hf.py export --hf-model DIR --load CKPT --save-hf OUT
 
-    # do both compute the same? logits of Megatron against transformers' in float32; exit code 0 or 1
+    # do both compute the same? logits of Megatron against transformers' in float32; exit code 0 or 1.
+    # Where they differ: the worst tokens, the first layer whose hidden states differ, and what to look at
     python tools/convert_hf.py check --hf-model DIR
     python tools/convert_hf.py check --hf-model DIR --load CKPT
     python tools/convert_hf.py check --hf-model OUT --reference DIR
+
+OUT and CKPT appear when they are complete; until then they are filled in a hidden folder beside them,
+.NAME.incomplete. An export that was interrupted goes on when the same command is given again: the
+files that were complete are kept if their SHA-256 still says so. Started from another checkpoint,
+dtype or number of pipeline stages it is refused, until that folder is deleted. An import starts anew.
 
 Every Megatron flag works: layout, --bf16 or --fp16 to change the dtype (import and export keep it,
 check computes in float32), --transformer-impl, --ckpt-step. finetune reads --hf-model and writes
@@ -70,7 +76,7 @@ def run_export(ours: argparse.Namespace, words: list[str]) -> int:
     from qtarget_megatron.megatron.commands import print_once
     from qtarget_megatron.megatron.convert import export_hf
 
-    export_hf(ours.hf_model, ours.load, ours.save_hf, words, cpu=ours.cpu)
+    export_hf(ours.hf_model, ours.load, ours.save_hf, words, checksums=ours.checksums, cpu=ours.cpu)
     print_once(f"convert_hf: exported {ours.load} to {ours.save_hf}")
     return 0
 
@@ -78,10 +84,13 @@ def run_export(ours: argparse.Namespace, words: list[str]) -> int:
 def run_check(ours: argparse.Namespace, words: list[str]) -> int:
     import torch
 
+    from qtarget_megatron.checkpoint import report_lines
+    from qtarget_megatron.data import load_tokenizer
     from qtarget_megatron.megatron.commands import print_once
     from qtarget_megatron.megatron.convert import open_model, text_tokens
 
     tokens = text_tokens(ours.hf_model, ours.text or TEXT)
+    tokenizer = load_tokenizer(ours.hf_model)
     model = open_model(
         ours.hf_model,
         words,
@@ -93,13 +102,12 @@ def run_check(ours: argparse.Namespace, words: list[str]) -> int:
     from qtarget_megatron.megatron.agreement import compare_with_transformers
 
     found = compare_with_transformers(model, ours.reference or ours.hf_model, tokens)
+    print_once("\n".join(report_lines(found, ours.tolerance, lambda token: repr(tokenizer.decode([token])))))
     # Written so that NaN fails.
     equal = found.max_difference <= ours.tolerance
     print_once(
-        f"convert_hf: {found.num_tokens} tokens, logits differ by at most "
-        f"{found.max_difference:.3g} (tolerance {ours.tolerance:g}), same argmax at "
-        f"{found.argmax_agreement:.2%}, KL(transformers to Megatron) mean {found.kl_mean:.3g} max "
-        f"{found.kl_max:.3g} nats: {'equal' if equal else 'DIFFERENT'}"
+        f"convert_hf: over {found.num_tokens} tokens the logits of Megatron and of transformers differ by at most "
+        f"{found.max_difference:.3g}: {'equal' if equal else 'DIFFERENT'}"
     )
     return 0 if equal else 1
 
@@ -137,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", run_export, "Megatron checkpoint to Hugging Face directory")
     add(sub, "--load", "CKPT", "the Megatron checkpoint", required=True)
     add(sub, "--save-hf", "OUT", f"where to write the model: {new}", required=True)
+    add(sub, "--checksums", "FILE", "write the SHA-256 of each file there: cd OUT && sha256sum -c FILE (default: none)")
     sub = command("check", run_check, "Compare the logits of Megatron and transformers, in float32")
     add(sub, "--load", "CKPT", "Megatron checkpoint with the weights (default: those of --hf-model)")
     add(sub, "--reference", "DIR", "what transformers loads (default: --hf-model)")

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from qtarget_megatron.checkpoint.model_files import model_file
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -17,8 +19,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """``directory/config.json`` as a dict. ValueError where it is missing or not a JSON object."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory}: expected a checkpoint directory, found none; check the path")
-    path = directory / "config.json"
+        found = "a file" if directory.exists() else "none"
+        raise ValueError(f"{directory}: expected a checkpoint directory, found {found}; check the path")
+    path = model_file(directory, "config.json")
     if not path.is_file():
         raise ValueError(
             f"{directory}: expected a config.json, found none; point to the folder that save_pretrained wrote"

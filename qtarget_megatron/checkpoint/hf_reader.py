@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
 
 from qtarget_megatron.checkpoint.config_file import read_config, read_json_object
+from qtarget_megatron.checkpoint.model_files import model_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,65 +38,87 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_LONGEST_HEADER = 100_000_000  # as the safetensors library has it
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as a safetensors header declares it."""
+    """One tensor as a safetensors header declares it. begin: of its first byte, from the start of the file."""
 
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    begin: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file, from its header alone.
 
-    Raises ValueError where the header is malformed or the file is longer or shorter than the header
-    says (a download that stopped early). No tensor data is read.
+    Raises ValueError where the header is malformed, names a tensor twice, leaves a gap between tensors or lets them
+    overlap, or the file is longer or shorter than the header says (a download that stopped early). No tensor data is
+    read.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= size - 8:
+        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
             raise ValueError(
                 f"{path}: expected a safetensors header, got {size} bytes that hold none; the "
                 "file is truncated or of another kind: fetch it again"
             )
         header = stream.read(length)
     try:
-        entries = json.loads(header)
+        entries = json.loads(header, object_pairs_hook=_without_repeats)
         entries.pop("__metadata__", None)
-        tensors = {name: _entry(path.name, entry) for name, entry in entries.items()}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        tensors = {name: _entry(path.name, entry, 8 + length) for name, entry in entries.items()}
+        end = 8 + length
+        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.nbytes)):
+            if tensor.begin != end:
+                raise ValueError(f"a tensor begins at byte {tensor.begin}, the one before it ends at {end}")
+            end += tensor.nbytes
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: expected a safetensors header, got {error!r}") from None
-    if 8 + length + end != size:
+    if end != size:
         raise ValueError(
-            f"{path}: expected {8 + length + end} bytes by its header, got {size}; the file is "
-            "truncated or damaged: fetch it again"
+            f"{path}: expected {end} bytes by its header, got {size}; the file is truncated or damaged: fetch it again"
         )
     return tensors
 
 
-def _entry(file: str, entry: dict) -> TensorEntry:
-    if entry["dtype"] not in _DTYPES:
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} twice")
+    return found
+
+
+def _entry(file: str, entry: dict, data: int) -> TensorEntry:
+    """data: where the data of the file begins."""
+    if entry["dtype"] not in DTYPES:
         raise ValueError(f"unknown dtype {entry['dtype']!r}")
-    dtype = _DTYPES[entry["dtype"]]
+    dtype = DTYPES[entry["dtype"]]
     begin, end = entry["data_offsets"]
     shape = tuple(int(n) for n in entry["shape"])
     if min(shape, default=0) < 0 or begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"data_offsets {begin, end} do not fit shape {shape} of {entry['dtype']}")
-    return TensorEntry(file=file, shape=shape, dtype=dtype)
+    return TensorEntry(file=file, shape=shape, dtype=dtype, begin=data + begin)
 
 
 class HFReader:
     """Lazy access to the tensors of the checkpoint in ``directory``.
 
-    ``bytes_read`` counts the bytes of all slices returned so far. Raises ValueError, in one line,
-    for a missing directory, config.json, weight file or shard, a truncated file, an index that
-    names a tensor its shard lacks, and a tensor that two shards hold. Usable as a context manager.
+    Slices are read with read(), not mapped: a mapped file counts as memory of the process, and one that shrinks
+    meanwhile would end the process. ``bytes_read`` counts the bytes of the files' data that were read so far. Raises
+    ValueError, in one line, for a missing directory, config.json, weight file or shard, a truncated file, an index that
+    names a tensor its shard lacks, a tensor that two shards hold, and a link out of the directory. Usable as a context
+    manager.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -102,10 +126,10 @@ class HFReader:
         read_config(self.directory)
         self.bytes_read = 0
         self._entries: dict[str, TensorEntry] = {}
-        self._open: dict[str, safe_open] = {}
+        self._open: dict[str, BinaryIO] = {}
         weight_map = self._find_files()
         for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]:
-            path = self.directory / file
+            path = model_file(self.directory, file)
             if not path.is_file():
                 raise ValueError(
                     f"{self.directory}: expected the shard {file} that {INDEX_FILE} names, found none; fetch it"
@@ -127,7 +151,7 @@ class HFReader:
     def _find_files(self) -> dict[str, str] | None:
         """The index's weight map, or None for a checkpoint of one file."""
         single = (self.directory / SINGLE_FILE).is_file()
-        index = self.directory / INDEX_FILE
+        index = model_file(self.directory, INDEX_FILE)
         if single and index.is_file():
             raise ValueError(
                 f"{self.directory}: expected either {SINGLE_FILE} or {INDEX_FILE}, found both; remove the stale one"
@@ -181,28 +205,50 @@ class HFReader:
         Raises ValueError for an unknown name or a range outside the tensor.
         """
         entry = self._entry_of(name)
-        index = []
+        shape = list(entry.shape)
         for dim, wanted in enumerate((rows, cols)):
             if wanted is None:
-                index.append(slice(None))
                 continue
-            size = entry.shape[dim] if dim < len(entry.shape) else -1
+            size = shape[dim] if dim < len(shape) else -1
             if not 0 <= wanted[0] <= wanted[1] <= size:
                 raise ValueError(
                     f"{name}: expected a range within shape {list(entry.shape)}, got {wanted} in dimension {dim}"
                 )
-            index.append(slice(*wanted))
-        if entry.file not in self._open:
-            self._open[entry.file] = safe_open(self.directory / entry.file, framework="pt")
-        view = self._open[entry.file].get_slice(name)[tuple(index[: len(entry.shape)])]
-        self.bytes_read += view.nbytes
-        # safetensors may hand out a view of the mapped file; the copy is what reads it, and it does
-        # not depend on the file from then on.
-        return view.clone(memory_format=torch.contiguous_format)
+            shape[dim] = wanted[1] - wanted[0]
+        tensor = torch.empty(shape, dtype=entry.dtype)
+        if tensor.numel() == 0:
+            return tensor
+        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        per_row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        begin = entry.begin + (rows[0] if rows else 0) * per_row
+        if cols is None:
+            self._read_into(entry.file, target, begin)
+            return tensor
+        begin += cols[0] * (per_row // entry.shape[1])
+        taken = len(target) // shape[0]
+        for row in range(shape[0]):
+            self._read_into(entry.file, target[row * taken : (row + 1) * taken], begin + row * per_row)
+        return tensor
+
+    def _read_into(self, file: str, target: memoryview, position: int) -> None:
+        """Fill target from this position of the file on."""
+        if file not in self._open:
+            self._open[file] = open(self.directory / file, "rb", buffering=0)
+        descriptor, done = self._open[file].fileno(), 0
+        while done < len(target):
+            try:
+                count = os.preadv(descriptor, [target[done:]], position + done)
+            except OSError as error:
+                raise ValueError(f"{self.directory / file}: {error.strerror}; fetch it again") from error
+            if count == 0:
+                raise ValueError(f"{self.directory / file} became shorter while it was read: fetch it again")
+            done += count
+            self.bytes_read += count
 
     def close(self) -> None:
         """Let go of the open files; a later read opens them again."""
-        self._open.clear()
+        while self._open:
+            self._open.popitem()[1].close()
 
     def __enter__(self) -> HFReader:
         return self
@@ -214,6 +260,10 @@ class HFReader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):  # the constructor may have raised
+            self.close()
 
     def _entry_of(self, name: str) -> TensorEntry:
         if name not in self._entries:

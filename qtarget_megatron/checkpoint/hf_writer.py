@@ -1,53 +1,41 @@
 """Write a Hugging Face checkpoint: all of it, or nothing under the final name.
 
-Every process that owns tensors writes its own shards into one temporary folder next to the final
-one; a single process then adds the index, the config and the tokenizer and renames the folder.
+Every process that owns tensors writes its own shards, tensor by tensor, into one folder next to the final one; a
+single process then adds the index, the config and the tokenizer and renames the folder.
 
     plan = plan_shards(arch, dtype, stages=stages)      # the same on every process
-    export = HFExport(out, source, arch, plan, dtype=dtype, temporary_name=name)
+    export = HFExport(out, source, arch, plan, dtype=dtype, made_from=made_from)
     export.begin()                                      # one process, then a barrier
-    export.write_shard(file, tensors)                   # the owner of each shard, then a barrier
+    if not export.holds_shard(file):                    # the owner of each shard
+        export.write_shard(file, tensors)               # then a barrier
     export.finish()                                     # one process
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from qtarget_megatron.checkpoint.architecture import Architecture
 from qtarget_megatron.checkpoint.config_file import declared_dtype, dtype_name, read_config
-from qtarget_megatron.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE, TensorEntry, read_header
+from qtarget_megatron.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE
 from qtarget_megatron.checkpoint.hf_tensors import hf_tensor_shapes, tensor_dtype
+from qtarget_megatron.checkpoint.model_files import model_file
+from qtarget_megatron.checkpoint.safetensors_file import PlannedTensor, SafetensorsFile, file_bytes
+from qtarget_megatron.resumable import ResumableDirectory, check_space, sync
 
 ShardPlan = list[tuple[str, list[str]]]
 
 # Beside the weights: tokenizer, chat template and generation settings, by file kind.
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
-
-
-def check_output_directory(path: str | Path) -> None:
-    """Raise ValueError if ``path`` could not become an export directory. Writes nothing.
-
-    It must not exist, or be an empty directory, and its parent must be a directory. Worth calling
-    before hours of training.
-    """
-    path = Path(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{path}: expected a new or empty directory, got a file or link; choose another")
-    if path.is_dir() and any(path.iterdir()):
-        raise ValueError(
-            f"{path}: expected a new or empty directory, got one with files in it; choose another or empty it"
-        )
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: expected its parent to be a directory, found none; create {path.absolute().parent}")
 
 
 def plan_shards(
@@ -98,10 +86,10 @@ class HFExport:
     """An export into ``out_dir`` that becomes visible only when it is complete.
 
     ``source_dir``: the checkpoint whose config, tokenizer and chat template are carried over.
-    ``dtype``: of all exported tensors; the architecture's own by default. ``temporary_name``: the
-    name of the temporary folder, a sibling of ``out_dir``; all processes of one export must pass
-    the same, and different exports different ones. The constructor checks and writes nothing; an
-    export that is interrupted leaves the temporary folder and no ``out_dir``.
+    ``dtype``: of all exported tensors; the architecture's own by default. ``made_from``: what the tensors come from, by
+    the name that the user knows it by; an export that was interrupted leaves a hidden folder, from which one made from
+    the same takes the shards that were complete. None: such shards are of no use. The constructor checks and writes
+    nothing.
     """
 
     def __init__(
@@ -111,96 +99,82 @@ class HFExport:
         arch: Architecture,
         plan: ShardPlan,
         *,
-        temporary_name: str,
+        made_from: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_output_directory(out_dir)
-        self.out_dir = Path(out_dir).absolute()
         self.source_dir = Path(source_dir)
         read_config(self.source_dir)
         self._dtype = dtype or arch.dtype
-        dtype_name(self._dtype)
         self._plan = {file: list(names) for file, names in plan}
         self._shapes = hf_tensor_shapes(arch)
-        self.temporary_dir = self.out_dir.parent / temporary_name
-        reserved = ("", ".", "..", self.out_dir.name)
-        if temporary_name in reserved or Path(temporary_name).name != temporary_name:
-            raise ValueError(f"expected a plain folder name other than {self.out_dir.name!r}, got {temporary_name!r}")
+        if made_from is not None:
+            files = hashlib.sha256(json.dumps(self._plan).encode()).hexdigest()
+            made_from = {**made_from, "dtype": dtype_name(self._dtype), "number of pipeline stages": files}
+        self.directory = ResumableDirectory(out_dir, made_from)
+        self.directory.check()
 
     def begin(self) -> None:
-        """Create the temporary folder (one process); ValueError if it is already there."""
-        check_output_directory(self.out_dir)
-        try:
-            self.temporary_dir.mkdir()
-        except FileExistsError:
-            raise ValueError(
-                f"{self.temporary_dir}: expected no such folder, found one of another or an "
-                "interrupted export; delete it or pass another temporary_name"
-            ) from None
+        """Make the folder (one process); ValueError where it is of another export, or the disk is too small."""
+        self.directory.open()
+        present = [self.directory.folder / file for file in self._plan]
+        there = sum(path.stat().st_size for path in present if path.is_file())
+        check_space(self.directory.folder, sum(map(self.shard_bytes, self._plan)) - there)
 
-    def write_shard(self, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write one planned file. Tensors may lie on any device, in the export dtype.
+    def shard_bytes(self, file: str) -> int:
+        """Size of a planned file."""
+        return file_bytes(self._planned(file))
 
-        ValueError for a file that is not planned, or tensors that differ from the plan in names,
-        shapes or dtype.
+    def holds_shard(self, file: str) -> bool:
+        """Whether an earlier run wrote this file to its end, and it is still what it was; reads it."""
+        return self.directory.holds(file)
+
+    def write_shard(self, file: str, tensors: Iterable[tuple[str, Iterable[Tensor]]]) -> None:
+        """Write one planned file; one tensor is in memory at a time if tensors and their pieces are made on the way.
+
+        tensors: (name, pieces along the first dimension), in any order, on any device, in the export dtype. ValueError
+        for a file that is not planned, or tensors that differ from the plan in names, shapes or dtype.
         """
-        planned = self._plan.get(file)
-        if planned is None:
-            raise ValueError(f"expected one of the {len(self._plan)} planned files, got {file!r}")
-        self._compare(file, {n: TensorEntry(file, tuple(t.shape), t.dtype) for n, t in tensors.items()})
-        path = self.temporary_dir / file
-        save_file({name: tensors[name].contiguous() for name in planned}, path, metadata={"format": "pt"})
-        # safetensors makes the file private to its owner; give it the mode of any other new file.
-        path.chmod(0o666 & ~_umask())
-        _sync(path)
+        path = self.directory.folder / file
+        with SafetensorsFile(path, self._planned(file)) as shard:
+            for name, pieces in tensors:
+                shard.write(name, pieces)
+            shard.check_complete()
+        self.directory.record(file)
 
-    def finish(self) -> None:
+    def _planned(self, file: str) -> dict[str, PlannedTensor]:
+        if file not in self._plan:
+            raise ValueError(f"expected one of the {len(self._plan)} planned files, got {file!r}")
+        return {name: PlannedTensor(self._shapes[name], tensor_dtype(name, self._dtype)) for name in self._plan[file]}
+
+    def finish(self) -> dict[str, str]:
         """Complete the checkpoint and give it its final name (one process, after all shards).
 
-        ValueError if a planned shard is missing or incomplete.
+        Returns the SHA-256 of each file. ValueError if a planned shard is missing or incomplete.
         """
-        check_output_directory(self.out_dir)
+        folder = self.directory.folder
         for file in self._plan:
-            path = self.temporary_dir / file
-            if not path.is_file():
+            if not self.directory.recorded(file):
+                raise ValueError(f"{folder}: expected the shard {file}, found none; its owner did not write it")
+            if (size := (folder / file).stat().st_size) != self.shard_bytes(file):
                 raise ValueError(
-                    f"{self.temporary_dir}: expected the shard {file}, found none; its owner did not write it"
+                    f"{folder / file}: expected {self.shard_bytes(file)} bytes, got {size}; the file is truncated: run "
+                    "again"
                 )
-            self._compare(file, read_header(path))
         if list(self._plan) != [SINGLE_FILE]:
             self._write(INDEX_FILE, _json_bytes(self._index()))
-        self._write("config.json", self._config_bytes())
         for pattern in _COPIED:
             for source in sorted(self.source_dir.glob(pattern)):
                 relative = source.relative_to(self.source_dir)
                 if source.is_file() and source.name != "config.json" and ".index." not in source.name:
-                    self._write(relative, source.read_bytes())
-        for folder in {path.parent for path in self.temporary_dir.rglob("*")}:
-            _sync(folder)
-        os.rename(self.temporary_dir, self.out_dir)
-        _sync(self.out_dir.parent)
-
-    def _compare(self, file: str, found: Mapping[str, TensorEntry]) -> None:
-        planned = self._plan[file]
-        if found.keys() != set(planned):
-            different = sorted(found.keys() ^ set(planned))
-            raise ValueError(
-                f"{file}: expected the {len(planned)} planned tensors, got a set that differs in "
-                f"{', '.join(different[:3])}"
-            )
-        for name, entry in found.items():
-            if (entry.shape, entry.dtype) != (self._shapes[name], tensor_dtype(name, self._dtype)):
-                raise ValueError(
-                    f"{file}: expected {name} as {tensor_dtype(name, self._dtype)} {list(self._shapes[name])}, got "
-                    f"{entry.dtype} {list(entry.shape)}"
-                )
+                    self._write(relative, model_file(self.source_dir, relative).read_bytes())
+        # The last: without it the folder is no model.
+        self._write("config.json", self._config_bytes())
+        digests = self.directory.digests()
+        self.directory.finish()
+        return digests
 
     def _index(self) -> dict:
-        total = sum(
-            math.prod(self._shapes[name]) * tensor_dtype(name, self._dtype).itemsize
-            for names in self._plan.values()
-            for name in names
-        )
+        total = sum(tensor.nbytes for file in self._plan for tensor in self._planned(file).values())
         return {
             "metadata": {"total_size": total},
             "weight_map": {n: file for file, names in self._plan.items() for n in names},
@@ -217,26 +191,11 @@ class HFExport:
         return _json_bytes(config)
 
     def _write(self, relative: str | Path, content: bytes) -> None:
-        path = self.temporary_dir / relative
+        path = self.directory.folder / relative
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-        _sync(path)
+        sync(path)
 
 
 def _json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    """Have the kernel put a file or folder on the disk before the rename makes it visible."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

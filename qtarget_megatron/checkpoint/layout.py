@@ -8,7 +8,7 @@ and its experts grouped. Everything here is pure: no process groups, no Megatron
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,31 +139,60 @@ def load_parameter(
     ValueError where ``name`` is unknown or absent from this architecture, or ``tp_size`` does not
     divide the dimension.
     """
+    pieces = parameter_pieces(
+        reader,
+        arch,
+        name,
+        layer_offset=layer_offset,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        padded_vocab_size=padded_vocab_size,
+        expert_offset=expert_offset,
+    )
+    return _joined(pieces)
+
+
+def parameter_pieces(
+    reader: HFReader,
+    arch: Architecture,
+    name: str,
+    *,
+    layer_offset: int,
+    tp_rank: int,
+    tp_size: int,
+    padded_vocab_size: int,
+    expert_offset: int = 0,
+) -> Iterator[torch.Tensor]:
+    """The shard of `load_parameter` in pieces along its first dimension, each read when it is asked for.
+
+    Whoever copies them to their place holds no more than one Hugging Face tensor beside the shard.
+    """
     if not 0 <= tp_rank < tp_size:
         raise ValueError(f"expected a tensor-parallel rank in [0, {tp_size}), got {tp_rank}")
     kind = _rule(name).kind
     read_as = "embedding.word_embeddings.weight" if _is_tied_head(arch, name) else name
     sources = _sources(arch, read_as, layer_offset, expert_offset)
     if kind == _REPLICATED:
-        return reader.read(sources[0])
-    if kind == _VOCABULARY:
-        return _load_vocabulary(reader, arch, sources[0], tp_rank, tp_size, padded_vocab_size)
-    if kind == _COLUMNS:
+        yield reader.read(sources[0])
+    elif kind == _VOCABULARY:
+        yield from _load_vocabulary(reader, arch, sources[0], tp_rank, tp_size, padded_vocab_size)
+    elif kind == _COLUMNS:
         columns = reader.shape(sources[0])[1]
-        return reader.read(sources[0], cols=_share(name, columns, tp_rank, tp_size))
-    if kind in (_GATE_UP, _ROWS):
+        yield reader.read(sources[0], cols=_share(name, columns, tp_rank, tp_size))
+    elif kind in (_GATE_UP, _ROWS):
         rows = _share(name, reader.shape(sources[0])[0], tp_rank, tp_size)
-        return torch.cat([reader.read(source, rows=rows) for source in sources])
-    segments = _qkv_segments(arch)
-    start, stop = _share(name, sum(b - a for _, a, b in segments), tp_rank, tp_size)
-    pieces, position = [], 0
-    for part, first, last in segments:
-        low, high = max(start, position), min(stop, position + last - first)
-        if low < high:
-            rows = (first + low - position, first + high - position)
-            pieces.append(reader.read(sources[part], rows=rows))
-        position += last - first
-    return torch.cat(pieces)
+        for source in sources:
+            yield reader.read(source, rows=rows)
+    else:
+        segments = _qkv_segments(arch)
+        start, stop = _share(name, sum(b - a for _, a, b in segments), tp_rank, tp_size)
+        position = 0
+        for part, first, last in segments:
+            low, high = max(start, position), min(stop, position + last - first)
+            if low < high:
+                rows = (first + low - position, first + high - position)
+                yield reader.read(sources[part], rows=rows)
+            position += last - first
 
 
 def merge_parameter(
@@ -177,44 +206,84 @@ def merge_parameter(
     Tensors keep the shards' dtype and device. ValueError where the shards do not add up to the
     architecture's shapes.
     """
+    rows = merge_rows(arch, name, layer_offset=layer_offset, shards=shards, expert_offset=expert_offset)
+    merged, expected = {source: _joined(pieces) for source, pieces in rows.items()}, hf_tensor_shapes(arch)
+    for source, tensor in merged.items():
+        if tuple(tensor.shape) != expected[source]:
+            raise ValueError(
+                f"{name}: expected shards that make {source} of shape {list(expected[source])}, "
+                f"got {list(tensor.shape)}; pass the shards of every tensor-parallel rank in order"
+            )
+    return merged
+
+
+def merge_rows(
+    arch: Architecture, name: str, *, layer_offset: int, shards: Sequence[torch.Tensor], expert_offset: int = 0
+) -> dict[str, Iterator[torch.Tensor]]:
+    """The tensors of `merge_parameter`, each in pieces along its first dimension: the shards' own memory where rows
+    were cut, some rows at a time where columns were.
+
+    Shapes are not compared with the architecture's.
+    """
     if not shards:
         raise ValueError(f"{name}: expected the shards of all tensor-parallel ranks, got none")
     if _is_tied_head(arch, name):
         return {}
     kind = _rule(name).kind
     sources = _sources(arch, name, layer_offset, expert_offset)
-    expected = hf_tensor_shapes(arch)
     if kind == _REPLICATED:
-        merged = [shards[0]]
+        merged = [[shards[0]]]
     elif kind == _COLUMNS:
-        merged = [torch.cat(list(shards), dim=1)]
+        merged = [_side_by_side(shards)]
     elif kind == _ROWS:
-        merged = [torch.cat(list(shards))]
+        merged = [list(shards)]
     elif kind == _VOCABULARY:
-        merged = [torch.cat(list(shards))[: arch.vocab_size]]
+        [run] = _cut(shards, [min(arch.vocab_size, sum(len(shard) for shard in shards))])
+        merged = [run]
     elif kind == _GATE_UP:
         halves = [shard.chunk(2) for shard in shards]
-        merged = [torch.cat([half[part] for half in halves]) for part in (0, 1)]
+        merged = [[half[part] for half in halves] for part in (0, 1)]
     else:
         segments = _qkv_segments(arch)
-        grouped, total = torch.cat(list(shards)), sum(b - a for _, a, b in segments)
-        if grouped.shape[0] != total:
+        found, total = sum(len(shard) for shard in shards), sum(b - a for _, a, b in segments)
+        if found != total:
             raise ValueError(
-                f"{name}: expected {total} rows over all shards, got {grouped.shape[0]}; "
+                f"{name}: expected {total} rows over all shards, got {found}; "
                 "pass the shards of every tensor-parallel rank in order"
             )
-        blocks = grouped.split([last - first for _, first, last in segments])
+        runs = _cut(shards, [last - first for _, first, last in segments])
         merged = [
-            torch.cat([block for block, (part, _, _) in zip(blocks, segments, strict=True) if part == p])
-            for p in (0, 1, 2)
+            [piece for run, (part, _, _) in zip(runs, segments, strict=True) if part == wanted for piece in run]
+            for wanted in (0, 1, 2)
         ]
-    for source, tensor in zip(sources, merged, strict=True):
-        if tuple(tensor.shape) != expected[source]:
-            raise ValueError(
-                f"{name}: expected shards that make {source} of shape {list(expected[source])}, "
-                f"got {list(tensor.shape)}; pass the shards of every tensor-parallel rank in order"
-            )
-    return dict(zip(sources, merged, strict=True))
+    return {source: iter(pieces) for source, pieces in zip(sources, merged, strict=True)}
+
+
+def _joined(pieces: Iterator[torch.Tensor]) -> torch.Tensor:
+    pieces = list(pieces)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _cut(shards: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[list[torch.Tensor]]:
+    """The rows of all shards in runs of these lengths, as views; a run that two shards share has two pieces."""
+    runs, shard, row = [], 0, 0
+    for length in lengths:
+        run = []
+        while length:
+            piece = shards[shard][row : row + length]
+            run.append(piece)
+            length, row = length - len(piece), row + len(piece)
+            if row == len(shards[shard]):
+                shard, row = shard + 1, 0
+        runs.append(run)
+    return runs
+
+
+def _side_by_side(shards: Sequence[torch.Tensor], block: int = 1 << 22) -> Iterator[torch.Tensor]:
+    """The columns of all shards in one matrix, some rows, of about so many bytes, at a time."""
+    step = max(block // (sum(shard.shape[1] for shard in shards) * shards[0].itemsize), 1)
+    for row in range(0, len(shards[0]), step):
+        yield torch.cat([shard[row : row + step] for shard in shards], dim=1)
 
 
 def _rule(name: str) -> _Rule:
@@ -288,12 +357,11 @@ def _load_vocabulary(
     tp_rank: int,
     tp_size: int,
     padded_vocab_size: int,
-) -> torch.Tensor:
+    expert_offset: int = 0,
+) -> Iterator[torch.Tensor]:
     start, stop = _share(f"padded vocabulary of {source}", padded_vocab_size, tp_rank, tp_size)
     first, last = (min(edge, arch.vocab_size) for edge in (start, stop))
-    if (first, last) == (start, stop):
-        return reader.read(source, rows=(start, stop))
-    shard = torch.zeros(stop - start, arch.hidden_size, dtype=reader.dtype(source))
     if first < last:
-        shard[: last - first] = reader.read(source, rows=(first, last))
-    return shard
+        yield reader.read(source, rows=(first, last))
+    if last - first < stop - start:
+        yield torch.zeros(stop - start - (last - first), arch.hidden_size, dtype=reader.dtype(source))

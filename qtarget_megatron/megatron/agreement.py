@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,45 +10,9 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from qtarget_megatron.checkpoint import transformers_logits
+from qtarget_megatron.checkpoint import Agreement, Place, recorded, transformers_logits
+from qtarget_megatron.collectives import gather_sequence
 from qtarget_megatron.megatron.convert import OpenModel
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Two models' logits over the same tokens: p from transformers, q from Megatron.
-
-    max_difference: largest absolute difference of two logits; NaN where either model has one.
-    argmax_agreement: share of the positions where both rank the same token first. kl_mean, kl_max:
-    sum_v p_v log(p_v / q_v) in nats, over positions.
-    """
-
-    num_tokens: int
-    max_difference: float
-    argmax_agreement: float
-    kl_mean: float
-    kl_max: float
-
-    @classmethod
-    def of(cls, expected: Tensor, actual: Tensor) -> Agreement:
-        """Of logits [s, vocab_size], expected by transformers, actual by Megatron.
-
-        ValueError for different shapes.
-        """
-        if expected.shape != actual.shape:
-            raise ValueError(
-                f"expected logits of one shape, got {list(expected.shape)} from transformers and "
-                f"{list(actual.shape)} from Megatron: the directories hold different vocabularies"
-            )
-        p, q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1)
-        return cls(
-            num_tokens=expected.shape[0],
-            max_difference=(expected.double() - actual.double()).abs().max().item(),
-            argmax_agreement=(expected.argmax(-1) == actual.argmax(-1)).double().mean().item(),
-            kl_mean=kl.mean().item(),
-            kl_max=kl.max().item(),
-        )
 
 
 def compare_with_transformers(model: OpenModel, reference: Path, tokens: list[int]) -> Agreement:
@@ -58,16 +21,22 @@ def compare_with_transformers(model: OpenModel, reference: Path, tokens: list[in
     All ranks get the result. tokens: cut to the model's sequence length. transformers runs in
     float32 on the CPU of one rank, once the Megatron model has been dropped: two models need not
     fit in memory, so model cannot be used afterwards. ValueError where transformers cannot load the
-    directory. Collectives: those of megatron_logits, and an object gather over all ranks.
+    directory. Collectives: those of megatron_logits, all-gathers of hidden states over the tensor-parallel group under
+    sequence parallelism, and object gathers over all ranks.
     """
     tokens = tokens[: model.args.seq_length]
-    actual = megatron_logits(model, tokens)
+    with recorded(_places(model)) as found:
+        actual = megatron_logits(model, tokens)
+    actual_states = _gathered_states(model, found, here=actual is not None)
+    found.clear()
     model.chunks.clear()
     model.wrapped.clear()
     outcome: Agreement | str | None = None
     if actual is not None:
         try:
-            outcome = Agreement.of(transformers_logits(reference, tokens), actual)
+            states: dict[Place, Tensor] = {}
+            expected = transformers_logits(reference, tokens, states)
+            outcome = Agreement.of(expected, actual, tokens, (states, actual_states))
         except ValueError as error:
             outcome = str(error)
     outcomes = [None] * dist.get_world_size()
@@ -76,6 +45,39 @@ def compare_with_transformers(model: OpenModel, reference: Path, tokens: list[in
     if isinstance(result, str):
         raise ValueError(result)
     return result
+
+
+def _places(model: OpenModel) -> dict[Place, torch.nn.Module]:
+    """The parts of this rank's chunks."""
+    places = {}
+    for chunk in model.chunks:
+        if chunk.pre_process:
+            places[Place.embedding()] = chunk.embedding
+        for layer in chunk.decoder.layers:
+            number = layer.layer_number - 1
+            places[Place.of_layer(number, "attention")] = layer.self_attention
+            places[Place.of_layer(number, "MLP")] = layer.mlp
+            places[Place.of_layer(number, "output")] = layer
+        if chunk.post_process:
+            places[Place.final_norm(model.arch.num_layers)] = chunk.decoder.final_layernorm
+    return places
+
+
+def _gathered_states(model: OpenModel, found: dict[Place, Tensor], *, here: bool) -> dict[Place, Tensor]:
+    """Hidden states [s, h] of all stages, on the rank that says here; nothing elsewhere."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    mine = {}
+    for place in sorted(found):
+        state = found[place]
+        if model.args.sequence_parallel:
+            state = gather_sequence(state.contiguous(), group)
+        mine[place] = state[:, 0].float().cpu().numpy()
+    first = group.rank() == 0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    places = [None] * dist.get_world_size()
+    dist.all_gather_object(places, here)
+    everyone = [None] * dist.get_world_size() if here else None
+    dist.gather_object(mine if first else {}, everyone, dst=places.index(True))
+    return {place: torch.from_numpy(state) for part in everyone or () for place, state in part.items()}
 
 
 @torch.no_grad()

@@ -10,8 +10,10 @@ from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.megatron.shape import layer_flags
+from qtarget_megatron.planning import division_problems, divisors, stage_problems
 from qtarget_megatron.sparse_teacher import TAIL_RULES
 
+ON_NAN = ("stop", "skip")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -127,6 +129,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "four, for memory of micro-batch x sequence x vocabulary",
     )
     group.add_argument(
+        "--qtarget-on-nan",
+        choices=ON_NAN,
+        default=ON_NAN[0],
+        help="a micro-batch whose loss or gradient is not finite: stop ends all ranks, naming rank, step and samples; "
+        "skip leaves out the whole step on all ranks alike and counts it in the log, which needs --bf16, --fp16 or "
+        "--use-distributed-optimizer (default: stop; steps that overflow under --fp16 are always skipped)",
+    )
+    group.add_argument(
+        "--no-exit-signal-handler",
+        action="store_false",
+        dest="exit_signal_handler",
+        help="let SIGTERM end the ranks at once. By default they finish the step, save to --save and exit with code 0; "
+        "torchrun ends them after 30 s (its --shutdown-timeout). Costs an all-gather of 4 bytes in each step.",
+    )
+    group.add_argument(
         "--cpu",
         action="store_true",
         help="run on the CPU over gloo; the default where no GPU is found, refused where one is",
@@ -154,6 +171,36 @@ def implementation_flags(*, on_cpu: bool) -> list[str]:
     return flags
 
 
+def fault_flags() -> list[str]:
+    """Megatron flags for how a training ends; the user's own come later and win.
+
+    Megatron's re-run of a step with a NaN is off: it lets the first step of each start pass unchecked, saves what that
+    has left of the parameters, and makes the next start stop at once.
+    """
+    return ["--exit-signal-handler", "--rerun-mode", "disabled"]
+
+
+def apply_nan_choice(args: argparse.Namespace) -> None:
+    """Set Megatron's arguments for --qtarget-on-nan skip; ValueError where its optimizer cannot skip a step.
+
+    With a loss scale, here 1, its optimizers look for inf and NaN in the gradients over all ranks that share the model,
+    and step on all of them or on none.
+    """
+    if args.qtarget_on_nan != "skip":
+        return
+    if not (args.bf16 or args.fp16 or args.use_distributed_optimizer):
+        raise ValueError(
+            "--qtarget-on-nan skip: Megatron's float32 optimizer always steps: give --use-distributed-optimizer, or "
+            "--bf16 or --fp16"
+        )
+    for key in ("use_megatron_fsdp", "use_torch_fsdp2", "use_layer_wise_distributed_optimizer"):
+        if getattr(args, key, False):
+            raise ValueError(f"--qtarget-on-nan skip does not go with --{key.replace('_', '-')}: drop one of them")
+    if args.loss_scale is None and not args.fp16:
+        args.loss_scale = 1.0
+    args.check_for_nan_in_loss_and_grad = False
+
+
 def check_flags(argv: list[str], arch_flags: list[str]) -> None:
     """Refuse flags that contradict the model's config.json or this package's way of counting tokens (ValueError)."""
     fixed = {word for word in arch_flags if word.startswith("--")} - {
@@ -177,26 +224,9 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
 
 def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None:
     """Refuse a parallel layout that this model cannot be cut into, before anything is built. Raises ValueError."""
-    tp = args.tensor_model_parallel_size
-    heads, groups = arch.num_attention_heads, arch.num_query_groups
-    if heads % tp != 0:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide the {heads} attention heads of the {who}: use one of "
-            f"{_divisors(heads)}"
-        )
-    if groups % tp != 0 and tp % groups != 0:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} neither divides nor is a multiple of the {groups} key/value heads of "
-            f"the {who}: use one of {[d for d in _divisors(heads) if groups % d == 0 or d % groups == 0]}"
-        )
-    if arch.ffn_hidden_size % tp != 0:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide the MLP width {arch.ffn_hidden_size} of the {who}"
-        )
-    if arch.hidden_size % tp != 0:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide the hidden size {arch.hidden_size} of the {who}"
-        )
+    tp, length = args.tensor_model_parallel_size, args.seq_length
+    for problem in division_problems(arch, who, tensor=tp, seq_length=length):
+        raise ValueError(problem)
     if arch.latent is not None and args.transformer_impl == "local":
         # Megatron's local layers cut the projections to latents, Transformer Engine's do not.
         widths = (arch.latent.query_rank, arch.latent.key_value_rank + arch.latent.rotary_dim)
@@ -205,12 +235,8 @@ def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None
                 f"--tensor-model-parallel-size {tp} does not divide the latents of the {who} (of queries {widths[0]}, "
                 f"of keys and values with their rotary part {widths[1]})"
             )
-    if args.seq_length is not None and args.seq_length > arch.max_position_embeddings:
-        raise ValueError(
-            f"--seq-length {args.seq_length} exceeds the {arch.max_position_embeddings} positions of the {who}"
-        )
-    if args.sequence_parallel and args.seq_length is not None and args.seq_length % tp != 0:
-        raise ValueError(f"--sequence-parallel needs --seq-length divisible by {tp}, got {args.seq_length}")
+    if args.sequence_parallel and length is not None and length % tp != 0:
+        raise ValueError(f"--sequence-parallel needs --seq-length divisible by {tp}, got {length}")
 
 
 def check_experts(args: argparse.Namespace, arch: Architecture, who: str) -> None:
@@ -222,7 +248,7 @@ def check_experts(args: argparse.Namespace, arch: Architecture, who: str) -> Non
     if experts.count % ep != 0:
         raise ValueError(
             f"--expert-model-parallel-size {ep} does not divide the {experts.count} experts of the {who}: use one of "
-            f"{_divisors(experts.count)}"
+            f"{divisors(experts.count)}"
         )
     etp = args.expert_tensor_parallel_size or tp
     if experts.ffn_hidden_size % etp != 0:
@@ -259,16 +285,30 @@ def check_trained(args: argparse.Namespace, arch: Architecture) -> None:
         )
 
 
+def check_data_flags(args: argparse.Namespace) -> None:
+    """Refuse what reads batches in Megatron's own way, on one tensor-parallel rank. Raises ValueError."""
+    if args.iterations_to_skip and args.tensor_model_parallel_size > 1:
+        raise ValueError(
+            "--iterations-to-skip needs --tensor-model-parallel-size 1, where Megatron's own reading of batches fits "
+            f"this data, got {args.tensor_model_parallel_size}"
+        )
+
+
 def check_whole_stages(args: argparse.Namespace, arch: Architecture, who: str) -> None:
     """Refuse pipeline stages that the first model's layers do not divide into, unless flags say how they are shared.
     Raises ValueError."""
-    pp = args.pipeline_model_parallel_size
-    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
-    if arch.num_layers % pp != 0 and not uneven and args.pipeline_model_parallel_layout is None:
-        raise ValueError(
-            f"--pipeline-model-parallel-size {pp} does not divide the {arch.num_layers} layers of the {who}: use one "
-            f"of {_divisors(arch.num_layers)}, or say with --pipeline-model-parallel-layout which stage has which"
-        )
+    if not states_stages(args):
+        for problem in stage_problems(arch, who, pipeline=args.pipeline_model_parallel_size):
+            raise ValueError(problem)
+
+
+def states_stages(args: argparse.Namespace) -> bool:
+    """Whether flags say which pipeline stage has which layers."""
+    return bool(
+        args.decoder_first_pipeline_num_layers
+        or args.decoder_last_pipeline_num_layers
+        or args.pipeline_model_parallel_layout
+    )
 
 
 def check_head(args: argparse.Namespace) -> None:
@@ -282,7 +322,3 @@ def check_head(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{key.replace('_', '-')} needs Megatron's own output layer: give --qtarget-materialize-logits"
             )
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,8 +21,38 @@ def exit_code(name: str, command: Callable[[], int]) -> int:
     except ValueError as error:
         if not is_bad_input(error):
             raise
-        print_once(f"{name}: error: {error}", file=sys.stderr)
+        print_error(name, error)
         return 2
+
+
+def print_error(name: str, error: ValueError) -> None:
+    """One line on stderr from the first rank. Another rank speaks up only if it is still there a moment later: where
+    all fail alike, the launcher has ended it by then."""
+    rank = int(os.environ.get("RANK", "0"))
+    # Megatron's handler, where it is on already, would keep a rank that the launcher ends.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if rank != 0:
+        time.sleep(5)
+    where = f" on rank {rank}" if rank != 0 else ""
+    print(f"{name}: error{where}: {error}", file=sys.stderr, flush=True)
+
+
+def on_first_rank(function: Callable[[], Any]) -> Any:
+    """What function() returns on the first rank; every rank gets it, or the ValueError of bad input. Collective."""
+    outcome = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = (function(), None)
+        except ValueError as error:
+            if not is_bad_input(error):
+                raise
+            outcome = (None, str(error))
+    box = [outcome]
+    dist.broadcast_object_list(box, src=0)
+    value, message = box[0]
+    if message is not None:
+        raise ValueError(message)
+    return value
 
 
 def print_once(line: str, file=None) -> None:

@@ -7,7 +7,10 @@ parallel layout. Imports of Megatron wait until the CPU platform is active, whic
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +21,9 @@ from qtarget_megatron.checkpoint import (
     CORRECTION,
     Architecture,
     HFReader,
-    check_output_directory,
     check_tensors,
+    hf_tensor_shapes,
+    read_config,
 )
 from qtarget_megatron.data import compare_tokenizers, load_tokenizer
 from qtarget_megatron.megatron import cpu_platform, launch
@@ -30,8 +34,11 @@ from qtarget_megatron.megatron.arguments import (
     check_whole_stages,
     implementation_flags,
 )
-from qtarget_megatron.megatron.saved_model import SavedModel
+from qtarget_megatron.megatron.commands import on_first_rank
+from qtarget_megatron.megatron.progress import Progress
+from qtarget_megatron.megatron.saved_model import SavedModel, checkpoint_directory
 from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
+from qtarget_megatron.resumable import ResumableDirectory, check_space, directory_digest
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -56,28 +63,78 @@ def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False
 
     words: Megatron flags. The weights keep the widest dtype found in the directory, unless words
     hold --bf16 or --fp16. The checkpoint is a "release": it starts a training at iteration 0,
-    without optimizer and random state. Its tracker file, which makes it loadable, is written last.
-    ValueError for bad input, before anything is written.
+    without optimizer and random state. It appears under its name when it is complete; what an interrupted
+    import left in the hidden folder beside it is replaced. ValueError for bad input, before anything is written.
     """
-    check_output_directory(save)
-    model = open_model(hf_model, words, save=save, dtype=widest_dtype(hf_model), cpu=cpu)
+    directory = ResumableDirectory(save)
+    directory.check()
+    dtype = widest_dtype(hf_model)
+    model = open_model(hf_model, words, save=directory.folder, dtype=dtype, cpu=cpu, progress="convert_hf: reading")
     from megatron.training.checkpointing import save_checkpoint
 
+    def begin() -> None:
+        directory.open()
+        values = sum(math.prod(shape) for shape in hf_tensor_shapes(model.arch).values())
+        check_space(directory.folder, values * model.args.params_dtype.itemsize)
+
+    on_first_rank(begin)
+    for chunk in model.chunks:
+        chunk.sharded_state_dict = partial(_without_views, chunk.sharded_state_dict)
     save_checkpoint(0, model.wrapped, None, None, 0, release=True)
+    on_first_rank(directory.finish)
 
 
-def export_hf(hf_model: Path, load: Path, save_hf: Path, words: list[str], *, cpu: bool = False) -> None:
+def _without_views(sharded_state_dict: Callable[..., dict], *arguments: Any, **keywords: Any) -> dict:
+    """A chunk's sharded state, to be saved: tensors that are part of a larger one become ones of their own, in the same
+    memory. Megatron would copy them, all at once: the two halves of every gated layer."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = sharded_state_dict(*arguments, **keywords)
+    apply_factories(state)
+    for sharded in nested_values(state):
+        if isinstance(sharded, ShardedTensor) and sharded.data is not None and sharded.data.device.type == "cpu":
+            data = sharded.data.detach()
+            if data.is_contiguous() and data.numel():
+                alias = torch.from_numpy(data.view(-1).view(torch.uint8).numpy())
+                sharded.data = alias.view(data.dtype).view(data.shape)
+    return state
+
+
+def export_hf(
+    hf_model: Path, load: Path, save_hf: Path, words: list[str], *, checksums: Path | None = None, cpu: bool = False
+) -> None:
     """Megatron checkpoint to Hugging Face directory; call it on every rank.
 
     hf_model: config.json says the architecture, tokenizer files are copied; its weights are not
-    read. The tensors keep the checkpoint's dtype, unless words hold --bf16 or --fp16. ValueError
-    for bad input, before anything is written.
+    read. The tensors keep the checkpoint's dtype, unless words hold --bf16 or --fp16. Of an interrupted export of the
+    same checkpoint at as many pipeline stages the complete files are kept. checksums: a file for the SHA-256 of each
+    file, as sha256sum writes them. ValueError for bad input, before anything is written.
     """
-    check_output_directory(save_hf)
+    if checksums is not None and not checksums.absolute().parent.is_dir():
+        raise ValueError(f"--checksums {checksums}: there is no directory {checksums.parent}: create it")
+    read_config(hf_model)
+    made_from = {"--hf-model": directory_digest(hf_model)}
+    ResumableDirectory(save_hf, made_from).check()
     model = open_model(hf_model, words, load=load, cpu=cpu)
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
 
-    save_hf_weights(model.chunks, model.arch, Path(hf_model), Path(save_hf), dtype=model.args.params_dtype)
+    made_from |= {"--load": directory_digest(Path(checkpoint_directory(load, model.args.ckpt_step)))}
+
+    def progress(total: int):
+        return Progress("convert_hf: writing", total, unit="GB", scale=1e9).add
+
+    digests = save_hf_weights(
+        model.chunks,
+        model.arch,
+        Path(hf_model),
+        Path(save_hf),
+        dtype=model.args.params_dtype,
+        made_from=made_from,
+        progress=progress,
+    )
+    if checksums is not None and dist.get_rank() == 0:
+        checksums.write_text("".join(f"{digest}  {file}\n" for file, digest in digests.items()), encoding="utf-8")
 
 
 def open_model(
@@ -90,6 +147,7 @@ def open_model(
     seq_length: int | None = None,
     reference: Path | None = None,
     cpu: bool = False,
+    progress: str | None = None,
 ) -> OpenModel:
     """Initialise Megatron and build the model of hf_model's config.json; call it on every rank.
 
@@ -130,7 +188,7 @@ def open_model(
 
     cpu_platform.repair_megatron_wheel()
     launch.initialize(args)
-    return _build(args, arch, second, saved)
+    return _build(args, arch, second, saved, progress)
 
 
 def widest_dtype(hf_model: Path) -> torch.dtype:
@@ -232,19 +290,29 @@ def _complete(args: argparse.Namespace, arch: Architecture, hf_model, save, dtyp
 
 
 def _build(
-    args: argparse.Namespace, arch: Architecture, second: Architecture | None, saved: SavedModel | None
+    args: argparse.Namespace,
+    arch: Architecture,
+    second: Architecture | None,
+    saved: SavedModel | None,
+    progress: str | None,
 ) -> OpenModel:
-    from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import get_model
 
+    from qtarget_megatron.megatron.hf_weights import load_hf_weights, weights
     from qtarget_megatron.megatron.model import ModelProvider
 
     # A single process needs no address to meet the others at.
     initialize_megatron(store=dist.HashStore() if args.world_size == 1 else None)
-    provider = ModelProvider(args, arch, second, load_weights=saved is None)
+    provider = ModelProvider(args, arch, second, load_weights=False)
     wrapped = get_model(provider, wrap_with_ddp=False)
     if saved is not None:
         saved.check_fits(provider.built, arch, f"the model in {args.hf_model}")
-        load_checkpoint(wrapped, None, None)
+        saved.load_into(provider.built)
+    else:
+        total = sum(tensor.nbytes for chunk in provider.built for _, tensor in weights(chunk))
+        report = Progress(progress, total, unit="GB", scale=1e9).add if progress else lambda nbytes: None
+        with HFReader(args.hf_model) as reader:
+            for chunk in provider.built:
+                load_hf_weights(chunk, reader, arch, report)
     return OpenModel(args, arch, provider.built, wrapped)

@@ -7,10 +7,8 @@ the hidden states, and what is written, is a Task's. Imports of Megatron wait un
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +22,7 @@ from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.data import EncodedSample, JsonlFile, encode_at, training_item
 from qtarget_megatron.megatron.commands import print_once
 from qtarget_megatron.megatron.convert import OpenModel, open_model
+from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.saved_model import checkpoint_directory
 from qtarget_megatron.resumable import directory_digest
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 # Micro-batches between two writes, for each pipeline stage: enough to keep the stages busy.
 _MICRO_BATCHES = 16
-_PROGRESS_SECONDS = 5.0
 # Sequences are padded to a multiple of this, not to the full length.
 _LENGTH_STEP = 64
 
@@ -175,7 +173,7 @@ class DatasetRun:
         done = [task.open() if is_writer else None]
         dist.broadcast_object_list(done)
         written = done[0]
-        progress = _Progress(self._name, len(self._file), written)
+        progress = Progress(self._name, len(self._file), written)
         for indices in self._parts(written):
             found = self._gathered(self._results(task, indices))
             stop = int(indices[-1]) + 1
@@ -249,24 +247,6 @@ def _check_layout(options: RunOptions, args: argparse.Namespace) -> None:
             f"--sequence-parallel needs --seq-length divisible by {args.tensor_model_parallel_size}, got "
             f"{options.seq_length}"
         )
-
-
-class _Progress:
-    """Prints how far a run is, every few seconds."""
-
-    def __init__(self, name: str, total: int, done: int):
-        self._name, self._total, self._first, self._printed = name, total, done, None
-        self._start, self._last = time.monotonic(), -_PROGRESS_SECONDS
-
-    def report(self, done: int) -> None:
-        now = time.monotonic()
-        if self._printed == self._total or (now - self._last < _PROGRESS_SECONDS and done < self._total):
-            return
-        self._printed = done
-        self._last = now
-        rate = (done - self._first) / max(now - self._start, 1e-9)
-        left = timedelta(seconds=round((self._total - done) / rate)) if rate else "unknown time"
-        print_once(f"{self._name}: {done}/{self._total} samples, {rate:.3g} samples/s, {left} left")
 
 
 @torch.no_grad()

@@ -6,12 +6,20 @@ Written for megatron-core 0.19: arguments are parsed and validated before pretra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import multiprocessing
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from torch.distributed import Store
 
 SUPPORTED = "megatron-core >= 0.19.2, < 0.20"
 
@@ -62,6 +70,48 @@ def initialize(args: argparse.Namespace) -> None:
     set_global_variables(args)
 
 
+def start_save_process() -> None:
+    """Start the process through which Megatron brings the outcome of a write to the save, deaf to SIGTERM.
+
+    Megatron starts it at the first save. torchrun sends SIGTERM to the process group of each rank: the process would
+    end, and the save that --exit-signal-handler makes then would fail.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        get_write_results_queue()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def end_with_parent() -> None:
+    """For a process that Megatron has started: it would outlive a rank that is killed, with all that it imported."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def leave_failed() -> NoReturn:
+    """End this process with exit code 1, and those it has started. The ordinary way may wait for ranks that are gone,
+    and for data workers, which do not heed SIGTERM under --exit-signal-handler."""
+    from megatron.training.global_vars import get_tensorboard_writer
+
+    with contextlib.suppress(OSError):
+        if writer := get_tensorboard_writer():
+            writer.flush()
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def is_bad_input(error: ValueError) -> bool:
     """True for a ValueError that this package raised; one from inside Megatron or torch is a fault."""
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -81,8 +131,12 @@ def run_pretrain(
     datasets: Callable,
     model_provider: Callable,
     forward_step: Callable,
+    store: Store | None,
 ):
-    """Megatron's training loop, with this package's data, model and forward step."""
+    """Megatron's training loop, with this package's data, model and forward step.
+
+    store: that the ranks meet at, where no process group exists yet; None: Megatron opens one.
+    """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -93,4 +147,5 @@ def run_pretrain(
         ModelType.encoder_or_decoder,
         forward_step,
         model_provider=model_provider,
+        store=store,
     )

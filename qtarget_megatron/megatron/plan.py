@@ -17,6 +17,7 @@ from qtarget_megatron.megatron.arguments import (
     check_flags,
     check_head,
     implementation_flags,
+    states_stages,
 )
 from qtarget_megatron.megatron.plan_sizes import RefusedError, Sizes, count_parameters, like
 from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
@@ -61,9 +62,12 @@ def make_plan(options: PlanOptions, words: list[str]) -> Plan:
         args, student, teacher, objective, entries = _read(options, words)
         layout = _layout(args, student)
         plan = Plan(_summary(args, layout, student, teacher, objective))
-        plan.problems += planning.division_problems(layout, student, "student")
+        shared = dict(tensor=layout.tensor, seq_length=layout.seq_length)
+        plan.problems += planning.division_problems(student, "student", **shared)
+        if not states_stages(args):
+            plan.problems += planning.stage_problems(student, "student", pipeline=layout.pipeline)
         if teacher is not None:
-            plan.problems += planning.division_problems(layout, teacher, "teacher", is_student=False)
+            plan.problems += planning.division_problems(teacher, "teacher", **shared)
         plan.problems += planning.layout_problems(layout)
         try:
             if not plan.problems:
@@ -136,11 +140,6 @@ def _layout(args: argparse.Namespace, student: Architecture) -> Layout:
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         global_batch_size=args.global_batch_size,
-        stated_stages=bool(
-            args.decoder_first_pipeline_num_layers
-            or args.decoder_last_pipeline_num_layers
-            or args.pipeline_model_parallel_layout
-        ),
     )
 
 

@@ -96,18 +96,36 @@ class SavedModel:
             )
 
     def load_into(self, chunks: list[GPTModel]) -> None:
-        """Fill the chunks of this rank, in their dtype; collective over all ranks."""
+        """Fill the chunks of this rank where they are, in their dtype; collective over all ranks.
+
+        Beside the chunks, memory is needed for one tensor as it was saved, that of one tensor-parallel rank.
+        """
         from megatron.core import dist_checkpointing
 
-        state = {str(number): self._sharded(chunk) for number, chunk in enumerate(chunks)}
-        # What is not a tensor may be missing: Transformer Engine asks for a state that local layers do not save.
-        loaded = dist_checkpointing.load(state, self.directory, strict="log_unexpected")
-        for number, chunk in enumerate(chunks):
-            missing = chunk.load_state_dict(loaded[str(number)], strict=False).missing_keys
-            if missing := [name for name in missing if not name.endswith("_extra_state")]:
+        mine = [tensor for chunk in chunks for tensor in self._tensors(chunk)]
+        # torch keeps a tensor that it has read until it has read the next: the largest are read by themselves.
+        for key in (*_VOCABULARY, None):
+            wanted = {
+                str(number): tensor
+                for number, tensor in enumerate(mine)
+                if (tensor.key == key if key else tensor.key not in _VOCABULARY)
+            }
+            expected = {number: tensor.key for number, tensor in wanted.items()}
+            loaded = dist_checkpointing.load(wanted, self.directory, strict="log_unexpected")
+            if missing := [name for number, name in expected.items() if number not in loaded]:
                 raise ValueError(
                     f"{self.flag} {self.directory} did not give {missing[0]}: the checkpoint is incomplete"
                 )
+
+    def _tensors(self, chunk: GPTModel) -> list:
+        """A chunk's tensors by their name in the checkpoint, as Megatron's ShardedTensors over the chunk's memory. What
+        is none, a state that Transformer Engine asks for and local layers do not save, is left out."""
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+        state = self._sharded(chunk)
+        apply_factories(state)
+        return [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
 
     def _sharded(self, chunk: GPTModel) -> dict:
         from megatron.core import parallel_state
@@ -117,14 +135,7 @@ class SavedModel:
 
     def _wanted(self, chunks: list[GPTModel]) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that all ranks together would load, by their name in the checkpoint."""
-        from megatron.core.dist_checkpointing.dict_utils import nested_values
-        from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-
-        mine = {}
-        for chunk in chunks:
-            state = self._sharded(chunk)
-            apply_factories(state)
-            mine |= {t.key: tuple(t.global_shape) for t in nested_values(state) if isinstance(t, ShardedTensor)}
+        mine = {t.key: tuple(t.global_shape) for chunk in chunks for t in self._tensors(chunk)}
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         return {key: shape for shapes in everyone for key, shape in shapes.items()}

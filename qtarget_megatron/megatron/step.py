@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+from megatron.training import get_args
 from torch import Tensor
 
 from qtarget_megatron.data import IGNORE_INDEX
 from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.loss import qtarget_cross_entropy
+from qtarget_megatron.megatron.faults import ON_NAN, NotFinite
 from qtarget_megatron.megatron.teacher import OutputHead
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.objectives import Objective
@@ -46,13 +49,15 @@ class LossContext:
     """Travels through GPTModel.forward to the output processor and brings the statistics back.
 
     token_inputs: the objective's side inputs by name, each [b, s] like the labels. sparse_teacher: a cached second
-    model, of [b, s] tokens; reading_ms: what reading it took, of each sample [b].
+    model, of [b, s] tokens; reading_ms: what reading it took, of each sample [b]. samples: their records in the data,
+    counted from 0, [b] on the CPU.
     """
 
     settings: LossSettings
     token_inputs: dict[str, Tensor] = field(default_factory=dict)
     sparse_teacher: SparseTeacher | None = None
     reading_ms: Tensor | None = None
+    samples: Tensor | None = None
     teacher: OutputHead | None = None
     statistics: TokenStatistics | None = None
 
@@ -126,12 +131,16 @@ def _known_logits(logits: Tensor, settings: LossSettings, group) -> Tensor:
     return logits
 
 
-def forward_step(settings: LossSettings, check_for_nan: bool, data_iterator: Iterator, model):
-    """Megatron's forward_step_func, once its first two arguments are bound: (output tensor, loss function)."""
+def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iterator, model):
+    """Megatron's forward_step_func, once its first two arguments are bound: (output tensor, loss function).
+
+    on_nan: see check_loss.
+    """
     is_first, is_last = (get_attr_wrapped_model(model, key) for key in ("pre_process", "post_process"))
     batch = next_batch(data_iterator) if is_first or is_last else dict.fromkeys(("tokens", "labels", "position_ids"))
     context = LossContext(settings)
     if is_last:
+        context.samples = batch["sample"]
         context.token_inputs = {name: batch[name] for name in settings.objective.token_inputs}
         if "teacher_ids" in batch:
             kept = (batch[name] for name in ("teacher_ids", "teacher_log_p", "teacher_tail"))
@@ -145,15 +154,16 @@ def forward_step(settings: LossSettings, check_for_nan: bool, data_iterator: Ite
         output_processor=output_processor if is_last else None,
         output_processor_context=context if is_last else None,
     )
-    return output, partial(sum_loss, context, batch["labels"], check_for_nan, in_training=model.training)
+    return output, partial(sum_loss, context, batch["labels"], on_nan, in_training=model.training)
 
 
 def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
     """The next micro-batch of this data-parallel rank, cut for context parallelism.
 
-    Every rank that needs it reads it by sample index, so there is nothing to broadcast.
+    Every rank that needs it reads it by sample index, so there is nothing to broadcast. "sample" stays on the CPU.
     """
-    batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items() if key != "sample"}
+    read = next(data_iterator)
+    batch = {key: value if key == "sample" else value.cuda(non_blocking=True) for key, value in read.items()}
     cp_group = parallel_state.get_context_parallel_group()
     if cp_group.size() > 1:
         per_token = {key: value for key, value in batch.items() if value.dim() > 1}
@@ -162,7 +172,7 @@ def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
 
 
 def sum_loss(
-    context: LossContext, labels: Tensor, check_for_nan: bool, token_losses: Tensor, *, in_training: bool = False
+    context: LossContext, labels: Tensor, on_nan: str | None, token_losses: Tensor, *, in_training: bool = False
 ):
     """Megatron's loss function: (loss sum, number of tokens it is divided by, report).
 
@@ -171,19 +181,36 @@ def sum_loss(
     ranks before it divides. in_training: report what belongs to a training step as well, see step_report.
     """
     loss_sum = token_losses.sum()
-    if check_for_nan:
-        get_rerun_state_machine().validate_result(
+    if on_nan is not None:
+        check_loss(loss_sum, context.samples, on_nan, in_training=in_training)
+    num_tokens = context.settings.objective.num_tokens(labels != IGNORE_INDEX, context.token_inputs)
+    entries = report(context.statistics, loss_sum.detach(), num_tokens)
+    if in_training:
+        entries |= step_report(context)
+    return loss_sum, num_tokens.to(torch.int), entries
+
+
+def check_loss(loss_sum: Tensor, samples: Tensor, on_nan: str, *, in_training: bool) -> None:
+    """Look at the loss of a micro-batch. on_nan: "stop" raises NotFinite, "skip" prints a line in training.
+
+    Under --rerun-mode validate_results Megatron's own procedure takes the place of the exception.
+    """
+    machine = get_rerun_state_machine()
+    if on_nan == "stop" and machine.get_mode() != RerunMode.DISABLED:
+        machine.validate_result(
             result=loss_sum,
             rejection_func=lambda value: not torch.isfinite(value).item(),
             message="finite loss",
             tolerance=0.0,
             fatal=True,
         )
-    num_tokens = context.settings.objective.num_tokens(labels != IGNORE_INDEX, context.token_inputs)
-    entries = report(context.statistics, loss_sum.detach(), num_tokens)
-    if in_training:
-        entries |= step_report(context)
-    return loss_sum, num_tokens.to(torch.int), entries
+    elif not torch.isfinite(loss_sum):
+        records = f"record(s) {samples.tolist()} (counted from 0)"
+        where = f"the loss of {records} is {loss_sum.item()} on rank {dist.get_rank()}"
+        if on_nan == "stop":
+            raise NotFinite(f"{where}: {ON_NAN}")
+        if in_training and parallel_state.get_tensor_model_parallel_rank() == 0:
+            print(f"qtarget_megatron: step {get_args().curr_iteration + 1} is skipped: {where}", flush=True)
 
 
 def step_report(context: LossContext) -> dict[str, Tensor]:

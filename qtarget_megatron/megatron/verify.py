@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 import traceback
@@ -13,9 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-import qtarget_megatron
 from qtarget_megatron import kernels
 from qtarget_megatron.megatron import launch
+from qtarget_megatron.megatron.start import difference, versions
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.verification import (
     KEPT,
@@ -139,20 +138,15 @@ def verify(options: VerifyOptions, objectives: Sequence[Objective], on_row: Call
     rows: list[Row] = []
     failure = ""
     try:
-        _compare(control.gather("the start", (options, backend, _versions(), [str(o) for o in objectives])))
+        mine = {"versions": versions(), "options": f"{options} {backend}", "objectives": " ".join(map(str, objectives))}
+        if (found := difference(control.gather("the start", mine))) is not None:
+            raise _Ended(found)
         for row in _rows(options, objectives, device, control):
             rows.append(row)
             on_row(row)
     except _Ended as ended:
         failure = str(ended)
     return Verdict(tuple(rows), _in_words(options, backend, device), failure)
-
-
-def _compare(identities: list[tuple]) -> None:
-    for rank, other in enumerate(identities):
-        for expected, found in zip(identities[0], other, strict=True):
-            if expected != found:
-                raise _Ended(f"rank 0 has {expected}, rank {rank} has {found}: start all ranks alike")
 
 
 def _rows(options: VerifyOptions, objectives: Sequence[Objective], device: torch.device, control: _Control):
@@ -297,13 +291,6 @@ def _join(device: torch.device, timeout: float) -> None:
     )
 
 
-def _versions() -> str:
-    return (
-        f"qtarget_megatron {qtarget_megatron.__version__}, torch {torch.__version__}, "
-        f"megatron-core {importlib.metadata.version('megatron-core')}"
-    )
-
-
 def _in_words(options: VerifyOptions, backend: str, device: torch.device) -> str:
     world = dist.get_world_size()
     replicas = world // (options.tensor * options.pipeline * options.context)
@@ -312,5 +299,5 @@ def _in_words(options: VerifyOptions, backend: str, device: torch.device) -> str
         f"TP {options.tensor}{' with sequence parallel' if options.sequence_parallel else ''}, PP {options.pipeline}, "
         f"CP {options.context}, DP {replicas} on {world} rank(s) over {dist.get_backend()}; backend {backend}, "
         f"{str(options.dtype).removeprefix('torch.')} on {hardware}; vocabulary {options.vocab_size}, {options.tokens} "
-        f"tokens, seed {options.seed}; {_versions()}"
+        f"tokens, seed {options.seed}; {versions()}"
     )

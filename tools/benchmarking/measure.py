@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,26 @@ def memory(subject: Subject, device: torch.device) -> tuple[Memory, Any]:
         alive += event.nbytes()
         peak = max(peak, alive)
     return Memory(peak, alive, resident), result
+
+
+def resident(run: Callable[[], Any]) -> tuple[float, int | None]:
+    """Seconds of one run, and the growth of the process's resident memory at its peak; None where Linux does not tell.
+
+    Memory that was freed before goes back to the system first, and during the run where it is 1 MiB or more, so that
+    what the C library keeps for later is not mistaken for what the run needs.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
+    before = _reset_resident_peak()
+    started = time.perf_counter()
+    result = run()
+    taken = time.perf_counter() - started
+    grown = None if before is None else max(_status("VmHWM") - before, 0)
+    del result
+    return taken, grown
 
 
 def _reset_resident_peak() -> int | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from tools.benchmarking import figures, machine, step, workers
+from tools.benchmarking import convert, figures, machine, step, workers
 
 Say = Callable[[str], None]
 Rows = list[dict[str, Any]]
@@ -98,6 +100,31 @@ def growth(say: Say, quick: bool) -> Rows:
     return workers.run(f"{_PACKAGE}.growth:measure", arguments, say=say, threads=1, timeout=300)[0]
 
 
+def conversion(say: Say, quick: bool) -> Rows:
+    shape, layouts, rounds = convert.Shape(), [(2, 1), (2, 2)], 3
+    if quick:
+        small = dict(vocab_size=2048, hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+        shape, layouts, rounds = convert.Shape(**small, num_attention_heads=4, max_position_embeddings=64), [(2, 1)], 1
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="qtarget-benchmark-") as folder:
+        convert.check_disk(Path(folder), shape)
+        workers.run(
+            f"{_PACKAGE}.convert:write", dict(folder=folder, shape=asdict(shape)), say=say, threads=1, timeout=600
+        )
+        for tp, pp in layouts:
+            arguments = dict(folder=folder, tensor_parallel=tp, pipeline_parallel=pp, rounds=rounds)
+            threads = max(machine.cores() // (tp * pp), 1)
+            by_rank = workers.run(
+                f"{_PACKAGE}.convert:measure", arguments, say=say, ranks=tp * pp, threads=threads, timeout=900
+            )
+            for same in zip(*by_rank, strict=True):
+                # A run is over when the last rank is.
+                seconds = [max(values) for values in zip(*(row["seconds"] for row in same), strict=True)]
+                per_rank = {key: [row[key] for row in same] for key in ("resident_bytes", "shard_bytes")}
+                rows.append(same[0] | per_rank | {"threads": threads, "seconds": seconds, **figures.summary(seconds)})
+    return rows
+
+
 _PACKAGE = __name__.rpartition(".")[0]
 
 # In the order of the report.
@@ -107,5 +134,6 @@ PLANS: dict[str, Callable[[Say, bool], Rows]] = {
     "collective": collective,
     "step": training_step,
     "growth": growth,
+    "convert": conversion,
     "cuda": cuda,
 }

@@ -327,11 +327,54 @@ def series(rows: list[Row]) -> dict[tuple[str, str], list[tuple[float, float]]]:
     return {key: sorted(found[key].items()) for key in sorted(found, key=lambda key: order.index(key[0]))}
 
 
+def convert(rows: list[Row]) -> list[str]:
+    size = rows[0]["model_bytes"]
+    lines = [
+        f"`tools/convert_hf.py` on a random model of {size / 1e9:.2f} GB in bfloat16, ranks as processes of this "
+        "machine that share its cores and disk. *Read*: the Hugging Face files into the model. *Import*: that, and "
+        "Megatron's checkpoint written. *Export*: the checkpoint read into the model, and the Hugging Face files "
+        "written with their SHA-256. Files that are read are in the page cache as far as it holds them, files that are "
+        "written are on the disk at the end. Without the start of the processes. Peak: growth of a rank's resident "
+        "memory (`VmHWM`), and as a multiple of its shard of the model; the bound is the shard and the largest "
+        "parameter as a whole, the embedding.",
+        "",
+    ]
+    cells = []
+    for (tp, pp), group in _groups(rows, "tensor_parallel", "pipeline_parallel"):
+        for row in group:
+            peaks, shards = row["resident_bytes"], row["shard_bytes"]
+            known = None not in peaks
+            cells.append(
+                [
+                    f"TP {tp} x PP {pp}",
+                    row["threads"],
+                    row["way"],
+                    spread(row),
+                    figure(row["model_bytes"] / row["median"] / 1e9),
+                    ", ".join(figure(shard / MIB) for shard in shards),
+                    ", ".join(figure(peak / MIB) for peak in peaks) if known else "-",
+                    ", ".join(f"{p / s:.2f}" for p, s in zip(peaks, shards, strict=True)) if known else "-",
+                ]
+            )
+    heads = [
+        "layout",
+        "threads each",
+        "way",
+        "s",
+        "GB per s",
+        "shard MiB by rank",
+        "peak MiB by rank",
+        "times the shard",
+    ]
+    return lines + table(heads, cells)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "kernels": ("Kernels", kernels),
     "head": ("Output layer and loss", head),
     "collective": ("Collectives", collective),
     "step": ("Training steps", step),
     "growth": ("Growth", growth),
+    "convert": ("Conversion", convert),
     "cuda": ("Kernels on a GPU", kernels),
 }

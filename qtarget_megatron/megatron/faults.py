@@ -1,0 +1,72 @@
+"""What ends a training, in one line: what happened, on which rank, and what to do."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import re
+import time
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from qtarget_megatron.megatron.saved_files import advice
+from qtarget_megatron.megatron.watchdog import Watchdog
+
+ON_NAN = "give --qtarget-on-nan skip to go on without such steps"
+_COURTESY = 2.0  # seconds
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LOST = re.compile(r"gloo/transport|Connection (closed|reset)|Broken pipe|NCCL|timed out|Timed out")
+# Megatron's own count of iterations starts anew with each start.
+_REJECTED = re.compile(r"Rank \d+, node (\S+), device \d+, iteration \d+: ")
+
+
+class Fault(RuntimeError):
+    """The end of a training in one line; others will have said it already where told is set."""
+
+    def __init__(self, line: str, *, told: bool = False):
+        super().__init__(line)
+        self.told = told
+
+
+class NotFinite(RuntimeError):
+    """A loss that is NaN or infinite, with the samples of its micro-batch."""
+
+
+def explained(error: BaseException, args: argparse.Namespace, watchdog: Watchdog) -> Fault | None:
+    """The line for what the user can do something about; None for everything else, which keeps its traceback."""
+    what, secondary = _explain(error)
+    if what is None:
+        return None
+    if secondary:
+        # The rank where it began speaks first, if it can.
+        time.sleep(_COURTESY)
+    told = not watchdog.tell() and secondary
+    return Fault(f"step {watchdog.step}: {what}; {advice(args)}", told=told)
+
+
+def _explain(error: BaseException) -> tuple[str | None, bool]:
+    """What happened; whether it is the consequence of what another rank has met."""
+    if isinstance(error, CheckpointException):
+        ranks = ", ".join(map(str, sorted(error.failures)))
+        action = {"write": "written", "read": "read"}.get(error.args[0], "exchanged")
+        if not ranks:
+            return f"a checkpoint could not be {action} on another rank", True
+        return f"a checkpoint could not be {action} on rank(s) {ranks} (disk full? the reason stands above)", False
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return f"{error.filename or 'a file'} could not be written: {error.strerror}", False
+    if isinstance(error, SafetensorError):
+        return f"the export could not be written: {error}", False
+    if isinstance(error, NotFinite):
+        return str(error), False
+    if isinstance(error, RuntimeError):
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name == "rerun_state_machine.py":
+            return f"{_REJECTED.sub('', str(error))}: {ON_NAN}", False
+        if isinstance(error, dist.DistError) or _LOST.search(str(error)):
+            # Without the place in gloo's sources, and its advice.
+            reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
+            return f"another rank has ended, or does not answer ({reason[:200]})", True
+    return None, False

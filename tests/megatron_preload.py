@@ -1,0 +1,27 @@
+"""What every rank of a Megatron test imports, imported once: ranks are forked from the process that did (see
+launching.run_ranks). Each rank would spend some twelve seconds of processor time on it."""
+
+# ruff: noqa: F401
+
+from qtarget_megatron.megatron import cpu_platform
+
+# Before Megatron, as in every command. A process that has touched CUDA cannot be forked: there, nothing is preloaded.
+if cpu_platform.activate():
+    import megatron.training.training
+    import tensorboard.backend.event_processing.event_accumulator
+    import torch._inductor.compile_fx
+    import torch.distributed.checkpoint
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, modeling_utils
+
+    from qtarget_megatron import finetune
+    from qtarget_megatron.megatron import (
+        cache_teacher,
+        convert,
+        datasets,
+        model,
+        plan,
+        saved_model,
+        score,
+        step,
+        verify,
+    )

@@ -1,0 +1,157 @@
+"""Parallel layouts, pairwise: each trains the same model as one process, step by step and in what it exports."""
+
+import itertools
+
+import pytest
+import torch
+from finetune_runs import vocabulary, write_data, write_model
+from layout_matrix import covering
+from test_finetune import TOLERANCES, launch, pp, tensors, tp
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 5
+# Bounds of a layout against one process, relative. float32: sums in another order. bfloat16: tensor parallelism rounds
+# each rank's part of a sum to 8 bits before they are added; without it the bits are those of one process.
+HALF = 2.0**-8
+BOUNDS = {
+    "float32": TOLERANCES,
+    "bfloat16": dict.fromkeys(TOLERANCES, 4 * HALF) | {"lm loss": HALF, "grad-norm": 8 * HALF, "supervised tokens": 0},
+}
+WEIGHTS = {"float32": 1e-5, "bfloat16": 2 * HALF}  # of a tensor's norm
+FACTORS = {
+    "TP": (1, 2, 4),
+    "PP": (1, 2),
+    "VPP": (1, 2),
+    "DP": (1, 2),
+    "EP": (1, 2),
+    "sequence parallel": (False, True),
+    "distributed optimizer": (False, True),
+    "dtype": ("float32", "bfloat16"),
+    "student": ("untied", "tied", "experts"),
+    "teacher": (False, True),
+}
+
+
+def world_size(row):
+    return row["TP"] * row["PP"] * row["DP"]
+
+
+def possible(row):
+    if not 1 < world_size(row) <= 8 or row["VPP"] > row["PP"]:
+        return False
+    if row["sequence parallel"] and row["TP"] == 1:
+        return False
+    if row["student"] != "experts":
+        return row["EP"] == 1
+    # Megatron trains experts under tensor parallelism with sequence parallelism only.
+    return (row["TP"] == 1 or row["sequence parallel"]) and row["EP"] <= row["TP"] * row["DP"]
+
+
+ROWS = covering(FACTORS, possible, world_size)
+# In float32 as well, where the bounds are sharp.
+ROWS += [row | {"dtype": "float32"} for row in ROWS if row["dtype"] != "float32"]
+SIZES = dict(max_position_embeddings=64, num_attention_heads=4, num_hidden_layers=4)
+# The default epsilon of 1e-8 would make much of rounding wherever a gradient is nearly zero.
+OPTIONS = ["--train-iters", STEPS, "--lr", 5e-3, "--min-lr", 5e-3, "--adam-eps", 1e-5, "--save-hf-dtype", "float32"]
+STUDENTS = {
+    "untied": ("Llama", dict(hidden_size=32, intermediate_size=48)),
+    "tied": (
+        "Qwen3",
+        dict(hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+    ),
+    "experts": (
+        "Qwen3Moe",
+        dict(hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16, moe_intermediate_size=24)
+        | dict(num_local_experts=4, num_experts_per_tok=2, norm_topk_prob=True),
+    ),
+}
+
+
+def kind(row):
+    """What one process has to train to be compared with a row."""
+    return f"{row['student']} {'target-sft' if row['teacher'] else 'sft'} in {row['dtype']}"
+
+
+def name(row):
+    degrees = "".join(f"{key}{row[key]}" for key in ("TP", "PP", "VPP", "DP", "EP") if row[key] > 1)
+    return " ".join([kind(row), "at", degrees, *(key for key, value in row.items() if value is True)])
+
+
+def words(workspace, row):
+    flags = ["--hf-model", workspace / row["student"], "--sft-train", workspace / "train.jsonl"]
+    if row["teacher"]:
+        flags += ["--objective", "target-sft", "--objective-args", "eta=0.4", "--teacher-hf", workspace / "teacher"]
+    else:
+        flags += ["--objective", "sft"]
+    return flags + (["--bf16"] if row["dtype"] == "bfloat16" else []) + OPTIONS
+
+
+def layout(row):
+    flags = [*tp(row["TP"]), *pp(row["PP"])]
+    if row["VPP"] > 1:
+        flags += ["--num-virtual-stages-per-pipeline-rank", row["VPP"]]
+    if row["student"] == "experts":
+        # Where there are no data-parallel ranks, the tensor-parallel ones share the experts, each of which is whole.
+        flags += ["--expert-model-parallel-size", row["EP"]]
+        flags += ["--expert-tensor-parallel-size", 1] if row["DP"] == 1 and row["EP"] > 1 else []
+    if row["sequence parallel"]:
+        flags += ["--sequence-parallel"]
+    if row["distributed optimizer"]:
+        flags += ["--use-distributed-optimizer"]
+    return flags
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    generator = torch.Generator().manual_seed(23)
+    teacher = dict(hidden_size=48, intermediate_size=64, tie_word_embeddings=True, num_hidden_layers=2)
+    for path, (family, sizes) in {**STUDENTS, "teacher": ("Llama", teacher)}.items():
+        write_model(folder / path, family, dict(vocab_size=vocabulary()) | SIZES | sizes, generator)
+    write_data(folder / "train.jsonl", 40, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(workspace):
+    kinds = {kind(row): words(workspace, row) for row in ROWS}
+    return launch(1, {key: [*flags, "--save-hf", workspace / key] for key, flags in kinds.items()}, workspace, 240)
+
+
+@pytest.mark.parametrize("size", sorted({world_size(row) for row in ROWS}))
+def test_a_layout_trains_like_one_process(workspace, single, size):
+    rows = {name(row): row for row in ROWS if world_size(row) == size}
+    runs = {key: [*words(workspace, row), *layout(row), "--save-hf", workspace / key] for key, row in rows.items()}
+    results = launch(size, runs, workspace, timeout=600)
+    for key, row in rows.items():
+        try:
+            assert_like(results[key], single[kind(row)], BOUNDS[row["dtype"]])
+            assert_same_weights(workspace, key, row)
+        except AssertionError as error:
+            raise AssertionError(f"{key}: {error}") from error
+
+
+def assert_like(result, expected, bounds):
+    for tag, bound in bounds.items():
+        got, want = result["scalars"][tag], expected["scalars"][tag]
+        assert len(got) == STEPS, tag
+        assert got == pytest.approx(want, rel=bound, abs=1e-9), tag
+
+
+def assert_same_weights(workspace, key, row):
+    got, want, before = (tensors(workspace / path) for path in (key, kind(row), row["student"]))
+    assert got.keys() == want.keys() == before.keys()
+    for tensor, expected in want.items():
+        scale = expected.norm()
+        assert (got[tensor] - expected).norm() <= WEIGHTS[row["dtype"]] * scale, tensor
+        assert (expected - before[tensor]).norm() > 2 * HALF * scale, f"{tensor} was hardly trained"
+
+
+def test_every_pair_of_choices_that_can_meet_is_trained():
+    choices = [(factor, value) for factor, values in FACTORS.items() for value in values]
+    for (first, a), (second, b) in itertools.combinations(choices, 2):
+        fixed = {first: [a], second: [b]}
+        rows = itertools.product(*(fixed.get(factor, values) for factor, values in FACTORS.items()))
+        can_meet = first != second and any(possible(dict(zip(FACTORS, values, strict=True))) for values in rows)
+        assert can_meet == any(row[first] == a and row[second] == b for row in ROWS), (first, a, second, b)

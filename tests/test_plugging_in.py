@@ -1,0 +1,157 @@
+"""The examples for scripts of one's own: their three lines, against Megatron's own loss and against one process."""
+
+import contextlib
+import io
+import os
+import sys
+import time
+
+import pytest
+import torch
+from finetune_runs import scalars
+from launching import run_ranks
+from megatron_reset import reset
+
+from qtarget_megatron import objectives
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
+
+STEPS = 4
+FLAGS = [
+    *("--num-layers", 4, "--hidden-size", 64, "--num-attention-heads", 4, "--seq-length", 32),
+    *("--max-position-embeddings", 32, "--micro-batch-size", 2, "--global-batch-size", 16, "--lr", 1e-3),
+    *("--transformer-impl", "local", "--tokenizer-type", "NullTokenizer", "--vocab-size", 255),
+    *("--eval-iters", 0, "--eval-interval", 9, "--save-interval", 9, "--num-workers", 0),
+    *("--position-embedding-type", "rope", "--no-rope-fusion", "--no-persist-layer-norm"),
+    "--no-gradient-accumulation-fusion",
+    *("--hidden-dropout", 0, "--attention-dropout", 0),
+    *("--train-iters", STEPS, "--log-interval", 1),
+]
+
+
+def core_loop(runs):
+    from examples.plugging_in import core_loop
+
+    losses = {}
+    for name, words in runs.items():
+        losses[name] = core_loop.main([*words, "--steps", str(STEPS)])
+        reset()
+    return losses
+
+
+def pretrain_script(runs, folder):
+    """The script with each run's objective, by its name; None is Megatron's own loss."""
+    from examples.plugging_in import pretrain_script
+    from qtarget_megatron.megatron.output_processor import OutputProcessor
+
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as in its command
+    own = pretrain_script.QTARGET
+    assert str(own._settings.objective) == "focal(gamma=2)"
+    losses = {}
+    for name, (objective, words) in runs.items():
+        board = f"{folder}/{name}"
+        sys.argv = ["pretrain_script", *map(str, [*FLAGS, "--tensorboard-dir", board, *words])]
+        pretrain_script.QTARGET = {
+            "focal": own,
+            "sft": OutputProcessor("sft", vocab_size=pretrain_script.VOCABULARY),
+            "sft of whole logits": OutputProcessor("sft", vocab_size=pretrain_script.VOCABULARY, chunk_size=None),
+            None: None,
+        }[objective]
+        with contextlib.redirect_stdout(io.StringIO()):
+            pretrain_script.main()
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            time.sleep(0.1)
+            losses[name] = scalars(board)["lm loss"]
+        reset()
+    return losses
+
+
+def test_a_plain_megatron_core_loop():
+    alone = {"megatron": ["--megatron-loss"], "sft": [], "dft": ["--objective", "dft"]}
+    (one,) = run_ranks(1, core_loop, (alone,), megatron=True)
+    assert one["sft"] == pytest.approx(one["megatron"], rel=1e-6)
+    assert len(one["dft"]) == STEPS and one["dft"] != pytest.approx(one["megatron"], rel=1e-3)
+    runs = {
+        "TP2": ["--tp", "2", "--objective", "dft"],
+        "PP2": ["--pp", "2", "--objective", "focal", "gamma=0"],
+        "PP2 megatron": ["--pp", "2", "--megatron-loss"],
+    }
+    first, last = run_ranks(2, core_loop, (runs,), megatron=True)
+    # The same weights are drawn where there is one pipeline stage.
+    assert first["TP2"] == last["TP2"] == pytest.approx(one["dft"], rel=1e-6)
+    assert last["PP2"] == pytest.approx(last["PP2 megatron"], rel=1e-6) and not first["PP2"]
+
+
+def test_a_pretraining_script_of_ones_own(tmp_path):
+    kinds = {"focal": "focal", "sft": "sft", "whole": "sft of whole logits", "megatron": None}
+    alone = {name: (objective, []) for name, objective in kinds.items()}
+    (one,) = run_ranks(1, pretrain_script, (alone, str(tmp_path / "one")), megatron=True)
+    assert one["sft"] == pytest.approx(one["megatron"], rel=1e-6)
+    assert one["whole"] == pytest.approx(one["megatron"], rel=1e-6)
+    assert one["focal"] != pytest.approx(one["megatron"], rel=1e-3)
+    layouts = {"TP2": ["--tensor-model-parallel-size", 2], "PP2": ["--pipeline-model-parallel-size", 2], "DP2": []}
+    runs = {f"{name} {kind}": (kinds[kind], flags) for name, flags in layouts.items() for kind in ("sft", "megatron")}
+    several = run_ranks(2, pretrain_script, (runs, str(tmp_path / "two")), megatron=True)[-1]
+    for name in layouts:
+        assert several[f"{name} sft"] == pytest.approx(several[f"{name} megatron"], rel=1e-6), name
+
+
+def test_side_inputs_and_masks():
+    """Without Megatron's loop: the output processor against the definition on one rank."""
+    (differences,) = run_ranks(1, processor_differences, megatron=True)
+    assert differences == pytest.approx([0] * len(differences), abs=1e-6)
+
+
+def processor_differences():
+    from megatron.core import parallel_state
+
+    from qtarget_megatron.megatron.output_processor import OutputProcessor
+
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(5, 2, 8), torch.randn(11, 8)
+
+    class Output(torch.nn.Module):
+        tp_group, sequence_parallel = parallel_state.get_tensor_model_parallel_group(), False
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(weight)
+
+    labels, mask = torch.randint(9, (2, 5)), torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 1, 1]])
+    scale = torch.rand(2, 5)
+    processor = OutputProcessor("iw-sft", vocab_size=9)
+    found = processor(
+        hidden_states=hidden, output_layer=Output(), output_weight=None, labels=labels, loss_mask=mask,
+        scale_logits=lambda x: x, context={"weight": scale}, config=None,
+    )  # fmt: skip
+    log_p = (hidden @ weight.T)[..., :9].transpose(0, 1).log_softmax(-1)
+    expected = -log_p.gather(-1, labels[..., None])[..., 0] * mask * scale
+    p = processor.statistics.p.t()[mask.bool()]
+    return [
+        *(found - expected).flatten().tolist(),
+        (p.log() - log_p.gather(-1, labels[..., None])[..., 0][mask.bool()]).abs().max().item(),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("objective", "words", "message"),
+    [
+        ("target-sft", ["eta=0.5"], "reads a second model, and an output processor has none: use"),
+        ("no-such", [], "no-such"),
+        (None, ["gamma=2"], "an Objective has its arguments already, got gamma=2"),
+    ],
+)
+def test_what_an_output_processor_refuses(objective, words, message):
+    (text,) = run_ranks(1, refusal, (objective, words), megatron=True)
+    assert message in text and "\n" not in text
+
+
+def refusal(objective, words):
+    """objective: a name, or None for an Objective."""
+    from qtarget_megatron.megatron.output_processor import OutputProcessor
+
+    try:
+        OutputProcessor(objective or objectives.from_arguments("sft", []), *words, vocab_size=9)
+    except ValueError as error:
+        return str(error)
