@@ -163,8 +163,9 @@ def hang(*, say):
 
 def descendants() -> list[str]:
     lines = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
-    # The tracker of shared resources is multiprocessing's own, and stays.
-    return [line for line in lines if "resource_tracker" not in line]
+    # The tracker of shared resources is multiprocessing's own, and stays; so does the server that other files' ranks
+    # were forked from.
+    return [line for line in lines if "resource_tracker" not in line and "forkserver" not in line]
 
 
 @slow
