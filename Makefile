@@ -55,7 +55,8 @@ $(DEPENDENCIES): pyproject.toml constraints.txt tools/find_python.sh
 	    .venv-uv/bin/python -m pip install --quiet --constraint constraints.txt uv; \
 	fi; \
 	"$$uv" venv --quiet --clear --no-project --python "$$python" $(VENV); \
-	"$$uv" pip install --quiet --python $(PY) --constraint constraints.txt \
+	: 'Compiled now, or every process compiles Megatron again where PYTHONDONTWRITEBYTECODE is set.'; \
+	"$$uv" pip install --quiet --compile-bytecode --python $(PY) --constraint constraints.txt \
 	    --requirement pyproject.toml --extra demo --extra test --extra dev \
 	    pybind11 setuptools wheel
 	@touch $@

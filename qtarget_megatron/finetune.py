@@ -47,7 +47,7 @@ from qtarget_megatron.megatron.commands import print_error
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
 from qtarget_megatron.megatron.faults import Fault, explained
 from qtarget_megatron.megatron.progress import Progress
-from qtarget_megatron.megatron.saved_files import prepare_start
+from qtarget_megatron.megatron.saved_files import newest_complete, prepare_start
 from qtarget_megatron.megatron.saved_model import SavedModel, check_resumed_experts
 from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
@@ -197,7 +197,8 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
             f"--save {args.save} holds a checkpoint already: give --load {args.save} to resume from it, or save to "
             "another directory"
         )
-    if args.load is not None and not resumes and not launch.has_checkpoint(args.load):
+    nothing = args.load is not None and not launch.has_checkpoint(args.load) and newest_complete(args.load) is None
+    if nothing and not resumes:
         raise ValueError(
             f"--load {args.load}: expected a Megatron checkpoint (latest_checkpointed_iteration.txt), found none: drop "
             "--load to start from --hf-model"

@@ -61,7 +61,7 @@ def run_with_gathering_attention(runs, folder):
 
     def layer_spec(*args):
         block = local_spec(*args)
-        for layer in block.layer_specs[:1]:  # one object for all layers
+        for layer in block.layer_specs:
             attention = layer.submodules.self_attention
             attention.submodules = dataclasses.replace(
                 attention.submodules, core_attention=ModuleSpec(module=GatheringAttention)

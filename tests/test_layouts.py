@@ -143,9 +143,12 @@ def assert_same_weights(workspace, key, row):
     got, want, before = (tensors(workspace / path) for path in (key, kind(row), row["student"]))
     assert got.keys() == want.keys() == before.keys()
     for tensor, expected in want.items():
-        scale = expected.norm()
-        assert (got[tensor] - expected).norm() <= WEIGHTS[row["dtype"]] * scale, tensor
-        assert (expected - before[tensor]).norm() > 2 * HALF * scale, f"{tensor} was hardly trained"
+        bound = WEIGHTS[row["dtype"]] * expected.norm()
+        if ".mlp.gate." in tensor and row["dtype"] == "bfloat16":
+            # Rounded scores of two experts may change places, and then a token's whole gradient moves.
+            bound *= 2
+        assert (got[tensor] - expected).norm() <= bound, tensor
+        assert (expected - before[tensor]).norm() > max(bound, 2 * HALF * expected.norm()), f"{tensor} hardly trained"
 
 
 def test_every_pair_of_choices_that_can_meet_is_trained():

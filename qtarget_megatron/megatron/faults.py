@@ -10,7 +10,6 @@ import traceback
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from qtarget_megatron.megatron.saved_files import advice
@@ -19,7 +18,7 @@ from qtarget_megatron.megatron.watchdog import Watchdog
 ON_NAN = "give --qtarget-on-nan skip to go on without such steps"
 _COURTESY = 2.0  # seconds
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_LOST = re.compile(r"gloo/transport|Connection (closed|reset)|Broken pipe|NCCL|timed out|Timed out")
+_LOST = re.compile(r"gloo/transport|Connection (closed|reset) by peer")  # NCCL has a class of its own
 # Megatron's own count of iterations starts anew with each start.
 _REJECTED = re.compile(r"Rank \d+, node (\S+), device \d+, iteration \d+: ")
 
@@ -58,7 +57,7 @@ def _explain(error: BaseException) -> tuple[str | None, bool]:
         return f"a checkpoint could not be {action} on rank(s) {ranks} (disk full? the reason stands above)", False
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return f"{error.filename or 'a file'} could not be written: {error.strerror}", False
-    if isinstance(error, SafetensorError):
+    if isinstance(error, ValueError) and isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SPACE:
         return f"the export could not be written: {error}", False
     if isinstance(error, NotFinite):
         return str(error), False

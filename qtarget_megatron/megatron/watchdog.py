@@ -121,7 +121,7 @@ class Watchdog:
                     continue
                 if first is None:
                     first, first_beat = self._read(), beat
-                elif beat == first_beat + 3 and self._store.add(f"told-{self.step}", 1) == 1:
+                elif beat == first_beat + 3 and self._store.add(f"told-{self.step}-{min(self._count, 1)}", 1) == 1:
                     line = who_waits(first, self._read(), self.step, still)
                     print(f"qtarget_megatron: {line}", file=sys.stderr, flush=True)
         except RuntimeError:
