@@ -42,7 +42,8 @@ help:
 .PHONY: install
 install: $(BUILD)
 
-# A fresh environment each time the pins change: nothing stale stays behind.
+# A fresh environment each time the pins change: nothing stale stays behind. Bytecode is made once: where
+# PYTHONDONTWRITEBYTECODE is set, every rank would compile Megatron again.
 $(DEPENDENCIES): pyproject.toml constraints.txt tools/find_python.sh
 	@rm -f $@ $(BUILD)
 	@python=$$(bash tools/find_python.sh); \
@@ -55,7 +56,6 @@ $(DEPENDENCIES): pyproject.toml constraints.txt tools/find_python.sh
 	    .venv-uv/bin/python -m pip install --quiet --constraint constraints.txt uv; \
 	fi; \
 	"$$uv" venv --quiet --clear --no-project --python "$$python" $(VENV); \
-	: 'Compiled now, or every process compiles Megatron again where PYTHONDONTWRITEBYTECODE is set.'; \
 	"$$uv" pip install --quiet --compile-bytecode --python $(PY) --constraint constraints.txt \
 	    --requirement pyproject.toml --extra demo --extra test --extra dev \
 	    pybind11 setuptools wheel

@@ -54,23 +54,27 @@ ROWS += [row | {"dtype": "float32"} for row in ROWS if row["dtype"] != "float32"
 SIZES = dict(max_position_embeddings=64, num_attention_heads=4, num_hidden_layers=4)
 # The default epsilon of 1e-8 would make much of rounding wherever a gradient is nearly zero.
 OPTIONS = ["--train-iters", STEPS, "--lr", 5e-3, "--min-lr", 5e-3, "--adam-eps", 1e-5, "--save-hf-dtype", "float32"]
+EXPERTS = dict(hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16, moe_intermediate_size=24)
+EXPERTS |= dict(num_local_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
 STUDENTS = {
     "untied": ("Llama", dict(hidden_size=32, intermediate_size=48)),
     "tied": (
         "Qwen3",
         dict(hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
     ),
-    "experts": (
-        "Qwen3Moe",
-        dict(hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16, moe_intermediate_size=24)
-        | dict(num_local_experts=4, num_experts_per_tok=2, norm_topk_prob=True),
-    ),
+    "experts": ("Qwen3Moe", EXPERTS),
+    # Where scores are rounded, two experts may change places, and a token's whole gradient moves: no bound would hold.
+    "every expert": ("Qwen3Moe", EXPERTS | dict(num_experts_per_tok=4)),
 }
+
+
+def student(row):
+    return "every expert" if row["student"] == "experts" and row["dtype"] == "bfloat16" else row["student"]
 
 
 def kind(row):
     """What one process has to train to be compared with a row."""
-    return f"{row['student']} {'target-sft' if row['teacher'] else 'sft'} in {row['dtype']}"
+    return f"{student(row)} {'target-sft' if row['teacher'] else 'sft'} in {row['dtype']}"
 
 
 def name(row):
@@ -79,7 +83,7 @@ def name(row):
 
 
 def words(workspace, row):
-    flags = ["--hf-model", workspace / row["student"], "--sft-train", workspace / "train.jsonl"]
+    flags = ["--hf-model", workspace / student(row), "--sft-train", workspace / "train.jsonl"]
     if row["teacher"]:
         flags += ["--objective", "target-sft", "--objective-args", "eta=0.4", "--teacher-hf", workspace / "teacher"]
     else:
@@ -140,15 +144,12 @@ def assert_like(result, expected, bounds):
 
 
 def assert_same_weights(workspace, key, row):
-    got, want, before = (tensors(workspace / path) for path in (key, kind(row), row["student"]))
+    got, want, before = (tensors(workspace / path) for path in (key, kind(row), student(row)))
     assert got.keys() == want.keys() == before.keys()
     for tensor, expected in want.items():
         bound = WEIGHTS[row["dtype"]] * expected.norm()
-        if ".mlp.gate." in tensor and row["dtype"] == "bfloat16":
-            # Rounded scores of two experts may change places, and then a token's whole gradient moves.
-            bound *= 2
         assert (got[tensor] - expected).norm() <= bound, tensor
-        assert (expected - before[tensor]).norm() > max(bound, 2 * HALF * expected.norm()), f"{tensor} hardly trained"
+        assert (expected - before[tensor]).norm() > 2 * HALF * expected.norm(), f"{tensor} hardly trained"
 
 
 def test_every_pair_of_choices_that_can_meet_is_trained():
