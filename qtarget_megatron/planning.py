@@ -33,6 +33,8 @@ class Layout:
     seq_length: int
     micro_batch_size: int
     global_batch_size: int | None
+    expert_parallel: int = 1
+    expert_tensor: int = 1
 
     @property
     def model_ranks(self) -> int:
@@ -41,6 +43,11 @@ class Layout:
     @property
     def data(self) -> int:
         return self.world_size // self.model_ranks
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that have the same experts."""
+        return self.world_size // (self.expert_tensor * self.expert_parallel * self.pipeline)
 
     @property
     def tokens(self) -> int:
@@ -78,6 +85,43 @@ def stage_problems(arch: Architecture, who: str, *, pipeline: int) -> Iterator[s
         yield (
             f"--pipeline-model-parallel-size {pipeline} does not divide the {arch.num_layers} layers of the {who}: use "
             f"one of {divisors(arch.num_layers)}, or say with --pipeline-model-parallel-layout which stage has which"
+        )
+
+
+def expert_problems(
+    arch: Architecture,
+    who: str,
+    *,
+    world_size: int,
+    tensor: int,
+    pipeline: int,
+    expert_parallel: int,
+    expert_tensor: int,
+) -> Iterator[str]:
+    """One line for each thing of a model's experts that the layout does not divide; none for a model without."""
+    experts = arch.experts
+    if experts is None:
+        return
+    if experts.count % expert_parallel:
+        yield (
+            f"--expert-model-parallel-size {expert_parallel} does not divide the {experts.count} experts of the {who}: "
+            f"use one of {divisors(experts.count)}"
+        )
+    if experts.ffn_hidden_size % expert_tensor:
+        yield (
+            f"--expert-tensor-parallel-size {expert_tensor} (default: that of tensor parallelism) does not divide the "
+            f"expert width {experts.ffn_hidden_size} of the {who}"
+        )
+    if (experts.shared_ffn_hidden_size or 0) % tensor:
+        yield (
+            f"--tensor-model-parallel-size {tensor} does not divide the width {experts.shared_ffn_hidden_size} of the "
+            f"experts of the {who} that every token goes through"
+        )
+    ranks = expert_tensor * expert_parallel * pipeline
+    if world_size % ranks:
+        yield (
+            f"expected a multiple of {ranks} processes for expert tensor x expert x pipeline parallel = "
+            f"{expert_tensor} x {expert_parallel} x {pipeline}, got {world_size}"
         )
 
 

@@ -19,6 +19,7 @@ from qtarget_megatron.checkpoint.layout import (
     merge_rows,
     parameter_pieces,
     partition_dim,
+    shard_numbers,
 )
 from qtarget_megatron.checkpoint.rope import RopeScaling, yarn_scale
 from qtarget_megatron.checkpoint.transformers_model import transformers_logits
@@ -50,6 +51,7 @@ __all__ = [
     "read_config",
     "recorded",
     "report_lines",
+    "shard_numbers",
     "tensor_dtype",
     "transformers_logits",
     "yarn_scale",

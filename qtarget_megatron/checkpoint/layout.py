@@ -7,6 +7,7 @@ and its experts grouped. Everything here is pure: no process groups, no Megatron
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ _LAYER = {
 }
 # Parameters that are no ".weight" and no ".bias" of their module in a checkpoint.
 _PARTS = {"mlp.router.expert_bias": CORRECTION}
+_TO_LATENTS = ("query_down", "key_value_down")
 # Of each expert that this expert-parallel rank holds.
 _EXPERT = {
     "linear_fc1": (_GATE_UP, ("expert_gate", "expert_up")),
@@ -98,6 +100,23 @@ def partition_dim(name: str) -> int | None:
     ValueError for a name that has no counterpart in a Hugging Face checkpoint.
     """
     return _PARTITION_DIM[_rule(name).kind]
+
+
+def shard_numbers(arch: Architecture, layer: int, *, tp_size: int, whole_latents: bool = False) -> int:
+    """Numbers in the parameters of a layer on one tensor-parallel rank, besides those of its experts.
+
+    whole_latents: the projections to latents are not cut (Transformer Engine's layers).
+    """
+    shapes, counted, total = hf_tensor_shapes(arch), set(), 0
+    for name, (kind, roles) in _LAYER.items():
+        sources = set(_source_names(arch, f"decoder.layers.{layer}.{name}", 0, 0))
+        # Both implementations' names of a norm are there; a correction of scores is no parameter.
+        if name in _PARTS or not sources <= shapes.keys() - counted:
+            continue
+        counted |= sources
+        is_whole = kind == _REPLICATED or (whole_latents and roles[0] in _TO_LATENTS)
+        total += sum(math.prod(shapes[source]) for source in sources) // (1 if is_whole else tp_size)
+    return total
 
 
 def hf_names(arch: Architecture, name: str, *, layer_offset: int, expert_offset: int = 0) -> tuple[str, ...]:
@@ -304,6 +323,18 @@ def _rule(name: str) -> _Rule:
 
 def _sources(arch: Architecture, name: str, layer_offset: int, expert_offset: int) -> tuple[str, ...]:
     """The Hugging Face tensors behind ``name``; ValueError where the architecture lacks one."""
+    sources, shapes = _source_names(arch, name, layer_offset, expert_offset), hf_tensor_shapes(arch)
+    for source in sources:
+        if source not in shapes:
+            raise ValueError(
+                f"{name} (layer offset {layer_offset}, expert offset {expert_offset}): expected {source} in a "
+                f"{arch.family} checkpoint of {arch.num_layers} layers, which has no such tensor; build the "
+                "Megatron model from the checkpoint's own architecture"
+            )
+    return sources
+
+
+def _source_names(arch: Architecture, name: str, layer_offset: int, expert_offset: int) -> tuple[str, ...]:
     rule, family = _rule(name), families.by_name(arch.family)
     roles = rule.roles
     if arch.latent is not None and roles == ("query_norm",):
@@ -314,16 +345,7 @@ def _sources(arch: Architecture, name: str, layer_offset: int, expert_offset: in
         place["layer"] = rule.layer + layer_offset
     if rule.expert is not None:
         place["expert"] = rule.expert + expert_offset
-    sources = tuple(family.tensor(role, rule.part, **place) for role in roles)
-    shapes = hf_tensor_shapes(arch)
-    for source in sources:
-        if source not in shapes:
-            raise ValueError(
-                f"{name} (layer offset {layer_offset}, expert offset {expert_offset}): expected {source} in a "
-                f"{arch.family} checkpoint of {arch.num_layers} layers, which has no such tensor; build the "
-                "Megatron model from the checkpoint's own architecture"
-            )
-    return sources
+    return tuple(family.tensor(role, rule.part, **place) for role in roles)
 
 
 def _is_tied_head(arch: Architecture, name: str) -> bool:

@@ -10,7 +10,7 @@ from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.megatron.shape import layer_flags
-from qtarget_megatron.planning import division_problems, divisors, stage_problems
+from qtarget_megatron.planning import division_problems, expert_problems, stage_problems
 from qtarget_megatron.sparse_teacher import TAIL_RULES
 
 ON_NAN = ("stop", "skip")
@@ -241,32 +241,19 @@ def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None
 
 def check_experts(args: argparse.Namespace, arch: Architecture, who: str) -> None:
     """Refuse expert parallelism that this model's experts cannot be cut into. Raises ValueError."""
-    tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
-    experts = arch.experts
-    if experts is None:
-        return
-    if experts.count % ep != 0:
-        raise ValueError(
-            f"--expert-model-parallel-size {ep} does not divide the {experts.count} experts of the {who}: use one of "
-            f"{divisors(experts.count)}"
-        )
-    etp = args.expert_tensor_parallel_size or tp
-    if experts.ffn_hidden_size % etp != 0:
-        raise ValueError(
-            f"--expert-tensor-parallel-size {etp} (default: that of tensor parallelism) does not divide the expert "
-            f"width {experts.ffn_hidden_size} of the {who}"
-        )
-    if experts.shared_ffn_hidden_size is not None and experts.shared_ffn_hidden_size % tp != 0:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide the width {experts.shared_ffn_hidden_size} of the "
-            f"experts of the {who} that every token goes through"
-        )
-    ranks = etp * ep * args.pipeline_model_parallel_size
-    if args.world_size % ranks != 0:
-        raise ValueError(
-            f"expected a multiple of {ranks} processes for expert tensor x expert x pipeline parallel = {etp} x {ep} x "
-            f"{args.pipeline_model_parallel_size}, got {args.world_size}"
-        )
+    for problem in expert_problems(arch, who, world_size=args.world_size, **layout_of_experts(args)):
+        raise ValueError(problem)
+
+
+def layout_of_experts(args: argparse.Namespace) -> dict[str, int]:
+    """What planning.expert_problems asks of a layout."""
+    tensor = args.tensor_model_parallel_size
+    return dict(
+        tensor=tensor,
+        pipeline=args.pipeline_model_parallel_size,
+        expert_parallel=args.expert_model_parallel_size,
+        expert_tensor=args.expert_tensor_parallel_size or tensor,
+    )
 
 
 def check_trained(args: argparse.Namespace, arch: Architecture) -> None:

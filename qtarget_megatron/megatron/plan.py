@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
+import math
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 from qtarget_megatron import objectives, planning
-from qtarget_megatron.checkpoint import Architecture
+from qtarget_megatron.checkpoint import CORRECTION, Architecture, hf_tensor_shapes
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
     check_flags,
     check_head,
+    check_trained,
     implementation_flags,
+    layout_of_experts,
     states_stages,
 )
-from qtarget_megatron.megatron.plan_sizes import RefusedError, Sizes, count_parameters, like
+from qtarget_megatron.megatron.plan_sizes import Parameters, RefusedError, Sizes
 from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 from qtarget_megatron.planning import CachedTeacher, Layout, Plan, Stage
 from qtarget_megatron.teacher_cache import CacheHeader
@@ -27,7 +30,7 @@ from qtarget_megatron.teacher_cache import CacheHeader
 _DEFAULT_ENTRIES = 64
 # Layers or optimizer states of another size than what is planned here.
 _NOT_PLANNED = (
-    "use_megatron_fsdp", "use_torch_fsdp2", "use_precision_aware_optimizer", "optimizer_cpu_offload", "num_experts",
+    "use_megatron_fsdp", "use_torch_fsdp2", "use_precision_aware_optimizer", "optimizer_cpu_offload",
     "fp8", "fp4", "mtp_num_layers", "cpu_offloading",
 )  # fmt: skip
 
@@ -60,14 +63,17 @@ def make_plan(options: PlanOptions, words: list[str]) -> Plan:
         warnings.simplefilter("ignore")
         cpu_platform.activate()
         args, student, teacher, objective, entries = _read(options, words)
-        layout = _layout(args, student)
+        layout = _layout(args)
         plan = Plan(_summary(args, layout, student, teacher, objective))
         shared = dict(tensor=layout.tensor, seq_length=layout.seq_length)
-        plan.problems += planning.division_problems(student, "student", **shared)
         if not states_stages(args):
             plan.problems += planning.stage_problems(student, "student", pipeline=layout.pipeline)
-        if teacher is not None:
-            plan.problems += planning.division_problems(teacher, "teacher", **shared)
+        for arch, who in ((student, "student"), (teacher, "teacher")):
+            if arch is not None:
+                plan.problems += planning.division_problems(arch, who, **shared)
+                plan.problems += planning.expert_problems(
+                    arch, who, world_size=layout.world_size, **layout_of_experts(args)
+                )
         plan.problems += planning.layout_problems(layout)
         try:
             if not plan.problems:
@@ -82,7 +88,7 @@ def _read(options: PlanOptions, words: list[str]):
     ours, _ = add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False)).parse_known_args(words)
     if ours.objective_file is not None:
         objectives.register_from_file(ours.objective_file)
-    student = _planned(ours.hf_model)
+    student = Architecture.from_hf(ours.hf_model)
     flags = megatron_flags(student)
     check_flags(words, flags)
     flags += implementation_flags(on_cpu=True) if ours.cpu else ["--no-one-logger", "--eval-iters", "0"]
@@ -104,7 +110,7 @@ def _read(options: PlanOptions, words: list[str]):
             f"objective {objective} reads no second model: drop --teacher-hf and --teacher-cache-k or choose another"
         )
     entries = options.entries or (_DEFAULT_ENTRIES if objective.needs_teacher else None)
-    teacher = None if args.teacher_hf is None else _planned(args.teacher_hf)
+    teacher = None if args.teacher_hf is None else Architecture.from_hf(args.teacher_hf)
     # What Megatron insists on; finetune fills in the same.
     args.world_size, args.rank = options.world_size, 0
     args.micro_batch_size = args.micro_batch_size or 1
@@ -114,26 +120,14 @@ def _read(options: PlanOptions, words: list[str]):
     args.save_interval, args.eval_interval = args.save_interval or 1, args.eval_interval or 1
     args.calculate_per_token_loss = True
     record_architecture(args, student)
+    check_trained(args, student)
     return args, student, teacher, objective, entries
 
 
-def _planned(directory: Path) -> Architecture:
-    arch = Architecture.from_hf(directory)
-    if arch.latent is not None:
-        raise ValueError(f"{directory}: expected a model without latent attention: no plan is made for its sizes")
-    if arch.experts is not None:
-        raise ValueError(
-            f"{directory}: expected a model whose layers have one MLP, got {arch.experts.count} experts: no plan is "
-            "made for their sizes"
-        )
-    return arch
-
-
-def _layout(args: argparse.Namespace, student: Architecture) -> Layout:
+def _layout(args: argparse.Namespace) -> Layout:
     return Layout(
         world_size=args.world_size,
-        tensor=args.tensor_model_parallel_size,
-        pipeline=args.pipeline_model_parallel_size,
+        **layout_of_experts(args),
         context=args.context_parallel_size,
         # Megatron turns it off for one rank.
         sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
@@ -145,8 +139,7 @@ def _layout(args: argparse.Namespace, student: Architecture) -> Layout:
 
 def _summary(args, layout: Layout, student: Architecture, teacher: Architecture | None, objective) -> str:
     def model(arch: Architecture) -> str:
-        whole = like(args, arch, tensor_model_parallel_size=1, padded_vocab_size=arch.vocab_size)
-        count = count_parameters(whole, arch, arch.num_layers, matrices=1 if arch.tied else 2, is_last=True)
+        count = sum(math.prod(shape) for name, shape in hf_tensor_shapes(arch).items() if CORRECTION not in name)
         return f"{arch.family}, {count / 1e9:.3g} B parameters in {arch.num_layers} layers"
 
     parts = [model(student), f"objective {objective}"]
@@ -154,8 +147,11 @@ def _summary(args, layout: Layout, student: Architecture, teacher: Architecture 
         parts.insert(1, f"teacher {model(teacher)}")
     tensor = f"TP {layout.tensor}{' with sequence parallelism' if layout.sequence_parallel else ''}"
     data = layout.world_size / layout.model_ranks
+    spread = (
+        f" (experts: EP {layout.expert_parallel} x TP {layout.expert_tensor})" if student.experts is not None else ""
+    )
     parts += [
-        f"{tensor} x PP {layout.pipeline} x CP {layout.context} x DP {data:g} = {layout.world_size} ranks",
+        f"{tensor} x PP {layout.pipeline} x CP {layout.context} x DP {data:g} = {layout.world_size} ranks{spread}",
         "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         f"micro-batches of {layout.micro_batch_size} x {layout.seq_length} tokens",
     ]
@@ -183,12 +179,13 @@ def _fill(plan: Plan, sizes: Sizes, objective, entries: int | None, options: Pla
         on_device = planning.cached_teacher_bytes(modes["cached"])
         plan.cached = CachedTeacher(entries, on_device, _disk_bytes(args, sizes.student, entries))
     for rank in range(layout.pipeline):
-        layers = sum(sizes.layers(rank))
-        count = sizes.parameters(rank, sizes.student, layers)
+        layers = list(itertools.chain(*sizes.layers(rank)))
+        parameters = sizes.parameters(rank, sizes.student, layers)
+        count = sum(parameters)
         items = {
             "weights": count * sizes.element,
             "gradients": count * sizes.gradient_element(),
-            "optimizer": round(count * sizes.optimizer_element()),
+            "optimizer": sizes.optimizer_bytes(parameters),
             "activations": sizes.activations(rank),
             "loss": 0,
         }
@@ -200,16 +197,16 @@ def _fill(plan: Plan, sizes: Sizes, objective, entries: int | None, options: Pla
             items["loss"] = plan.losses[plan.counted][form]
             if plan.counted == "cached":
                 items["cached teacher"] = plan.cached.bytes
-        plan.stages.append(Stage(rank, layers, count, items))
+        plan.stages.append(Stage(rank, len(layers), count, items))
     plan.transfers = planning.loss_transfers(shape, fused=fused)
     plan.transfers += planning.pipeline_transfers(layout, sizes.element, shape.hidden, shape.teacher_hidden)
-    bytes_per_parameter = sizes.element + sizes.gradient_element() + sizes.optimizer_element()
+    row = sizes.student.hidden_size * (1 if sizes.student.tied else 2)
     note = planning.padding_note(
         sizes.student.vocab_size,
         args.padded_vocab_size,
         layout.tensor,
         args.make_vocab_size_divisible_by,
-        row_bytes=round(sizes.student.hidden_size * bytes_per_parameter * (1 if sizes.student.tied else 2)),
+        row_bytes=row * (sizes.element + sizes.gradient_element()) + sizes.optimizer_bytes(Parameters(0, row)),
         who="student",
     )
     plan.notes += [] if note is None else [note]
