@@ -19,6 +19,17 @@ MODELS = {
     "untied": ("Llama", dict(num_key_value_heads=8)),
     "tied": ("Qwen3", dict(num_key_value_heads=2, head_dim=24, tie_word_embeddings=True)),
     "biases": ("Llama", dict(num_key_value_heads=4, attention_bias=True, mlp_bias=True)),
+    "experts": (
+        "Qwen3Moe",
+        dict(num_key_value_heads=2, head_dim=24, moe_intermediate_size=96, num_experts_per_tok=2, norm_topk_prob=True)
+        | dict(num_local_experts=8, decoder_sparse_step=2),
+    ),
+    "latent": (
+        "DeepseekV3",
+        dict(num_key_value_heads=8, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8)
+        | dict(v_head_dim=12, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, n_shared_experts=1)
+        | dict(first_k_dense_replace=1, n_group=1, topk_group=1, rope_interleave=True),
+    ),
     "teacher": ("Qwen2", dict(hidden_size=96, num_hidden_layers=3, num_key_value_heads=4)),
 }
 
@@ -71,7 +82,7 @@ def measure(words: list[str]) -> dict:
     planned, losses, transfers: as planned. weights, gradients, optimizer, teacher weights: allocated after one
     optimizer step. On the last stage fused, whole, and the same with a cached teacher: peak of the loss in torch's
     allocator; sent: the collectives of the fused loss. Without pipeline saved: what is kept for backward by the layers,
-    the embedding and the final norm.
+    the embedding and the final norm; without a teacher step: peak of forward, loss and backward.
     """
     from qtarget_megatron.megatron import cpu_platform, launch
     from qtarget_megatron.megatron.arguments import add_arguments, implementation_flags
@@ -104,7 +115,7 @@ def measure(words: list[str]) -> dict:
     initialize_megatron(store=None)
     provider = ModelProvider(args, student, teacher, load_weights=False)
     wrapped, optimizer, _ = setup_model_and_optimizer(ModelType.encoder_or_decoder, provider)
-    buffers = [buffer for chunk in wrapped for buffer in chunk.buffers]
+    buffers = [buffer for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     for buffer in buffers:
         buffer.grad_data.normal_()
     optimizer.step()
@@ -128,10 +139,12 @@ def measure(words: list[str]) -> dict:
         found["losses"]["whole, cached"] = plan.losses["cached"]["whole"] + plan.cached.bytes
     del states
     if args.pipeline_model_parallel_size == 1:
-        found["saved"] = _saved_bytes(wrapped[0], args)
+        found["saved"] = _saved_bytes(wrapped[0], args, student)
     if provider.built[-1].post_process:
         objective = objectives.from_arguments(args.objective, args.objective_args)
         found |= _loss_bytes(provider.built[-1], args, student, objective)
+        if teacher is None and args.pipeline_model_parallel_size == 1:
+            found["step"] = _step_bytes(wrapped[0], args, student, objective)
     return found
 
 
@@ -151,7 +164,7 @@ def _optimizer_tensors(optimizer):
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def _saved_bytes(model, args: argparse.Namespace) -> int:
+def _saved_bytes(model, args: argparse.Namespace, student) -> int:
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
@@ -162,12 +175,30 @@ def _saved_bytes(model, args: argparse.Namespace) -> int:
             saved[storage.data_ptr()] = tensor
         return tensor
 
-    tokens = torch.zeros(args.micro_batch_size, args.seq_length, dtype=torch.long)
-    positions = torch.arange(args.seq_length).expand_as(tokens)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model(tokens, positions, None, output_processor=_hidden_states)
-    del hidden
-    return storage_bytes(saved.values())
+        hidden = model(*_inputs(args, student), output_processor=_hidden_states)
+    return storage_bytes([*saved.values(), hidden])
+
+
+def _step_bytes(model, args: argparse.Namespace, student, objective) -> int:
+    from qtarget_megatron.megatron.step import LossContext, LossSettings, output_processor
+    from tools.benchmarking.measure import Subject, memory
+
+    tokens, positions, mask = _inputs(args, student)
+    context = LossContext(LossSettings(objective, student.vocab_size, "auto", CHUNK), teacher=None)
+    labels = tokens.roll(-1)
+
+    def run():
+        keywords = dict(labels=labels, output_processor=output_processor, output_processor_context=context)
+        model(tokens, positions, mask, **keywords).sum().backward()
+
+    return min(memory(Subject(run), torch.device("cpu"))[0].peak for _ in range(2))
+
+
+def _inputs(args: argparse.Namespace, student):
+    """Tokens, all over the vocabulary so that experts are chosen about equally often; positions; no mask."""
+    tokens = torch.randint(student.vocab_size, (args.micro_batch_size, args.seq_length))
+    return tokens, torch.arange(args.seq_length).expand_as(tokens), None
 
 
 def _hidden_states(*, hidden_states, **unused):
@@ -220,11 +251,12 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
             )
             loss.sum().backward()
 
-        run()  # Megatron's communication buffers, which the layers use as well
         with _sent() as sent:
-            used, _ = memory(Subject(run), torch.device("cpu"))
+            run()  # makes Megatron's communication buffers, which the layers use as well
+        # The least of three: gloo's thread lets go of what it sent some time after it was sent.
+        peak = min(memory(Subject(run), torch.device("cpu"))[0].peak for _ in range(3))
         # The hidden states are made inside of the run, but belong to the layers.
-        found[name] = used.peak - shape[0] * shape[1] * student.hidden_size * dtype.itemsize
+        found[name] = peak - shape[0] * shape[1] * student.hidden_size * dtype.itemsize
         if name == "fused":
             found["sent"] = sent
     return found

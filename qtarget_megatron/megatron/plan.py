@@ -197,6 +197,8 @@ def _fill(plan: Plan, sizes: Sizes, objective, entries: int | None, options: Pla
             items["loss"] = plan.losses[plan.counted][form]
             if plan.counted == "cached":
                 items["cached teacher"] = plan.cached.bytes
+        # The loss is over before the first layer's backward: the larger one counts.
+        items["backward beyond the loss"] = max(sizes.backward(rank) - items["loss"], 0)
         plan.stages.append(Stage(rank, len(layers), count, items))
     plan.transfers = planning.loss_transfers(shape, fused=fused)
     plan.transfers += planning.pipeline_transfers(layout, sizes.element, shape.hidden, shape.teacher_hidden)
@@ -241,6 +243,7 @@ def _advice(sizes: Sizes, fused: bool) -> dict[str, str]:
         "gradients": cut,
         "optimizer": optimizer,
         "activations": activations,
+        "backward": activations,
         "loss": "a smaller --qtarget-chunk-size or more tensor parallelism"
         if fused
         else "drop --qtarget-materialize-logits (fused head)",

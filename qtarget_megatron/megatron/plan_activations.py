@@ -61,13 +61,24 @@ class Activations:
         return self._norm(self._rows, self._arch.hidden_size) + self.hidden_states() if self._is_local else 0
 
     def layer(self, index: int, *, recomputes_attention: bool) -> float:
-        has_experts = self._arch.experts is not None and self._arch.experts.layers[index]
+        has_experts = self._has_experts(index)
         if not self._is_local:
             return self._megatrons(1, has_experts) - self._megatrons(0, has_experts)
         found = 2 * (self._norm(self._rows, self._arch.hidden_size) + self.hidden_states())
         attention = self._attention if self._arch.latent is None else self._latent_attention
         found += attention(recomputes_attention)
         return found + (self._experts() if has_experts else self._mlp(self._arch.ffn_hidden_size))
+
+    def gradients(self, index: int) -> float:
+        """The most of a layer's gradients at once: of probabilities and scores where they exist, or those of the MLP's
+        inputs."""
+        of_mlp = self._experts() if self._has_experts(index) else self._mlp(self._arch.ffn_hidden_size)
+        length = self._layout.seq_length / self._layout.context
+        scores = self._layout.tokens * self._arch.num_attention_heads / self._layout.tensor * length * self._element
+        return max(of_mlp, 2 * scores if self._is_local else 0)
+
+    def _has_experts(self, index: int) -> bool:
+        return self._arch.experts is not None and self._arch.experts.layers[index]
 
     def _norm(self, rows: float, width: int) -> float:
         return rows * ((8 if self._element == 4 else 10) * width + 4)

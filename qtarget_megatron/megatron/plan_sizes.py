@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import copy
 import itertools
-import math
 import os
 import traceback
 from collections.abc import Iterable
@@ -119,32 +118,48 @@ class Sizes:
         return round(element * (count.others / shards + count.experts / (layout.expert_data // instances)))
 
     def activations(self, rank: int) -> int:
-        """Of all micro-batches in flight."""
-        args, kept = self.args, self._activations(self.student)
-        stored, live = 0.0, 0.0
+        """Kept for backward, of all micro-batches in flight."""
+        args, kept, stored = self.args, self._activations(self.student), 0.0
         for layers in self.layers(rank):
             sizes = [self._layer(kept, layer) for layer in layers]
-            recomputed, inputs = 0, 0
-            if args.recompute_granularity == "full":
-                size = args.recompute_num_layers
-                by_block = args.recompute_method == "block"
-                recomputed = min(size, len(layers)) if by_block else len(layers)
-                inputs = recomputed if by_block else math.ceil(len(layers) / size)
-                # Of what is recomputed at once.
-                at_once = 1 if by_block else size
-                live = max([live, *(sum(sizes[i : i + at_once]) for i in range(0, recomputed, at_once))])
+            inputs = self._recomputed(layers)
             is_cut = args.distribute_saved_activations and not self.layout.sequence_parallel
-            stored += inputs * kept.hidden_states() / (self.layout.tensor if is_cut else 1) + sum(sizes[recomputed:])
+            stored += len(inputs) * kept.hidden_states() / (self.layout.tensor if is_cut else 1)
+            stored += sum(sizes[sum(map(len, inputs)) :])
         stored += kept.embedding() if rank == 0 else 0
         stored += kept.final_norm() if rank == self.layout.pipeline - 1 else 0
-        return round(stored * self.in_flight(rank) + live)
+        return round(stored * self.in_flight(rank))
+
+    def backward(self, rank: int) -> int:
+        """What backward makes on top: the layers that are recomputed at once, or their attention, and the gradients in
+        a layer."""
+        kept, most = self._activations(self.student), 0.0
+        for layers in self.layers(rank):
+            inputs = self._recomputed(layers)
+            for together in inputs or ([layer] for layer in layers):
+                again = sum(self._layer(kept, layer) for layer in together) if inputs else 0
+                if not inputs and self._recomputes_attention():
+                    again = kept.layer(together[0], recomputes_attention=False) - self._layer(kept, together[0])
+                most = max(most, again + max(map(kept.gradients, together)))
+        return round(most)
+
+    def _recomputed(self, layers: range) -> list[range]:
+        """The layers that full recomputation computes again, those together that are computed at once."""
+        args = self.args
+        if args.recompute_granularity != "full":
+            return []
+        if args.recompute_method == "block":
+            return [layers[i : i + 1] for i in range(min(args.recompute_num_layers, len(layers)))]
+        return [layers[i : i + args.recompute_num_layers] for i in range(0, len(layers), args.recompute_num_layers)]
 
     def _activations(self, arch: Architecture) -> Activations:
         return Activations(self.args, self.layout, arch, in_float32=self._config.attention_softmax_in_fp32)
 
     def _layer(self, kept: Activations, layer: int) -> float:
-        recomputes = self.args.recompute_granularity == "selective" and "core_attn" in self._config.recompute_modules
-        return kept.layer(layer, recomputes_attention=recomputes)
+        return kept.layer(layer, recomputes_attention=self._recomputes_attention())
+
+    def _recomputes_attention(self) -> bool:
+        return self.args.recompute_granularity == "selective" and "core_attn" in self._config.recompute_modules
 
     def loss_shape(self, objective: Objective, *, entries: int = 0) -> LossShape:
         """With the live teacher, if any, unless entries of a cached one are given."""
