@@ -18,10 +18,20 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600
 
 TP2, TP4 = ["--tensor-model-parallel-size", 2], ["--tensor-model-parallel-size", 4]
 PP2 = ["--pipeline-model-parallel-size", 2]
-LAYOUTS = {1: {"tp1": []}, 2: {"tp2": TP2, "pp2": PP2}, 4: {"tp4": TP4, "tp2-pp2": [*TP2, *PP2]}}
+EP2, ETP1 = ["--expert-model-parallel-size", 2], ["--expert-tensor-parallel-size", 1]
+LAYOUTS = {
+    1: {"tp1": []},
+    2: {"tp2": TP2, "pp2": PP2, "ep2": EP2, "tp2-ep2": [*TP2, *EP2, *ETP1]},
+    4: {"tp4": TP4, "tp2-pp2": [*TP2, *PP2]},
+}
 LAYERS, HIDDEN, FFN, VOCABULARY = 4, 512, 2048, 12_288
 # Its largest parameter, as a whole: the embedding, 25 of 112 MB. No vocabulary is padded.
 LARGEST = VOCABULARY * HIDDEN * 4
+
+
+def large(layout: str) -> str:
+    """The model of a layout."""
+    return "experts" if "ep2" in layout else "large"
 
 
 def launch(world_size, jobs, timeout=240):
@@ -33,7 +43,7 @@ def launch(world_size, jobs, timeout=240):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """large: tensors that stand out from what a process allocates otherwise. small: of 16 files."""
+    """large, experts: tensors that stand out from what a process allocates otherwise. small: of 16 files."""
     folder = tmp_path_factory.mktemp("scale")
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -46,6 +56,20 @@ def folder(tmp_path_factory):
         tie_word_embeddings=False,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "large", max_shard_size="40MB")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=VOCABULARY // 4,
+        hidden_size=HIDDEN,
+        moe_intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder / "experts", max_shard_size="40MB")
     write_model(folder / "small", "qwen2", tied=False)
     return folder
 
@@ -57,9 +81,9 @@ def runs(folder):
     for world, layouts in LAYOUTS.items():
         jobs = {}
         for layout, words in layouts.items():
-            jobs[f"reading {layout}"] = ("reading", folder / "large", *words)
+            jobs[f"reading {layout}"] = ("reading", folder / large(layout), *words)
             # The first run of a process loads more than it converts.
-            for name in ("small", "large"):
+            for name in ("small", "large") if large(layout) == "large" else ("experts",):
                 paths = [folder / part for part in (name, f"ckpt-{name}-{layout}", f"out-{name}-{layout}")]
                 jobs[f"memory {name} {layout}"] = ("memory", *paths, *words)
         if world == 1:
@@ -73,7 +97,7 @@ def runs(folder):
 
 
 def share(name: str, tp: int) -> float:
-    return 1 if "norm" in name else 1 / tp
+    return 1 if "norm" in name or ".gate." in name else 1 / tp
 
 
 def of_stage(name: str, stage: int, stages: int) -> bool:
@@ -95,11 +119,23 @@ def test_a_rank_reads_its_slices_and_not_a_byte_more(folder, runs, layout, tp, p
         assert counted < by_system < counted + 100_000
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "tp4", "tp2-pp2"])
+@pytest.mark.parametrize(("layout", "tp"), [("ep2", 1), ("tp2-ep2", 2)])
+def test_a_rank_reads_its_own_experts_only(folder, runs, layout, tp):
+    sizes = {name: tensor.nbytes for name, tensor in read_tensors(folder / "experts").items()}
+    for rank, (counted, by_system) in enumerate(runs[f"reading {layout}"]):
+        expected = 0.0
+        for name, size in sizes.items():
+            expert = re.search(r"experts\.(\d+)\.", name)
+            expected += size * (share(name, tp) if expert is None else int(expert[1]) // 4 == rank)
+        # The files' headers name more tensors.
+        assert counted == expected and counted < by_system < counted + 200_000
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2", "tp4", "tp2-pp2", "ep2", "tp2-ep2"])
 @pytest.mark.parametrize("way", ["import", "export"])
 def test_a_rank_holds_its_shard_and_one_parameter(runs, way, layout):
     """torch's allocator, with 8 MB of buffers; resident memory, with what the libraries take for themselves as well."""
-    ranks = [result[way] for result in runs[f"memory large {layout}"]]
+    ranks = [result[way] for result in runs[f"memory {large(layout)} {layout}"]]
     assert sum(shard for *_, shard in ranks) >= 110e6
     for peak, resident, shard in ranks:
         assert peak <= shard + LARGEST + 8e6
@@ -109,10 +145,11 @@ def test_a_rank_holds_its_shard_and_one_parameter(runs, way, layout):
 
 
 def test_what_was_measured_was_converted(folder, runs):
-    expected = read_tensors(folder / "large")
+    expected = {name: read_tensors(folder / name) for name in ("large", "experts")}
     for layouts in LAYOUTS.values():
         for layout in layouts:
-            assert_same_bits(read_tensors(folder / f"out-large-{layout}"), expected)
+            name = large(layout)
+            assert_same_bits(read_tensors(folder / f"out-{name}-{layout}"), expected[name])
 
 
 def test_replicas_share_the_files(folder, runs):
