@@ -217,8 +217,7 @@ def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, 
     from tools.benchmarking.measure import memory as memory_of
 
     # Memory that is freed goes back to the system, and is not mistaken for what a run needs: mallopt(M_MMAP_THRESHOLD).
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(-3, 1 << 20)
+    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)
     words, source = [str(word) for word in words], Path(directory)
     model = open_model(source, words)
     shard = sum(parameter.nbytes for chunk in model.chunks for parameter in chunk.parameters())
@@ -229,7 +228,6 @@ def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, 
         ("import", lambda: import_hf(source, Path(ckpt), words)),
         ("export", lambda: export_hf(source, Path(ckpt), Path(out), words)),
     ):
-        libc.malloc_trim(0)
         used, _ = memory_of(Subject(run), torch.device("cpu"))
         found[name] = used.peak, used.resident, shard
         reset()

@@ -89,7 +89,8 @@ def test_a_run_is_timed_without_its_preparation():
 
 
 def test_memory_is_what_the_allocator_held_beyond_inputs_and_results():
-    given, size = torch.ones(1 << 20), 4 << 20
+    # Each above 32 MiB, glibc's greatest mmap threshold: resident only while it is alive, whatever ran here before.
+    given, size = torch.ones(1 << 24), 64 << 20
 
     def run():
         first = given + 1
@@ -102,7 +103,7 @@ def test_memory_is_what_the_allocator_held_beyond_inputs_and_results():
     assert (used.peak, used.kept, used.extra) == (3 * size, size, 2 * size)
     assert torch.equal(result, torch.full_like(given, 7))
     if sys.platform == "linux":
-        assert used.resident is None or size < used.resident < 100 * size
+        assert used.resident is None or 2.5 * size < used.resident < 4 * size
 
 
 def test_in_place_needs_no_extra_memory():

@@ -96,10 +96,11 @@ def memory(subject: Subject, device: torch.device) -> tuple[Memory, Any]:
 
     The allocator's figures are exact: it records every allocation and release itself (on the CPU through torch's
     profiler), those inside of compiled code too. They do not show what a library takes from the system by itself;
-    resident memory does, to a few MiB, except where it reuses pages that the process has already.
+    resident memory does, to a few MiB. Memory that was freed before goes back to the system first: the run may not
+    find it resident.
     """
     subject.prepare()
-    gc.collect()
+    _return_freed_memory()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -126,11 +127,9 @@ def resident(run: Callable[[], Any]) -> tuple[float, int | None]:
     Memory that was freed before goes back to the system first, and during the run where it is 1 MiB or more, so that
     what the C library keeps for later is not mistaken for what the run needs.
     """
-    gc.collect()
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        libc.malloc_trim(0)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    _return_freed_memory()
     before = _reset_resident_peak()
     started = time.perf_counter()
     result = run()
@@ -138,6 +137,12 @@ def resident(run: Callable[[], Any]) -> tuple[float, int | None]:
     grown = None if before is None else max(_status("VmHWM") - before, 0)
     del result
     return taken, grown
+
+
+def _return_freed_memory() -> None:
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_resident_peak() -> int | None:
