@@ -232,7 +232,7 @@ def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Ob
             missing, present = (cache, data) if getattr(args, cache) is None else (data, cache)
             raise ValueError(
                 f"--{present.replace('_', '-')} without --{missing.replace('_', '-')}: a cache belongs to one data "
-                "file, written by tools/cache_teacher.py"
+                "file, written by python -m qtarget_megatron.commands.cache_teacher"
             )
 
 

@@ -12,8 +12,8 @@ import numpy as np
 # What a record, and a sample of the dataset, holds under a name of its own.
 _TAKEN = frozenset({"messages", "prompt", "completion", "tools", "tokens", "labels", "position_ids", "sample"})
 _WHERE_FROM = {
-    "old_log_prob": "tools/score.py computes it",
-    "weight": "add it, or let tools/score.py --reference-hf compute importance weights",
+    "old_log_prob": "python -m qtarget_megatron.commands.score computes it",
+    "weight": "add it, or let python -m qtarget_megatron.commands.score --reference-hf compute importance weights",
 }
 
 

@@ -145,14 +145,14 @@ def run_all(jobs: dict[str, tuple]) -> dict[str, object]:
 
 
 def convert(*words) -> tuple[int, str]:
-    """tools/convert_hf.py: exit code, and its own lines of the output; not those of its progress."""
+    """qtarget_megatron.commands.convert_hf: exit code, and its own lines of the output; not those of its progress."""
     code, printed = convert_output(*words)
     return code, "\n".join(line for line in printed.splitlines() if "convert_hf:" in line and "GB/s" not in line)
 
 
 def convert_output(*words) -> tuple[int, str]:
-    """tools/convert_hf.py: exit code and output."""
-    from tools.convert_hf import main
+    """qtarget_megatron.commands.convert_hf: exit code and output."""
+    from qtarget_megatron.commands.convert_hf import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -235,7 +235,7 @@ def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, 
 
 
 def written_files(*words) -> list[str]:
-    """tools/convert_hf.py export in files of at most 30 KB; those that this rank wrote."""
+    """qtarget_megatron.commands.convert_hf export in files of at most 30 KB; those that this rank wrote."""
     from qtarget_megatron.checkpoint import HFExport
 
     written, write = [], HFExport.write_shard

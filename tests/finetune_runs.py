@@ -139,10 +139,10 @@ def run_all(runs: dict[str, list], folder: str, common=COMMON) -> dict[str, dict
 
 
 def run_tool(name: str, words: list) -> tuple[int, str]:
-    """Exit code and output of tools/<name>.py in this process group; called on every rank (by launching.run_ranks)."""
+    """Exit code and output of a command in this process group; called on every rank (by launching.run_ranks)."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = importlib.import_module(f"tools.{name}").main([str(word) for word in words])
+        code = importlib.import_module(f"qtarget_megatron.commands.{name}").main([str(word) for word in words])
     reset()
     return code, printed.getvalue()
 

@@ -50,9 +50,9 @@ def words_of(folder: Path, model: str, *extra, teacher: bool = False) -> list[st
 
 
 def run_all(cases: dict[str, list[str]], commands: dict[str, list[str]]) -> tuple[dict, dict]:
-    """On every rank: each case measured (see measure), and each command of tools/plan.py run in this process, as
+    """On every rank: each case measured (see measure), and each command of plan run in this process, as
     (exit code, what it printed)."""
-    from tools import plan
+    from qtarget_megatron.commands import plan
 
     measured = {}
     for name, words in cases.items():

@@ -1,4 +1,4 @@
-"""tools/cache_teacher.py: its entries against transformers', at every layout, through an interruption."""
+"""The command cache_teacher: its entries against transformers', at every layout, through an interruption."""
 
 import contextlib
 import io
@@ -74,7 +74,7 @@ def _write_padded(folder):
 
 def run_all(jobs, folder):
     """Run each job, the tool's words, on every rank of this launch: exit code and the tool's own lines."""
-    from tools import cache_teacher, convert_hf
+    from qtarget_megatron.commands import cache_teacher, convert_hf
 
     os.chdir(folder)
     results = {}

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from finetune_runs import run_all, run_tool, write_data, write_models
-from launching import REPOSITORY, run_ranks
+from launching import run_ranks
 from small_tokenizers import LLAMA3, byte_tokenizer
 from test_finetune import (
     DISTRIBUTED_OPTIMIZER,
@@ -34,7 +34,6 @@ def workspace(tmp_path_factory):
         words += ["--k", k, "--dtype", "float32", "--seq-length", SEQ_LENGTH, "--micro-batch-size", 3, *layout]
         for code, printed in run_ranks(ranks, run_tool, ("cache_teacher", words), timeout=200, megatron=True):
             assert code == 0, printed[-3000:]
-    assert (REPOSITORY / "tools" / "cache_teacher.py").exists()
     for name in ("live", "cached"):
         (folder / f"weighted_{name}.py").write_text(WEIGHTED_KD.replace("NAME", f"weighted-{name}"))
     shutil.copytree(folder / "untied", folder / "other-template")

@@ -42,6 +42,9 @@ ALLOWED = {
         "resumable", "checkpoint", "collectives", "linear_top_k", "sparse_teacher", "teacher_cache", "planning",
         "verification",
     },
+    "commands": {
+        "commands", "megatron", "objectives", "checkpoint", "data", "inspection", "teacher_cache", "verification",
+    },
     "finetune": {
         "objectives", "data", "checkpoint", "megatron", "resumable", "sparse_teacher", "teacher_cache",
     },
@@ -267,6 +270,10 @@ INSIDE = "def f():\n    "
             "Megatron",
         ),
         ("finetune.py", "from megatron.training import pretrain", "imports Megatron"),
+        ("finetune.py", f"from {PACKAGE} import commands", "finetune does not import"),
+        ("megatron/convert.py", f"from {PACKAGE}.commands import convert_hf", "megatron does not import"),
+        ("commands/plan.py", f"from {PACKAGE} import kernels", "commands does not import"),
+        ("commands/plan.py", INSIDE + "import megatron.core", "imports Megatron"),
         ("finetune.py", f"from {PACKAGE} import kernels", "finetune does not import"),
         ("megatron/step.py", "from examples.demo import run", "does not import examples.demo.run"),
         ("../tools/extra.py", "import megatron", "imports Megatron"),

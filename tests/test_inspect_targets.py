@@ -1,4 +1,4 @@
-"""tools/inspect_targets.py: figures that hold, a page that asks nobody for anything, a picture that can be read."""
+"""The command inspect_targets: figures that hold, a page that asks nobody for anything, a picture that can be read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from matplotlib.text import Text
 from small_tokenizers import CHATML, byte_tokenizer, metaspace_tokenizer
 from torch.nn import functional as F
 
+from qtarget_megatron.commands import inspect_targets, targets_picture
 from qtarget_megatron.data import encode, load_tokenizer
-from tools import inspect_targets, targets_picture
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOSTILE = "<script>alert('1 & 2')</script>\n\t$x^2$ 日 @@DATA@@ </script>"
@@ -303,7 +303,7 @@ def test_older_files_stay_until_all_new_ones_are_complete(workspace, tmp_path, m
     for name in inspect_targets.FILES:
         (tmp_path / name).write_text("old")
     with monkeypatch.context() as patched:
-        patched.setattr("tools.targets_page.page", lambda report: 1 / 0)
+        patched.setattr("qtarget_megatron.commands.targets_page.page", lambda report: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(workspace, *ONE, "--out", tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(inspect_targets.FILES, "old")

@@ -107,7 +107,9 @@ def test_cached_teacher_in_two_steps(workspace):
 def test_from_a_megatron_checkpoint(workspace, slurm):
     """Imported at another layout; the first step finds the same p(y) as a start from the directory."""
     save = ["import", "--hf-model", workspace / "untied", "--save", workspace / "ckpt"]
-    done = run_torchrun(2, ["tools.convert_hf", *save, "--tensor-model-parallel-size", 2], timeout=120)
+    done = run_torchrun(
+        2, ["qtarget_megatron.commands.convert_hf", *save, "--tensor-model-parallel-size", 2], timeout=120
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     run(workspace, "from_megatron_checkpoint.sh", CHECKPOINT="ckpt", OUT="continued", TP=1, PP=2, OBJECTIVE="sft")
     first, direct = (scalars(folder / "tensorboard")["p(y)"][0] for folder in (workspace / "continued", slurm))

@@ -1,4 +1,4 @@
-"""tools/plan.py: what it plans is what Megatron allocates and the loss sends, and it names all that does not fit."""
+"""The command plan: what it plans is what Megatron allocates and the loss sends, and it names all that does not fit."""
 
 import json
 import re
@@ -94,7 +94,7 @@ def workspace(tmp_path_factory):
 
 
 def commands(folder):
-    """Words of tools/plan.py by name."""
+    """Words of the command plan by name."""
 
     def words(model, *extra, world_size=64):
         return [str(word) for word in ("--world-size", world_size, "--hf-model", folder / model, *extra)]

@@ -1,4 +1,4 @@
-"""tools/score.py: its numbers against transformers', at every layout, through an interruption and into the data."""
+"""The command score: its numbers against transformers', at every layout, through an interruption and into the data."""
 
 import contextlib
 import io
@@ -78,7 +78,7 @@ def conversations(path, count, seed):
 def run_all(jobs, folder):
     """Run each job, (tool, its words...), on every rank of this launch: exit code and the tool's own lines."""
     from qtarget_megatron import finetune
-    from tools import convert_hf, score
+    from qtarget_megatron.commands import convert_hf, score
 
     tools = {"score": score, "convert": convert_hf, "finetune": finetune}
     os.chdir(folder)
@@ -398,7 +398,9 @@ def test_a_killed_run_goes_on_where_it_stopped_at_another_layout(workspace, tmp_
     assert "out.jsonl.partial was begun with a different --temp: go on with the same, or delete it" in other.stderr
     assert partial.read_bytes().startswith(done)
 
-    again = run_torchrun(2, ["tools.score", *words, "--out", out, "--micro-batch-size", 4], timeout=240)
+    again = run_torchrun(
+        2, ["qtarget_megatron.commands.score", *words, "--out", out, "--micro-batch-size", 4], timeout=240
+    )
     assert again.returncode == 0, again.stdout[-3000:]
     assert f"score: going on behind the {done.count(b'\n')} samples that are scored already" in again.stdout
     assert again.stdout.count("score: wrote 900 samples with old_log_prob and weight") == 1

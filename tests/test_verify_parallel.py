@@ -1,4 +1,4 @@
-"""tools/verify_parallel.py: passes at sound layouts, and finds what is broken on any rank, without hanging."""
+"""The command verify_parallel: passes at sound layouts, and finds what is broken on any rank, without hanging."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch.distributed as dist
 from launching import REPOSITORY, run_ranks, run_torchrun
 
 from qtarget_megatron import collectives, objectives, verification
+from qtarget_megatron.commands import verify_parallel
 from qtarget_megatron.verification import LOSS_BOUND, Problem, Setting, chosen_objectives, gradient_bound, measure
-from tools import verify_parallel
 
 SMALL = ["--vocab-size", "500", "--tokens", "40", "--hidden", "32"]
 FEW = ["--objective", "sft", "eaft", "target-sft", "kd:temperature=2"]
@@ -263,7 +263,7 @@ def test_a_rank_that_hangs_is_named(outcomes):
 
 @marked
 def test_the_command_under_torchrun():
-    done = run_torchrun(2, ["tools.verify_parallel", *SMALL, *TP2, *SP, *FEW], timeout=200)
+    done = run_torchrun(2, ["qtarget_megatron.commands.verify_parallel", *SMALL, *TP2, *SP, *FEW], timeout=200)
     assert done.returncode == 0, done.stdout
     assert len(rows(done.stdout)) == 16
     assert "TP 2 with sequence parallel, PP 1, CP 1, DP 1 on 2 rank(s) over " in done.stdout
@@ -377,5 +377,9 @@ def test_help_teaches_the_command(capsys):
         verify_parallel.main(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
-    for part in ("torchrun --nproc-per-node 8 tools/verify_parallel.py", "(2 + T) u", "Exit code on every rank"):
+    for part in (
+        "torchrun --nproc-per-node 8 -m qtarget_megatron.commands.verify_parallel",
+        "(2 + T) u",
+        "Exit code on every rank",
+    ):
         assert part in text

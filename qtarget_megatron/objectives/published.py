@@ -102,8 +102,8 @@ def eaft(k: int = 20, normalizer: float | None = None, exponent: float = 1.0) ->
 def iw_sft() -> Objective:
     """Importance-weighted SFT: a weight for each token, or one for the whole sample.
 
-    loss = -w log p(y);  c_y = w.  token_inputs: "weight". tools/score.py computes the method's own weight of a sample,
-    clamp(exp(temp mean_t(log p - log p_ref)), 0, 16).  Source: arXiv 2507.12856.
+    loss = -w log p(y);  c_y = w.  token_inputs: "weight".  Source: arXiv 2507.12856.
+    qtarget_megatron.commands.score computes the method's own: clamp(exp(temp mean_t(log p - log p_ref)), 0, 16).
     """
 
     def evaluate(stats, inputs):
@@ -177,7 +177,7 @@ def psft(epsilon_low: float = 0.2, epsilon_high: float = 0.28) -> Objective:
     c_y = r where r <= 1 + epsilon_high, else 0.  The log-ratio is clamped to +-20; where it is, the mass is 0 like the
     derivative.  epsilon_low (in [0, 1]) is the paper's and never acts, because the minimum takes the smaller r;
     epsilon_high >= 0.
-    token_inputs: "old_log_prob", log p_old(y) in nats, from tools/score.py.  Source: arXiv 2508.17784.
+    token_inputs: "old_log_prob", log p_old(y) in nats, from qtarget_megatron.commands.score.  Source: arXiv 2508.17784.
     """
     epsilon_low = in_range("epsilon_low", epsilon_low, 0, 1)
     epsilon_high = in_range("epsilon_high", epsilon_high, 0, math.inf)

@@ -10,6 +10,7 @@ from pathlib import Path
 from qtarget_megatron.teacher_cache.header import CacheHeader
 from qtarget_megatron.teacher_cache.parts import Part
 
+PROGRAM = "python -m qtarget_megatron.commands.cache_teacher"
 INDEX_FILE, VOCABULARY_FILE = "cache.json", "vocabulary.json"
 _FORMAT, _VERSION = "qtarget_megatron teacher cache", 1
 
@@ -43,8 +44,7 @@ def read_index(directory: Path) -> Index:
             return index
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{directory}: expected a directory that tools/cache_teacher.py wrote, got no valid {INDEX_FILE}: check "
-            "the path"
+            f"{directory}: expected a directory that {PROGRAM} wrote, got no valid {INDEX_FILE}: check the path"
         ) from None
     raise ValueError(f"{path} has version {version}, expected {_VERSION}: write the cache again with this program")
 

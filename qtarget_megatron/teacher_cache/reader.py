@@ -12,7 +12,7 @@ import numpy as np
 
 from qtarget_megatron.data import compare_tokenizers
 from qtarget_megatron.teacher_cache.header import last_context_digest, tokenizer_digest
-from qtarget_megatron.teacher_cache.index import VOCABULARY_FILE, read_index
+from qtarget_megatron.teacher_cache.index import PROGRAM, VOCABULARY_FILE, read_index
 from qtarget_megatron.teacher_cache.parts import RESTORE, PartContents, mapped, scan, whole_ids
 
 # Parts that are kept mapped: each holds a file descriptor.
@@ -34,7 +34,7 @@ class TeacherCache:
             done = sum(part.samples for part in scan(self.directory, self.header))
             raise ValueError(
                 f"teacher cache {self.directory} is incomplete, with {done} of {self.header.num_samples} samples: run "
-                "tools/cache_teacher.py again with the same inputs to complete it"
+                f"{PROGRAM} again with the same inputs to complete it"
             )
         for part in self._parts:
             path = self.directory / part.file
@@ -88,7 +88,7 @@ class TeacherCache:
         if data_digest is not None and data_digest != header.data:
             raise ValueError(
                 f"{where} was made from other data (SHA-256 {header.data[:12]}..., not {data_digest[:12]}...): run "
-                "tools/cache_teacher.py on the training file"
+                f"{PROGRAM} on the training file"
             )
         if tokenizer is not None and tokenizer_digest(tokenizer) != header.tokenizer:
             try:

@@ -1,4 +1,4 @@
-"""The picture that tools/inspect_targets.py draws: trust by objective and token, and where the mass goes."""
+"""The picture that inspect_targets draws: trust by objective and token, and where the mass goes."""
 
 from __future__ import annotations
 

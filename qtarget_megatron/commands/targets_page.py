@@ -1,4 +1,4 @@
-"""The page that tools/inspect_targets.py writes: one file, no request to anywhere, text never read as markup."""
+"""The page that inspect_targets writes: one file, no request to anywhere, text never read as markup."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.targets_picture import TRUST_COLOURS
+from qtarget_megatron.commands.targets_picture import TRUST_COLOURS
 
 TEMPLATE = Path(__file__).with_name("targets_page.html")
 COLUMNS = [

@@ -1,0 +1,164 @@
+"""Convert models between Hugging Face directories and Megatron checkpoints, and check the result.
+
+    # Hugging Face -> Megatron; the checkpoint (torch_dist) loads at any layout, by
+    # finetune --load CKPT --finetune and by plain Megatron
+    python -m qtarget_megatron.commands.convert_hf import --hf-model DIR --save CKPT
+
+    # a model too large for one process: any layout, each rank reads its slices only
+    torchrun --nproc-per-node 8 -m qtarget_megatron.commands.convert_hf import --hf-model DIR --save CKPT \\
+        --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2
+
+    # Megatron -> Hugging Face; architecture and tokenizer come from DIR
+    python -m qtarget_megatron.commands.convert_hf export --hf-model DIR --load CKPT --save-hf OUT
+
+    # do both compute the same? logits of Megatron against transformers' in float32; exit code 0 or 1.
+    # Where they differ: the worst tokens, the first layer whose hidden states differ, and what to look at
+    python -m qtarget_megatron.commands.convert_hf check --hf-model DIR
+    python -m qtarget_megatron.commands.convert_hf check --hf-model DIR --load CKPT
+    python -m qtarget_megatron.commands.convert_hf check --hf-model OUT --reference DIR
+
+OUT and CKPT appear when they are complete; until then they are filled in a hidden folder beside them,
+.NAME.incomplete. An export that was interrupted goes on when the same command is given again: the
+files that were complete are kept if their SHA-256 still says so. Started from another checkpoint,
+dtype or number of pipeline stages it is refused, until that folder is deleted. An import starts anew.
+
+Every Megatron flag works: layout, --bf16 or --fp16 to change the dtype (import and export keep it,
+check computes in float32), --transformer-impl, --ckpt-step. finetune reads --hf-model and writes
+--save-hf by itself; this tool is for other programs, and to look before a long run.
+
+A checkpoint imported on a CPU (Megatron's local layers) has the tensor names of one imported on a
+GPU (Transformer Engine's layers) and loads there. Plain Megatron then needs
+--dist-ckpt-strictness log_unexpected, because Transformer Engine's layers ask for a state of their
+own that such a checkpoint does not hold; finetune, export and check set it themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+TEXT = """\
+A lighthouse keeper once kept two books. In the first she wrote what she saw: ships by name, the
+hour they passed, the colour of the sea. In the second she wrote what she expected to see the next
+day. On quiet evenings she laid both on the table and compared them line by line. Where they
+differed she did not cross out the guess; she asked what had made her so sure. After 27 years the
+second book was only a little thicker than the first, and visitors could hardly tell which was
+which. "It is not that I know the sea," she told them, "I have just learnt how much to trust a
+wave." The function that lit the lamp was simpler: def light(hour): return hour >= 18 or hour < 6.
+Nobody had ever seen it fail, except once, in the winter of 1963, when 3 + 4 ships came home at noon
+and fog made noon as dark as any night.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the process's exit code: 0 done or equal, 1 not equal, 2 bad input."""
+    ours, words = _parser().parse_known_args(argv)
+    # Seconds of imports that --help does not spend.
+    from qtarget_megatron.megatron.commands import exit_code
+
+    return exit_code("convert_hf", lambda: ours.run(ours, words))
+
+
+def run_import(ours: argparse.Namespace, words: list[str]) -> int:
+    from qtarget_megatron.megatron.commands import print_once
+    from qtarget_megatron.megatron.convert import import_hf
+
+    import_hf(ours.hf_model, ours.save, words, cpu=ours.cpu)
+    print_once(f"convert_hf: imported {ours.hf_model} to {ours.save}")
+    return 0
+
+
+def run_export(ours: argparse.Namespace, words: list[str]) -> int:
+    from qtarget_megatron.megatron.commands import print_once
+    from qtarget_megatron.megatron.convert import export_hf
+
+    export_hf(ours.hf_model, ours.load, ours.save_hf, words, checksums=ours.checksums, cpu=ours.cpu)
+    print_once(f"convert_hf: exported {ours.load} to {ours.save_hf}")
+    return 0
+
+
+def run_check(ours: argparse.Namespace, words: list[str]) -> int:
+    import torch
+
+    from qtarget_megatron.checkpoint import report_lines
+    from qtarget_megatron.data import load_tokenizer
+    from qtarget_megatron.megatron.commands import print_once
+    from qtarget_megatron.megatron.convert import open_model, text_tokens
+
+    tokens = text_tokens(ours.hf_model, ours.text or TEXT)
+    tokenizer = load_tokenizer(ours.hf_model)
+    model = open_model(
+        ours.hf_model,
+        words,
+        load=ours.load,
+        dtype=torch.float32,
+        seq_length=len(tokens),
+        cpu=ours.cpu,
+    )
+    from qtarget_megatron.megatron.agreement import compare_with_transformers
+
+    found = compare_with_transformers(model, ours.reference or ours.hf_model, tokens)
+    print_once("\n".join(report_lines(found, ours.tolerance, lambda token: repr(tokenizer.decode([token])))))
+    # Written so that NaN fails.
+    equal = found.max_difference <= ours.tolerance
+    print_once(
+        f"convert_hf: over {found.num_tokens} tokens the logits of Megatron and of transformers differ by at most "
+        f"{found.max_difference:.3g}: {'equal' if equal else 'DIFFERENT'}"
+    )
+    return 0 if equal else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qtarget_megatron.commands.convert_hf",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="{import,export,check}")
+
+    def command(name: str, run, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}. Takes Megatron's flags as well.",
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run)
+        add(sub, "--hf-model", "DIR", "Hugging Face directory; its config.json is the architecture", required=True)
+        sub.add_argument(
+            "--cpu",
+            action="store_true",
+            help="run on the CPU; the default where no GPU is found, refused where one is",
+        )
+        return sub
+
+    def add(sub: argparse.ArgumentParser, flag: str, metavar: str, text: str, **extra) -> None:
+        sub.add_argument(flag, type=Path, metavar=metavar, help=text, **extra)
+
+    new = "a new or empty directory"
+    sub = command("import", run_import, "Hugging Face directory to Megatron checkpoint")
+    add(sub, "--save", "CKPT", f"where to write the checkpoint: {new}", required=True)
+    sub = command("export", run_export, "Megatron checkpoint to Hugging Face directory")
+    add(sub, "--load", "CKPT", "the Megatron checkpoint", required=True)
+    add(sub, "--save-hf", "OUT", f"where to write the model: {new}", required=True)
+    add(sub, "--checksums", "FILE", "write the SHA-256 of each file there: cd OUT && sha256sum -c FILE (default: none)")
+    sub = command("check", run_check, "Compare the logits of Megatron and transformers, in float32")
+    add(sub, "--load", "CKPT", "Megatron checkpoint with the weights (default: those of --hf-model)")
+    add(sub, "--reference", "DIR", "what transformers loads (default: --hf-model)")
+    add(sub, "--text", "FILE", "UTF-8 text to run on (default: a paragraph of this tool's own)")
+    sub.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="largest absolute difference of two logits to accept (default: %(default)g)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    code = main()
+    from qtarget_megatron.megatron.commands import leave
+
+    leave(code)

@@ -1,0 +1,107 @@
+"""Score a data set with a frozen model: the side inputs that psft and iw-sft train with.
+
+    # log p of every supervised token under the model before training: "old_log_prob", for psft
+    python -m qtarget_megatron.commands.score --hf-model DIR --data train.jsonl --out scored.jsonl --seq-length 4096
+
+    # besides, "weight", one number a sample, for iw-sft:
+    # clamp(exp(temp * mean_t(log p - log p_ref)), 0, max-weight), p under DIR and p_ref under REF
+    python -m qtarget_megatron.commands.score --hf-model DIR --reference-hf REF --data train.jsonl --out scored.jsonl \\
+        --seq-length 4096 --temp 1.0 --max-weight 16
+
+    # a model too large for one process, weights from a Megatron checkpoint
+    torchrun --nproc-per-node 8 -m qtarget_megatron.commands.score --hf-model DIR --load CKPT --data train.jsonl \\
+        --out scored.jsonl --seq-length 4096 --micro-batch-size 4 --bf16 \\
+        --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2
+
+    # then train with the same --seq-length
+    torchrun --nproc-per-node 8 -m qtarget_megatron.finetune --hf-model DIR --sft-train scored.jsonl \\
+        --objective psft --seq-length 4096 ...
+
+Every record is written back, in order, unchanged but for the new fields. Log-probabilities are in
+nats, one for each supervised token within --seq-length; a record without supervised tokens gets an
+empty list and no weight.
+
+A run that was ended goes on where it stopped when it is started again with the same inputs, at any
+layout: results are kept in OUT.partial until OUT is complete. Every Megatron flag works; the models
+compute in float32 unless --bf16 or --fp16 is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Score one file; returns the process's exit code: 0 done, 2 bad input."""
+    parser = _parser()
+    ours, words = parser.parse_known_args(argv)
+    for flag, value in (("--temp", ours.temp), ("--max-weight", ours.max_weight)):
+        if value is not None and ours.reference_hf is None:
+            parser.error(f"{flag} belongs to the weight, which needs --reference-hf DIR")
+    # Seconds of imports that --help does not spend.
+    from qtarget_megatron.megatron.commands import exit_code
+
+    return exit_code("score", lambda: _run(ours, words))
+
+
+def _run(ours: argparse.Namespace, words: list[str]) -> int:
+    from qtarget_megatron.megatron.commands import print_once
+    from qtarget_megatron.megatron.score import ScoreOptions, score
+
+    options = ScoreOptions(
+        hf_model=ours.hf_model,
+        data=ours.data,
+        out=ours.out,
+        seq_length=ours.seq_length,
+        load=ours.load,
+        ckpt_step=ours.ckpt_step,
+        reference=ours.reference_hf,
+        temperature=1.0 if ours.temp is None else ours.temp,
+        max_weight=16.0 if ours.max_weight is None else ours.max_weight,
+        overwrite=ours.overwrite,
+    )
+    count = score(options, words, cpu=ours.cpu)
+    print_once(f"score: wrote {count} samples with {' and '.join(options.fields)} to {options.out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qtarget_megatron.commands.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Takes Megatron's flags as well: layout, --micro-batch-size, --bf16, ...",
+    )
+
+    def path(flag: str, metavar: str, text: str, required: bool = False) -> None:
+        parser.add_argument(flag, type=Path, metavar=metavar, help=text, required=required)
+
+    path("--hf-model", "DIR", "Hugging Face directory of the model; tokenizer and chat template too", True)
+    path("--load", "CKPT", "Megatron checkpoint with the weights (default: those of --hf-model)")
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of --load (default: the latest)")
+    path("--data", "FILE", "JSONL as for training", True)
+    path("--out", "FILE", "the scored records", True)
+    path("--reference-hf", "DIR", "Hugging Face directory of the reference model: compute weights as well")
+    parser.add_argument("--temp", type=float, metavar="X", help="temp in the weight's formula (default: 1)")
+    parser.add_argument("--max-weight", type=float, metavar="X", help="largest weight (default: 16)")
+    parser.add_argument(
+        "--seq-length", type=int, required=True, metavar="S", help="samples are cut to it, as in the training to come"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace --out, and fields of the same names in the records"
+    )
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="run on the CPU; the default where no GPU is found, refused where one is",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    code = main()
+    from qtarget_megatron.megatron.commands import leave
+
+    leave(code)
