@@ -1,0 +1,34 @@
+"""Instruction data from JSON lines: which tokens are trained on, nothing of how ranks share them.
+
+One record per line: ``{"messages": [{"role": ..., "content": ...}, ...]}``, rendered by the
+tokenizer's chat template, with the assistant messages as targets; or ``{"prompt": ...,
+"completion": ...}`` with the completion as target. Fields that an objective asks for are its side
+inputs (qtarget_megatron.side_inputs), other fields are ignored. Everything here depends on the
+record, the tokenizer and the seed only, so every parallel layout sees the same samples.
+"""
+
+from qtarget_megatron.data.dataset import (
+    IGNORE_INDEX,
+    SampleStatus,
+    SupervisedDataset,
+    inspect_samples,
+    training_item,
+)
+from qtarget_megatron.data.jsonl import ROLES, JsonlFile
+from qtarget_megatron.data.supervision import EncodedSample, encode, encode_at
+from qtarget_megatron.data.tokenizer import compare_tokenizers, load_tokenizer
+
+__all__ = [
+    "IGNORE_INDEX",
+    "ROLES",
+    "EncodedSample",
+    "JsonlFile",
+    "SampleStatus",
+    "SupervisedDataset",
+    "compare_tokenizers",
+    "encode",
+    "encode_at",
+    "inspect_samples",
+    "load_tokenizer",
+    "training_item",
+]
