@@ -39,11 +39,15 @@ def write_program(path, line):
 
 
 def environment(workspace, **values):
+    """What a script reads, and the same names without the prefix as somebody's environment may hold them."""
     values = dict(MODEL="untied", TEACHER="deep", TRAIN="train.jsonl") | values
     paths = {key: str(workspace / values[key]) for key in values.keys() & PATHS}
     small = dict(GPUS="2", SEQ_LENGTH="32", GLOBAL_BATCH="4", STEPS="2", LR="1e-3", PRECISION="")
     path = f"{workspace / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    return small | {key: str(value) for key, value in values.items()} | paths | {"PATH": path}
+    cluster = {key: str(values.pop(key)) for key in list(values) if key.startswith("SLURM_")}
+    given = small | {key: str(value) for key, value in values.items()} | paths
+    foreign = dict.fromkeys([*given, "TAIL", "TEACHER_TP", "OBJECTIVE_ARGS", "KERNELS", "START"], "somebody's")
+    return foreign | {f"QTARGET_{key}": value for key, value in given.items()} | cluster | {"PATH": path}
 
 
 PATHS = {"MODEL", "TEACHER", "STUDENT", "TRAIN", "OUT", "CHECKPOINT"}
@@ -96,7 +100,7 @@ def test_cached_teacher_in_two_steps(workspace):
     values = {key: value for key, value in small.items() if key != "TEACHER"}
     with Launch(
         ["bash", SCRIPTS / "cached_teacher.sh"],
-        environment(workspace, **values) | {"TEACHER": str(workspace / small["TEACHER"])},
+        environment(workspace, **values) | {"QTARGET_TEACHER": str(workspace / small["TEACHER"])},
     ) as launch:
         done = launch.wait(timeout=180)
     assert_ended_well(done)

@@ -4,22 +4,22 @@
 #
 #   bash examples/launch/cached_teacher.sh
 #
-# What a site changes stands here; each value can be given in the environment as well.
+# What a site changes stands here; each value can be given in the environment as well: QTARGET_OUT=... for OUT.
 set -euo pipefail
-TEACHER=${TEACHER:-models/Qwen3-32B}
-STUDENT=${STUDENT:-models/Qwen3-1.7B}   # the same tokenizer; its chat template is what both read
-TRAIN=${TRAIN:-data/train.jsonl}
-OUT=${OUT:-runs/cached}
-KEPT=${KEPT:-64}                        # most likely tokens of each position
-TAIL=${TAIL:-student}                   # what the other tokens get: uniform, student or drop
-GPUS=${GPUS:-8}
-TEACHER_TP=${TEACHER_TP:-8}
-STUDENT_TP=${STUDENT_TP:-1}
-SEQ_LENGTH=${SEQ_LENGTH:-4096}
-GLOBAL_BATCH=${GLOBAL_BATCH:-64}
-STEPS=${STEPS:-1000}
-LR=${LR:-1e-5}
-PRECISION=${PRECISION---bf16}          # empty: float32
+TEACHER=${QTARGET_TEACHER:-models/Qwen3-32B}
+STUDENT=${QTARGET_STUDENT:-models/Qwen3-1.7B}   # the same tokenizer; its chat template is what both read
+TRAIN=${QTARGET_TRAIN:-data/train.jsonl}
+OUT=${QTARGET_OUT:-runs/cached}
+KEPT=${QTARGET_KEPT:-64}                        # most likely tokens of each position
+TAIL=${QTARGET_TAIL:-student}                   # what the other tokens get: uniform, student or drop
+GPUS=${QTARGET_GPUS:-8}
+TEACHER_TP=${QTARGET_TEACHER_TP:-8}
+STUDENT_TP=${QTARGET_STUDENT_TP:-1}
+SEQ_LENGTH=${QTARGET_SEQ_LENGTH:-4096}
+GLOBAL_BATCH=${QTARGET_GLOBAL_BATCH:-64}
+STEPS=${QTARGET_STEPS:-1000}
+LR=${QTARGET_LR:-1e-5}
+PRECISION=${QTARGET_PRECISION---bf16}           # empty: float32
 
 mkdir -p "$OUT"
 # Ended on the way it goes on where it stopped; complete, it says so and does nothing.

@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
 # Fine-tunes a model that lies in a Megatron distributed checkpoint (torch_dist, saved at any layout), and exports it.
 #
-#   CHECKPOINT=... bash examples/launch/from_megatron_checkpoint.sh
+#   QTARGET_CHECKPOINT=... bash examples/launch/from_megatron_checkpoint.sh
 #
 # The Hugging Face directory says the architecture and brings the tokenizer; its weights are replaced by the
-# checkpoint's. What a site changes stands here; each value can be given in the environment as well.
+# checkpoint's. What a site changes stands here; each value can be given in the environment as well,
+# as QTARGET_OUT for OUT.
 set -euo pipefail
-CHECKPOINT=${CHECKPOINT:?the directory that holds latest_checkpointed_iteration.txt}
-MODEL=${MODEL:-models/Meta-Llama-3-8B}
-TRAIN=${TRAIN:-data/train.jsonl}
-OUT=${OUT:-runs/continued}
-GPUS=${GPUS:-8}
-TP=${TP:-2}
-PP=${PP:-1}
-OBJECTIVE=${OBJECTIVE:-dft}
-SEQ_LENGTH=${SEQ_LENGTH:-4096}
-GLOBAL_BATCH=${GLOBAL_BATCH:-64}
-STEPS=${STEPS:-1000}
-LR=${LR:-1e-5}
-PRECISION=${PRECISION---bf16}          # empty: float32
+CHECKPOINT=${QTARGET_CHECKPOINT:?the directory that holds latest_checkpointed_iteration.txt}
+MODEL=${QTARGET_MODEL:-models/Meta-Llama-3-8B}
+TRAIN=${QTARGET_TRAIN:-data/train.jsonl}
+OUT=${QTARGET_OUT:-runs/continued}
+GPUS=${QTARGET_GPUS:-8}
+TP=${QTARGET_TP:-2}
+PP=${QTARGET_PP:-1}
+OBJECTIVE=${QTARGET_OBJECTIVE:-dft}
+SEQ_LENGTH=${QTARGET_SEQ_LENGTH:-4096}
+GLOBAL_BATCH=${QTARGET_GLOBAL_BATCH:-64}
+STEPS=${QTARGET_STEPS:-1000}
+LR=${QTARGET_LR:-1e-5}
+PRECISION=${QTARGET_PRECISION---bf16}           # empty: float32
 
 mkdir -p "$OUT"
 # --finetune takes the weights alone: iteration, optimizer and schedule begin anew. Once there is a checkpoint of this

@@ -3,25 +3,25 @@
 #
 #   bash examples/launch/mixture_of_experts.sh [more flags of finetune or Megatron, which win]
 #
-# What a site changes stands here; each value can be given in the environment as well.
+# What a site changes stands here; each value can be given in the environment as well: QTARGET_OUT=... for OUT.
 set -euo pipefail
-MODEL=${MODEL:-models/Qwen3-30B-A3B}    # Hugging Face directory
-TRAIN=${TRAIN:-data/train.jsonl}        # {"messages": [...]} or {"prompt": ..., "completion": ...} a line
-OUT=${OUT:-runs/qwen3-30b-a3b}          # checkpoints and the exported model
-GPUS=${GPUS:-8}
-TP=${TP:-2}                             # tensor parallel of attention; data parallel is what is left
-EP=${EP:-8}                             # expert parallel: ranks that share the experts of a layer
-OBJECTIVE=${OBJECTIVE:-dft}
-BALANCE=${BALANCE:-0}                   # weight of the router's load-balancing loss; 0 leaves routing as it was trained
-KERNELS=${KERNELS---moe-grouped-gemm --moe-permute-fusion}  # need Transformer Engine; empty: Megatron's local layers
-SEQ_LENGTH=${SEQ_LENGTH:-4096}
-GLOBAL_BATCH=${GLOBAL_BATCH:-64}
-STEPS=${STEPS:-1000}
-LR=${LR:-1e-5}
-PRECISION=${PRECISION---bf16}          # empty: float32
+MODEL=${QTARGET_MODEL:-models/Qwen3-30B-A3B}    # Hugging Face directory
+TRAIN=${QTARGET_TRAIN:-data/train.jsonl}        # {"messages": [...]} or {"prompt": ..., "completion": ...} a line
+OUT=${QTARGET_OUT:-runs/qwen3-30b-a3b}          # checkpoints and the exported model
+GPUS=${QTARGET_GPUS:-8}
+TP=${QTARGET_TP:-2}                             # tensor parallel of attention; data parallel is what is left
+EP=${QTARGET_EP:-8}                             # expert parallel: ranks that share the experts of a layer
+OBJECTIVE=${QTARGET_OBJECTIVE:-dft}
+BALANCE=${QTARGET_BALANCE:-0}                   # weight of the router's load-balancing loss; 0 leaves routing as it was trained
+KERNELS=${QTARGET_KERNELS---moe-grouped-gemm --moe-permute-fusion}  # need Transformer Engine; empty: Megatron's local layers
+SEQ_LENGTH=${QTARGET_SEQ_LENGTH:-4096}
+GLOBAL_BATCH=${QTARGET_GLOBAL_BATCH:-64}
+STEPS=${QTARGET_STEPS:-1000}
+LR=${QTARGET_LR:-1e-5}
+PRECISION=${QTARGET_PRECISION---bf16}           # empty: float32
 
 mkdir -p "$OUT"
-# The same command again goes on from the last checkpoint in $OUT.
+# Ended on the way, the same command goes on from the last checkpoint in $OUT; once $OUT/hf is there, it is refused.
 exec torchrun --standalone --nproc-per-node "$GPUS" -m qtarget_megatron.finetune \
     --hf-model "$MODEL" --sft-train "$TRAIN" --objective "$OBJECTIVE" \
     --tensor-model-parallel-size "$TP" --sequence-parallel \

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
 # Target-SFT on several nodes that torchrun brings together: run this same command on every node.
 #
-#   HEAD=node-0 NODES=4 bash examples/launch/multi_node.sh
+#   QTARGET_HEAD=node-0 QTARGET_NODES=4 bash examples/launch/multi_node.sh
 #
 # The nodes need a file system in common for $MODEL and $OUT. What a site changes stands here; each value can be given
-# in the environment as well.
+# in the environment as well: QTARGET_OUT=... for OUT.
 set -euo pipefail
-HEAD=${HEAD:?the name or address of one node, the same on all: HEAD=node-0}
-PORT=${PORT:-29500}                     # free on that node
-NODES=${NODES:-2}
-GPUS=${GPUS:-8}                         # on each node
-RUN=${RUN:-qtarget}                     # a name that two runs on one head do not share
-MODEL=${MODEL:-models/Qwen3-32B}
-TEACHER=${TEACHER:-$MODEL}
-TRAIN=${TRAIN:-data/train.jsonl}
-OUT=${OUT:-runs/$RUN}
-TP=${TP:-8}                             # within a node
-PP=${PP:-2}                             # across nodes
-OBJECTIVE=${OBJECTIVE:-target-sft}
-OBJECTIVE_ARGS=${OBJECTIVE_ARGS:-eta=0.5}
-SEQ_LENGTH=${SEQ_LENGTH:-4096}
-GLOBAL_BATCH=${GLOBAL_BATCH:-128}
-STEPS=${STEPS:-1000}
-LR=${LR:-1e-5}
-PRECISION=${PRECISION---bf16}          # empty: float32
+HEAD=${QTARGET_HEAD:?the name or address of one node, the same on all: QTARGET_HEAD=node-0}
+PORT=${QTARGET_PORT:-29500}                     # free on that node
+NODES=${QTARGET_NODES:-2}
+GPUS=${QTARGET_GPUS:-8}                         # on each node
+RUN=${QTARGET_RUN:-qtarget}                     # a name that two runs on one head do not share
+MODEL=${QTARGET_MODEL:-models/Qwen3-32B}
+TEACHER=${QTARGET_TEACHER:-$MODEL}
+TRAIN=${QTARGET_TRAIN:-data/train.jsonl}
+OUT=${QTARGET_OUT:-runs/$RUN}
+TP=${QTARGET_TP:-8}                             # within a node
+PP=${QTARGET_PP:-2}                             # across nodes
+OBJECTIVE=${QTARGET_OBJECTIVE:-target-sft}
+OBJECTIVE_ARGS=${QTARGET_OBJECTIVE_ARGS:-eta=0.5}
+SEQ_LENGTH=${QTARGET_SEQ_LENGTH:-4096}
+GLOBAL_BATCH=${QTARGET_GLOBAL_BATCH:-128}
+STEPS=${QTARGET_STEPS:-1000}
+LR=${QTARGET_LR:-1e-5}
+PRECISION=${QTARGET_PRECISION---bf16}           # empty: float32
 # The interface between the nodes, where NCCL or gloo would choose another one:
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 

@@ -3,24 +3,24 @@
 #
 #   bash examples/launch/one_node.sh [more flags of finetune or Megatron, which win]
 #
-# What a site changes stands here; each value can be given in the environment as well.
+# What a site changes stands here; each value can be given in the environment as well: QTARGET_OUT=... for OUT.
 set -euo pipefail
-MODEL=${MODEL:-models/Qwen3-8B}         # Hugging Face directory of the student
-TEACHER=${TEACHER:-$MODEL}              # of the second model; the same tokenizer, any size
-TRAIN=${TRAIN:-data/train.jsonl}        # {"messages": [...]} or {"prompt": ..., "completion": ...} a line
-OUT=${OUT:-runs/qwen3-8b}               # checkpoints and the exported model
-GPUS=${GPUS:-8}
-TP=${TP:-4}                             # tensor parallel; data parallel is what is left
-OBJECTIVE=${OBJECTIVE:-target-sft}
-OBJECTIVE_ARGS=${OBJECTIVE_ARGS:-eta=0.5}
-SEQ_LENGTH=${SEQ_LENGTH:-4096}
-GLOBAL_BATCH=${GLOBAL_BATCH:-64}
-STEPS=${STEPS:-1000}
-LR=${LR:-1e-5}
-PRECISION=${PRECISION---bf16}          # empty: float32
+MODEL=${QTARGET_MODEL:-models/Qwen3-8B}         # Hugging Face directory of the student
+TEACHER=${QTARGET_TEACHER:-$MODEL}              # of the second model; the same tokenizer, any size
+TRAIN=${QTARGET_TRAIN:-data/train.jsonl}        # {"messages": [...]} or {"prompt": ..., "completion": ...} a line
+OUT=${QTARGET_OUT:-runs/qwen3-8b}               # checkpoints and the exported model
+GPUS=${QTARGET_GPUS:-8}
+TP=${QTARGET_TP:-4}                             # tensor parallel; data parallel is what is left
+OBJECTIVE=${QTARGET_OBJECTIVE:-target-sft}
+OBJECTIVE_ARGS=${QTARGET_OBJECTIVE_ARGS:-eta=0.5}
+SEQ_LENGTH=${QTARGET_SEQ_LENGTH:-4096}
+GLOBAL_BATCH=${QTARGET_GLOBAL_BATCH:-64}
+STEPS=${QTARGET_STEPS:-1000}
+LR=${QTARGET_LR:-1e-5}
+PRECISION=${QTARGET_PRECISION---bf16}           # empty: float32
 
 mkdir -p "$OUT"
-# The same command again goes on from the last checkpoint in $OUT.
+# Ended on the way, the same command goes on from the last checkpoint in $OUT; once $OUT/hf is there, it is refused.
 exec torchrun --standalone --nproc-per-node "$GPUS" -m qtarget_megatron.finetune \
     --hf-model "$MODEL" --teacher-hf "$TEACHER" --sft-train "$TRAIN" \
     --objective "$OBJECTIVE" --objective-args $OBJECTIVE_ARGS \

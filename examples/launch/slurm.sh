@@ -3,7 +3,8 @@
 #
 #   sbatch examples/launch/slurm.sh
 #
-# What a site changes: the lines of SBATCH, and the values below, which can be given in the environment as well.
+# What a site changes: the lines of SBATCH, and the values below, which can be given in the environment as well:
+# QTARGET_OUT=... for OUT.
 #SBATCH --job-name=qtarget
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -15,21 +16,21 @@
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
-GPUS=${GPUS:-8}                         # on each node, as above
-MODEL=${MODEL:-models/Meta-Llama-3-70B-Instruct}
-TEACHER=${TEACHER:-$MODEL}
-TRAIN=${TRAIN:-data/train.jsonl}
-OUT=${OUT:-runs/llama-3-70b}
-TP=${TP:-8}
-PP=${PP:-4}
-OBJECTIVE=${OBJECTIVE:-target-sft}
-OBJECTIVE_ARGS=${OBJECTIVE_ARGS:-eta=0.5}
-SEQ_LENGTH=${SEQ_LENGTH:-8192}
-GLOBAL_BATCH=${GLOBAL_BATCH:-128}
-STEPS=${STEPS:-1000}
-LR=${LR:-5e-6}
-PRECISION=${PRECISION---bf16}          # empty: float32
-PORT=${PORT:-29500}
+GPUS=${QTARGET_GPUS:-8}                         # on each node, as above
+MODEL=${QTARGET_MODEL:-models/Meta-Llama-3-70B-Instruct}
+TEACHER=${QTARGET_TEACHER:-$MODEL}
+TRAIN=${QTARGET_TRAIN:-data/train.jsonl}
+OUT=${QTARGET_OUT:-runs/llama-3-70b}
+TP=${QTARGET_TP:-8}
+PP=${QTARGET_PP:-4}
+OBJECTIVE=${QTARGET_OBJECTIVE:-target-sft}
+OBJECTIVE_ARGS=${QTARGET_OBJECTIVE_ARGS:-eta=0.5}
+SEQ_LENGTH=${QTARGET_SEQ_LENGTH:-8192}
+GLOBAL_BATCH=${QTARGET_GLOBAL_BATCH:-128}
+STEPS=${QTARGET_STEPS:-1000}
+LR=${QTARGET_LR:-5e-6}
+PRECISION=${QTARGET_PRECISION---bf16}           # empty: float32
+PORT=${QTARGET_PORT:-29500}
 
 mkdir -p "$OUT"
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
