@@ -4,19 +4,28 @@ The loss and everything else that needs no Megatron is imported from here; qtarg
 Megatron's training loop, and ``python -m qtarget_megatron.finetune`` runs it.
 """
 
-from qtarget_megatron import objectives
-from qtarget_megatron.inspection import induced_target, target_distribution
-from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
-from qtarget_megatron.loss import qtarget_cross_entropy
-from qtarget_megatron.objectives import Objective
-from qtarget_megatron.sparse_teacher import SparseTeacher
-from qtarget_megatron.statistics import TokenStatistics
+from pathlib import Path
 
-__version__ = "0.1.0"
+from qtarget_megatron import _source_tree
+
+_folder = Path(__file__).parent
+if (_copy := _source_tree.installed_copy(_folder)) is not None:
+    _source_tree.give_way(_folder, _copy)
+else:
+    from qtarget_megatron import objectives
+    from qtarget_megatron._version import __version__
+    from qtarget_megatron.inspection import induced_target, target_distribution
+    from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
+    from qtarget_megatron.loss import qtarget_cross_entropy
+    from qtarget_megatron.objectives import Objective
+    from qtarget_megatron.sparse_teacher import SparseTeacher
+    from qtarget_megatron.statistics import TokenStatistics
+
 __all__ = [
     "Objective",
     "SparseTeacher",
     "TokenStatistics",
+    "__version__",
     "induced_target",
     "objectives",
     "qtarget_cross_entropy",

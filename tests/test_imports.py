@@ -19,12 +19,14 @@ MEGATRON = f"{PACKAGE}.megatron"
 
 # Part of the package -> the parts of the package it may import. A part is a module or a folder.
 ALLOWED = {
+    "_source_tree": set(),
+    "_version": set(),
     "statistics": set(),
     "collectives": set(),
     "resumable": set(),
     "side_inputs": set(),
     "objectives": {"objectives", "statistics"},
-    "kernels": {"statistics", "kernels", "_C"},
+    "kernels": {"statistics", "kernels", "_C", "_source_tree"},
     "token_loss": {"objectives", "statistics"},
     "sparse_teacher": {"statistics", "kernels"},
     "loss": {"objectives", "statistics", "kernels", "token_loss", "collectives", "sparse_teacher"},
@@ -36,7 +38,9 @@ ALLOWED = {
     "teacher_cache": {"teacher_cache", "data"},
     "checkpoint": {"checkpoint", "resumable"},
     "planning": {"checkpoint"},
-    "__init__": {"objectives", "statistics", "loss", "linear_loss", "inspection", "sparse_teacher"},
+    "__init__": {
+        "objectives", "statistics", "loss", "linear_loss", "inspection", "sparse_teacher", "_source_tree", "_version",
+    },
     "megatron": {
         "megatron", "loss", "linear_loss", "objectives", "statistics", "kernels", "data", "side_inputs",
         "resumable", "checkpoint", "collectives", "linear_top_k", "sparse_teacher", "teacher_cache", "planning",
@@ -51,7 +55,7 @@ ALLOWED = {
 }  # fmt: skip
 TORCH_ONLY = {
     "statistics", "collectives", "objectives", "kernels", "token_loss", "sparse_teacher", "loss", "linear_loss",
-    "linear_top_k", "inspection", "verification", "__init__",
+    "linear_top_k", "inspection", "verification", "__init__", "_source_tree", "_version",
 }  # fmt: skip
 WITH_COLLECTIVES = {"collectives", "megatron", "finetune"}
 # Benchmarks time Megatron's own losses, convert several times in one process, and say what the kernels were built with;

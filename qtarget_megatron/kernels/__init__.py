@@ -18,34 +18,41 @@ _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def select(backend: str, logits: Tensor) -> ModuleType:
-    """The module whose partial_statistics and logit_gradient serve these logits.
+    """The module whose partial_statistics and logit_gradient serve these logits; see choose()."""
+    return choose(backend, logits.device.type, logits.dtype)
+
+
+def choose(backend: str, device: str, dtype: torch.dtype) -> ModuleType:
+    """The module that serves logits of a device type and dtype.
 
     auto takes cpp for CPU tensors, cuda for CUDA tensors and reference for float64. Where the native module has no
-    CUDA half, auto takes reference for CUDA tensors and says so once.
+    CUDA half, auto takes reference for CUDA tensors and says so once. ValueError where backend cannot serve them, or
+    where there is no native module.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
-    device = logits.device.type
     if backend == "auto":
-        if logits.dtype not in _NATIVE_DTYPES:
+        if dtype not in _NATIVE_DTYPES:
             return reference
         if device == "cuda" and not native.has_cuda():
             warnings.warn(
                 "qtarget_megatron was built without CUDA: backend='auto' uses the PyTorch reference on the GPU, which "
                 "stores softmax-sized temporaries. Rebuild where nvcc is found.",
-                stacklevel=3,
+                stacklevel=4,
             )
             return reference
-        return native if device in ("cpu", "cuda") else reference
+        if device not in ("cpu", "cuda"):
+            return reference
+        native.extension()
+        return native
     if backend == "reference":
         return reference
     wanted = {"cpp": "cpu", "cuda": "cuda"}[backend]
     if device != wanted:
         raise ValueError(f"backend={backend!r} needs {wanted} tensors, got {device} logits: move them or use 'auto'")
-    if logits.dtype not in _NATIVE_DTYPES:
-        raise ValueError(
-            f"backend={backend!r} takes float32, bfloat16 or float16 logits, got {logits.dtype}: use 'reference'"
-        )
+    if dtype not in _NATIVE_DTYPES:
+        raise ValueError(f"backend={backend!r} takes float32, bfloat16 or float16 logits, got {dtype}: use 'reference'")
     if backend == "cuda" and not native.has_cuda():
         raise ValueError("backend='cuda' needs a build with CUDA: rebuild where nvcc is found, or use 'reference'")
+    native.extension()
     return native

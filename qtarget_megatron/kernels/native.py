@@ -6,25 +6,47 @@ float16. The extension sees addresses, sizes and strides only: tensors are check
 
 from __future__ import annotations
 
+import functools
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import torch  # before the extension: both must share one OpenMP runtime
 from torch import Tensor
 
+from qtarget_megatron import _source_tree
 from qtarget_megatron.statistics import MAX_RESIDUALS, Residuals, StatisticsRequest
-
-try:
-    from qtarget_megatron import _C
-except ImportError as error:
-    raise ImportError(
-        f"qtarget_megatron._C is not built ({error}): run `pip install .` or `python setup.py build_ext --inplace`"
-    ) from error
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MATRIX = (0, 0, 0)
 
 
+@functools.cache
+def extension() -> ModuleType:
+    """The compiled module, imported when it is first needed. ValueError where there is none, or none that loads."""
+    try:
+        return importlib.import_module("qtarget_megatron._C")
+    except ImportError as error:
+        raise ValueError(f"the native kernels need the compiled module: {_why_missing(error)}") from error
+
+
+def _why_missing(error: ImportError) -> str:
+    folder = Path(__file__).parent.parent
+    if _source_tree.is_built(folder):
+        return f"the one in {folder} does not load ({error}): build it again, with make or pip install . in a checkout"
+    if _source_tree.is_source_tree(folder):
+        return (
+            f"this is the source tree at {folder.parent} without it, and no installed copy was found: run make, or pip "
+            "install . there"
+        )
+    version = ".".join(map(str, sys.version_info[:2]))
+    return f"the copy in {folder} has none for Python {version}: run pip install . in a checkout with this Python"
+
+
 def has_cuda() -> bool:
-    """Whether the extension was built with the CUDA kernels."""
-    return _C.build_info()["cuda"]
+    """Whether the extension was built with the CUDA kernels. ValueError where there is no extension."""
+    return extension().build_info()["cuda"]
 
 
 def partial_statistics(
@@ -203,7 +225,7 @@ def _matrix(matrix: Tensor) -> tuple[int, int, int]:
 def _function(name: str, logits: Tensor):
     if logits.device.type == "cuda" and not has_cuda():
         raise ValueError("qtarget_megatron._C was built without CUDA: rebuild it where nvcc is found")
-    return getattr(_C, f"{logits.device.type}_{name}")
+    return getattr(extension(), f"{logits.device.type}_{name}")
 
 
 def _execution(logits: Tensor) -> dict:

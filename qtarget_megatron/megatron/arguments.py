@@ -6,7 +6,9 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from qtarget_megatron import objectives
+import torch
+
+from qtarget_megatron import kernels, objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.megatron.shape import layer_flags
@@ -296,6 +298,12 @@ def states_stages(args: argparse.Namespace) -> bool:
         or args.decoder_last_pipeline_num_layers
         or args.pipeline_model_parallel_layout
     )
+
+
+def check_backend(args: argparse.Namespace, *, on_cpu: bool) -> None:
+    """Refuse kernels that are not there or do not serve the device, before a model is built. Raises ValueError."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    kernels.choose(args.qtarget_backend, "cpu" if on_cpu else "cuda", dtype)
 
 
 def check_head(args: argparse.Namespace) -> None:
