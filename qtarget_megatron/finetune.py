@@ -33,6 +33,7 @@ from qtarget_megatron.megatron import cpu_platform, launch, start
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
     apply_nan_choice,
+    check_backend,
     check_data_flags,
     check_experts,
     check_flags,
@@ -96,6 +97,7 @@ def run(argv: list[str]) -> None:
     if ours.objective_file is not None:
         objectives.register_from_file(ours.objective_file)
     launch.check_version()
+    launch.check_launcher()
     on_cpu = cpu_platform.activate(requested=ours.cpu)
 
     student = Architecture.from_hf(ours.hf_model)
@@ -106,6 +108,7 @@ def run(argv: list[str]) -> None:
     objective = objectives.from_arguments(args.objective, args.objective_args)
     _fill_in(args, student)
     apply_nan_choice(args)
+    check_backend(args, on_cpu=on_cpu)
     _check(args, student, objective)
     tokenizer, teacher, teacher_weights = _check_models(args, student)
     caches = _open_caches(args, student, tokenizer)
@@ -114,7 +117,7 @@ def run(argv: list[str]) -> None:
     args.calculate_per_token_loss = True
     record_architecture(args, student)
     store = start.open_store(args)
-    keys = None if store is None else start.for_this_run(store)
+    keys = start.for_this_run(store) if store is not None and args.world_size > 1 else None
     iteration = _agree(args, argv, keys)
     launch.initialize(args)
     _skip_what_is_done(args, iteration)

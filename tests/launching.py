@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing.forkserver
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -149,6 +150,53 @@ def _end_with_parent() -> None:
     # A rank that waits in a collective does not notice that the test run was killed.
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+def run_alone(
+    module_args: Sequence[str],
+    timeout: float,
+    folder: Path,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess:
+    """Run ``python -m <module_args>`` in folder as one process, without any variable that a launcher sets but env's.
+
+    It is forked where Megatron is imported already. The result's stdout holds both streams. Raises TimeoutError with
+    the end of the output after timeout seconds.
+    """
+    words = [str(word) for word in module_args]
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS} | dict(env or {})
+    with tempfile.NamedTemporaryFile() as output:
+        process = _forking_context().Process(target=_alone, args=(words, str(folder), output.name, environment))
+        process.start()
+        try:
+            process.join(timeout)
+            if process.exitcode is None:
+                raise TimeoutError(f"{words} ran for more than {timeout} s:\n{_text(output)[-4000:]}")
+        finally:
+            if process.is_alive():
+                _end_descendants(process.pid)
+                process.kill()
+                process.join()
+        return subprocess.CompletedProcess(words, process.exitcode, stdout=_text(output))
+
+
+_LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"}
+
+
+def _text(file) -> str:
+    return Path(file.name).read_text(errors="replace")
+
+
+def _alone(words: list[str], folder: str, output: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.chdir(folder)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 def run_torchrun(

@@ -41,6 +41,8 @@ def core_loop(runs):
 
 def pretrain_script(runs, folder):
     """The script with each run's objective, by its name; None is Megatron's own loss."""
+    from megatron.training import get_args
+
     from examples.plugging_in import pretrain_script
     from qtarget_megatron.megatron.output_processor import OutputProcessor
 
@@ -59,6 +61,7 @@ def pretrain_script(runs, folder):
         }[objective]
         with contextlib.redirect_stdout(io.StringIO()):
             pretrain_script.main()
+        assert get_args().calculate_per_token_loss
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             time.sleep(0.1)
             losses[name] = scalars(board)["lm loss"]

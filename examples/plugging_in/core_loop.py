@@ -131,7 +131,9 @@ def main(argv: list[str] | None = None) -> list[float]:
     on_cpu = cpu_platform.activate()  # only where there is no GPU
     if not dist.is_initialized():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("gloo" if on_cpu else "nccl")
+        lone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # started without torchrun, it needs no address
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if lone else {}
+        dist.init_process_group("gloo" if on_cpu else "nccl", **alone)
     return train(args)
 
 

@@ -18,14 +18,15 @@ import torch
 
 from qtarget_megatron.megatron import cpu_platform
 
-cpu_platform.activate()  # before Megatron, and only where there is no GPU
+ON_CPU = cpu_platform.activate()  # before Megatron, and only where there is no GPU
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.training import get_args, pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
-from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args  # noqa: E402
+from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args  # noqa: E402
+from megatron.training.global_vars import set_global_variables  # noqa: E402
 
 from qtarget_megatron.megatron.output_processor import OutputProcessor  # <-- 1  # noqa: E402
 
@@ -89,7 +90,12 @@ def forward_step(data_iterator, model):
 
 
 def main() -> None:
-    args = parse_and_validate_args(args_defaults={"calculate_per_token_loss": True})
+    args = parse_args()
+    args.calculate_per_token_loss = True  # sum_loss returns a sum and its number of tokens
+    if ON_CPU:
+        args.distributed_backend = "gloo"
+    validate_args(args)
+    set_global_variables(args)
     cpu_platform.repair_megatron_wheel()  # where Megatron is the package of 0.19 and not its repository
     pretrain(
         pretrain_cfg_container_from_args(args),
@@ -97,6 +103,7 @@ def main() -> None:
         ModelType.encoder_or_decoder,
         forward_step,
         model_provider=model_provider,
+        store=torch.distributed.HashStore() if args.world_size == 1 else None,  # without torchrun there is no address
     )
 
 

@@ -28,7 +28,8 @@ def exit_code(name: str, command: Callable[[], int]) -> int:
 def print_error(name: str, error: ValueError) -> None:
     """One line on stderr from the first rank. Another rank speaks up only if it is still there a moment later: where
     all fail alike, the launcher has ended it by then."""
-    rank = int(os.environ.get("RANK", "0"))
+    text = os.environ.get("RANK", "0")
+    rank = int(text) if text.isdigit() else 0
     # Megatron's handler, where it is on already, would keep a rank that the launcher ends.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank != 0:

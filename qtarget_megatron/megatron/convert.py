@@ -160,6 +160,7 @@ def open_model(
     initialisation and loading, and object gathers of tensor names.
     """
     launch.check_version()
+    launch.check_launcher()
     on_cpu = cpu_platform.activate(requested=cpu)
     arch = Architecture.from_hf(hf_model)
     arch_flags = megatron_flags(arch)

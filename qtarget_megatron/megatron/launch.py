@@ -32,6 +32,33 @@ def check_version() -> None:
         raise ValueError(f"this version of qtarget_megatron needs {SUPPORTED}, found {version}: install that")
 
 
+def check_launcher() -> None:
+    """ValueError unless the environment is that of a lone process, or one that a launcher such as torchrun has made."""
+    numbers = {}
+    for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        text = os.environ.get(name, str(least))
+        if not (text.isascii() and text.isdigit()) or int(text) < least:
+            raise ValueError(f"{name} must be a number from {least} on, got {text!r}: start with torchrun, or unset it")
+        numbers[name] = int(text)
+    rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if rank >= size:
+        raise ValueError(f"RANK is {rank}, WORLD_SIZE {size}: start with torchrun, or unset RANK for a single process")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if size > 1 and missing:
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE for a single "
+            "process"
+        )
+    if "WORLD_SIZE" not in os.environ:
+        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            # Each of them would train alone, and write over the others.
+            if (tasks := os.environ.get(name, "1")) not in ("", "0", "1"):
+                raise ValueError(
+                    f"{name} says that {tasks} processes were started, but WORLD_SIZE is not set: each would be on its "
+                    "own. Start torchrun on each node, or set WORLD_SIZE=1 where only one was started"
+                )
+
+
 def parse_arguments(argv: list[str], add_arguments: Callable) -> argparse.Namespace:
     """Megatron's arguments and ours, not yet validated. Exits with argparse's message for an unknown flag."""
     from megatron.training.arguments import parse_args
@@ -135,7 +162,7 @@ def run_pretrain(
 ):
     """Megatron's training loop, with this package's data, model and forward step.
 
-    store: that the ranks meet at, where no process group exists yet; None: Megatron opens one.
+    store: that the ranks meet at, None where a process group exists.
     """
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

@@ -92,14 +92,16 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def open_store(args: argparse.Namespace) -> dist.Store | None:
-    """The key-value store that the ranks meet at, for pretrain() to go on with; None for a single rank.
+    """The key-value store that the ranks meet at, for pretrain() to go on with; None under --fake-process-group.
 
-    It is the one of the process group where there is one already.
+    It is the one of the process group where there is one already. A single rank needs no address.
     """
-    if args.world_size == 1 or args.fake_process_group:
+    if args.fake_process_group:
         return None
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
+    if args.world_size == 1:
+        return dist.HashStore()
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     store, _, _ = next(rendezvous("env://", args.rank, args.world_size, timeout=timeout))
     store.set_timeout(timeout)

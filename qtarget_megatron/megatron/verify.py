@@ -131,6 +131,7 @@ def verify(options: VerifyOptions, objectives: Sequence[Objective], on_row: Call
     """
     options.check(int(os.environ.get("WORLD_SIZE", "1")))
     launch.check_version()
+    launch.check_launcher()
     device = _device()
     backend = _backend_name(options, device)
     _join(device, options.timeout)
@@ -282,7 +283,8 @@ def _join(device: torch.device, timeout: float) -> None:
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    lone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if lone else {}
     dist.init_process_group(
         backend,
         timeout=timedelta(seconds=timeout),
