@@ -47,7 +47,7 @@ class Watchdog:
 
     def __init__(self, args: argparse.Namespace, store: dist.Store | None, rank: int, world_size: int):
         self._args, self._rank, self._world_size = args, rank, world_size
-        self._main, self._count = threading.get_ident(), 0
+        self._main, self._count, self._first_step = threading.get_ident(), 0, 0
         self._ended = threading.Event()
         self._host = socket.gethostname()
         self._thread: threading.Thread | None = None
@@ -58,6 +58,7 @@ class Watchdog:
         """The forward step, counted."""
 
         def counted(data_iterator, model):
+            self._first_step = self._first_step or self.step
             self._count += 1
             return forward_step(data_iterator, model)
 
@@ -66,6 +67,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._store is not None:
             self._store.set_timeout(timedelta(seconds=30))
+            # Now, not after the thread's first pause: a rank that hangs in between has reported.
+            self._report(0, "")
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -90,14 +93,15 @@ class Watchdog:
             return True
 
     def _timeout(self, *, started: bool) -> float:
-        """Seconds after which a collective gives up; a shorter time may hold once training has started."""
+        """Seconds after which a collective gives up; a shorter time may hold from the second step on."""
         later = self._args.distributed_timeout_seconds_after_init
         seconds = 60.0 * self._args.distributed_timeout_minutes
         return min(seconds, later) if later is not None and started else seconds
 
     def _patience(self) -> float:
-        """Seconds without movement before a line is printed."""
-        return self._timeout(started=self._count > 0) / 3
+        """Seconds without movement before a line is printed. Starting slowly is not hanging: the first step of a
+        training has the longer time, as Megatron gives it to its collectives."""
+        return self._timeout(started=0 < self._first_step < self.step) / 3
 
     def _interval(self) -> float:
         return min(10.0, self._timeout(started=True) / 15)
@@ -115,8 +119,7 @@ class Watchdog:
                     seen, since, first = self._count, time.monotonic(), None
                 still = time.monotonic() - since
                 place = self._place() if still > self._patience() / 2 else ""
-                report = Report(beat, self._count, self.step, self._host, place)
-                self._store.set(f"at-{self._rank}", json.dumps(asdict(report)))
+                self._report(beat, place)
                 if turn is None or still < self._patience() + turn * self._interval():
                     continue
                 if first is None:
@@ -127,6 +130,10 @@ class Watchdog:
         except RuntimeError:
             # The store is gone, and with it the rank or the launcher that hosts it: the training is ending.
             return
+
+    def _report(self, beat: int, place: str) -> None:
+        report = Report(beat, self._count, self.step, self._host, place)
+        self._store.set(f"at-{self._rank}", json.dumps(asdict(report)))
 
     def _read(self) -> list[Report | None]:
         keys = [f"at-{rank}" for rank in range(self._world_size)]
