@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing.forkserver
 import os
 import runpy
@@ -13,8 +14,10 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,57 @@ import torch
 import torch.distributed as dist
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-_GRACE_SECONDS = 10.0
+# A machine whose cores are kept busy by others, several times over, takes that much longer than the seconds that a test
+# names for a launch. Only a hang waits for the end of it.
+BUSY = 4.0
+GRACE_SECONDS = 10.0
+_LIBC = ctypes.CDLL(None)
+# In the environment of every process that the tests start, and so of each that one of these starts: whose it is stays
+# known when its parent is gone.
+_SESSION, _LAUNCH = "QTARGET_TEST_SESSION", "QTARGET_TEST_LAUNCH"
+
+
+def begin_session() -> None:
+    """From here on, what this process starts is known by its environment."""
+    os.environ[_SESSION] = uuid.uuid4().hex
+
+
+def left_behind() -> list[str]:
+    """Ends the processes of this session that still run after a while; the command line of each.
+
+    Those that multiprocessing keeps for the next launch are no part of it.
+    """
+    end = time.monotonic() + GRACE_SECONDS
+    while (found := _marked(_SESSION, os.environ[_SESSION])) and time.monotonic() < end:
+        time.sleep(0.1)
+    return _end(found)
+
+
+def _marked(name: str, value: str) -> list[psutil.Process]:
+    """The running processes that have an environment variable; not this one, nor multiprocessing's own."""
+    server = multiprocessing.forkserver._forkserver._forkserver_pid
+    own = {os.getpid(), server, resource_tracker._resource_tracker._pid}
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid not in own and process.environ().get(name) == value:
+                found.append(process)
+        except psutil.Error:  # of another user, a zombie, or ended a moment ago
+            continue
+    return found
+
+
+def _end(processes: list[psutil.Process]) -> list[str]:
+    """Kill by id; the command lines."""
+    lines = []
+    for process in processes:
+        try:
+            lines.append(f"{process.pid}: {' '.join(process.cmdline())[:300]}")
+            process.kill()  # does nothing where the id has been reused since
+        except psutil.Error:
+            continue
+    psutil.wait_procs(processes, timeout=GRACE_SECONDS)
+    return lines
 
 
 def free_port() -> int:
@@ -47,11 +100,15 @@ def run_ranks(
     function and args are pickled, so function is a module-level one. It finds the default process
     group initialised, and RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
     megatron: Megatron is imported already, and the CPU platform active where there is no GPU.
+    timeout: seconds on an idle machine.
 
-    Raises RuntimeError with the traceback of the first rank that fails, TimeoutError after timeout
-    seconds. No rank is left running in any case.
+    Raises RuntimeError with the traceback of the first rank that fails, TimeoutError after BUSY times timeout
+    seconds. No rank is left running in any case, nor anything that one which failed has started.
     """
+    timeout *= BUSY
+    mark = uuid.uuid4().hex
     context = _forking_context() if megatron else multiprocessing.get_context("spawn")
+    environment = {**os.environ, _LAUNCH: mark}
     # Held here, on a port the store finds itself: no rank can lose a race for it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, connections = [], []
@@ -60,7 +117,7 @@ def run_ranks(
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, world_size, store.port, timeout, sender, function, tuple(args), dict(os.environ)),
+                args=(rank, world_size, store.port, timeout, sender, function, tuple(args), environment),
                 # Not a daemon: Megatron's checkpoint saving starts processes of its own.
             )
             process.start()
@@ -69,12 +126,16 @@ def run_ranks(
             connections.append(receiver)
         return _collect(connections, time.monotonic() + timeout, timeout)
     finally:
+        failed = sys.exc_info()[0] is not None
         for process in processes:
-            process.join(_GRACE_SECONDS if sys.exc_info()[0] is None else 0)
+            process.join(0 if failed else BUSY * GRACE_SECONDS)
             if process.is_alive():
                 _end_descendants(process.pid)
                 process.kill()
                 process.join()
+        if failed:
+            # Helpers of a rank that died: nobody else knows them.
+            _end(_marked(_LAUNCH, mark))
 
 
 def _forking_context() -> multiprocessing.context.BaseContext:
@@ -146,6 +207,11 @@ def _rank_main(
     dist.destroy_process_group()
 
 
+def _end_with_this_process() -> None:
+    # In the launcher, before it begins: a test run that is killed ends nothing itself. torchrun ends its ranks.
+    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def _end_with_parent() -> None:
     # A rank that waits in a collective does not notice that the test run was killed.
     wait([multiprocessing.parent_process().sentinel])
@@ -209,8 +275,8 @@ def run_torchrun(
 
     module_args: the module and its arguments; env: added to this process's environment.
     The result's stdout holds the output of all ranks, both streams; a failure is its returncode.
-    Raises TimeoutError with the end of the output after timeout seconds, when every process that
-    it started has been ended.
+    Raises TimeoutError with the end of the output after BUSY times timeout seconds, when every process
+    that it started has been ended.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(nproc), "-m", *map(str, module_args)]
@@ -226,7 +292,9 @@ class Launch:
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None):
         self.command = [str(word) for word in command]
+        self._mark = uuid.uuid4().hex
         self._env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ, **(env or {})}
+        self._env[_LAUNCH] = self._mark
 
     def __enter__(self) -> Launch:
         # A file, not a pipe: a process that escaped could hold a pipe open for ever.
@@ -239,6 +307,7 @@ class Launch:
             stdout=self._output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_end_with_this_process,
         )
         return self
 
@@ -249,8 +318,9 @@ class Launch:
     def wait(self, timeout: float) -> subprocess.CompletedProcess:
         """The result, whose stdout holds the output of all ranks, both streams.
 
-        Raises TimeoutError with the end of the output after timeout seconds.
+        Raises TimeoutError with the end of the output after BUSY times timeout seconds, timeout on an idle machine.
         """
+        timeout *= BUSY
         try:
             returncode = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -264,26 +334,19 @@ class Launch:
         return os.pread(self._output.fileno(), os.fstat(self._output.fileno()).st_size, 0).decode(errors="replace")
 
     def kill(self) -> None:
-        """SIGKILL to the launcher's process group, and to the ranks: torchrun gives each a group of its own."""
+        """SIGKILL to the launcher where it still runs; nothing of one that failed is left.
+
+        torchrun gives each rank a process group of its own.
+        """
         if self.process.poll() is None:
-            _end_tree(self.process)
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        if self.process.returncode != 0:
+            _end(_marked(_LAUNCH, self._mark))
 
 
-def _end_tree(process: subprocess.Popen) -> None:
-    """End the launcher's process group, and the ranks: torchrun gives each a group of its own."""
-    descendants = _end_descendants(process.pid)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    psutil.wait_procs(descendants, timeout=_GRACE_SECONDS)
-
-
-def _end_descendants(pid: int) -> list[psutil.Process]:
+def _end_descendants(pid: int) -> None:
     try:
-        descendants = psutil.Process(pid).children(recursive=True)
+        _end(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:  # it ended by itself a moment ago
-        return []
-    for victim in descendants:
-        if victim.is_running():  # False where the process id has been reused since
-            victim.kill()
-    return descendants
+        return
