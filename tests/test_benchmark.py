@@ -10,7 +10,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 
 import numpy as np
 import psutil
@@ -83,9 +82,15 @@ def test_methods_take_turns_and_are_prepared_before_each_run():
     assert len(times["a"]) == 4
 
 
-def test_a_run_is_timed_without_its_preparation():
-    subject = measure.Subject(lambda: None, lambda: time.sleep(0.2))
-    assert max(measure.alternate({"": subject}, device=CPU, seconds=0, min_rounds=2)[""]) < 0.1
+def test_a_run_is_timed_without_its_preparation(monkeypatch):
+    now = [0.0]
+
+    def take(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    subject = measure.Subject(lambda: take(1), lambda: take(100))
+    assert measure.alternate({"": subject}, device=CPU, seconds=0, min_rounds=2)[""] == [1, 1]
 
 
 def test_memory_is_what_the_allocator_held_beyond_inputs_and_results():
@@ -244,7 +249,7 @@ def test_bad_usage_is_one_line(tmp_path, monkeypatch, capsys, words, message):
 
 
 def test_help_teaches():
-    done = subprocess.run([*TOOL, "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*TOOL, "--help"], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0
     for word in ("all", "--quick", "--out", *benchmark.PLANS):
         assert re.search(rf"^ *{re.escape(word)} ", done.stdout, re.MULTILINE), word
@@ -321,7 +326,7 @@ def measured(tmp_path_factory):
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}
     out = folder / "out"
     words = [*TOOL, "kernels", "head", "--quick", "--out", str(out)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=280, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=800, env=environment)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -469,12 +474,12 @@ def test_a_killed_run_leaves_the_old_report_and_no_process(tmp_path, how):
                 started = psutil.Process(process.pid).children(recursive=True)
                 break
         process.send_signal(how)
-        process.wait(60)
+        process.wait(400)
     finally:
         process.kill()
         process.stdout.close()
     assert started, "the measurement had no process of its own"
     assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130}[how]
-    _, alive = psutil.wait_procs(started, timeout=30)
+    _, alive = psutil.wait_procs(started, timeout=120)
     assert not alive
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -497,7 +497,7 @@ def test_the_tool_runs_by_its_path_and_under_torchrun(workspace, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (ckpt / "latest_checkpointed_iteration.txt").read_text() == "release"

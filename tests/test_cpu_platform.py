@@ -14,7 +14,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the platform neve
 
 def python(code):
     command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800)
 
 
 @NO_GPU

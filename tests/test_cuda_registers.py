@@ -23,7 +23,7 @@ def reports(source: Path, folder: Path) -> dict[str, str]:
     """What ptxas says of each kernel (mangled name), for every architecture."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     command = [NVCC, "-O3", "-std=c++17", *codes, "-Xptxas", "-v", "-c", source, "-o", folder / f"{source.stem}.o"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     entries = re.split(r"Compiling entry function '(\w+)' for '(sm_\w+)'", done.stderr)[1:]
     return {f"{name} {arch}": text for name, arch, text in zip(*[iter(entries)] * 3, strict=True)}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from examples.demo import prepare, report, run
 from examples.demo.answers import HeldOutScore
-from examples.demo.launch import LaunchFailed, MemoryPeaks, launch, sigterm_as_interrupt
+from examples.demo.launch import LaunchFailed, MemoryPeaks, MemoryWatcher, launch, sigterm_as_interrupt
 
 # ----------------------------------------------------------------------------------- processes
 
@@ -26,7 +27,7 @@ def script(tmp_path: Path, text: str) -> list[str]:
     return [sys.executable, "-u", str(path)]
 
 
-def ended(pid: int, seconds: float = 5) -> bool:
+def ended(pid: int, seconds: float = 120) -> bool:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
@@ -97,7 +98,7 @@ def test_sigterm_cleans_up_like_an_interrupt():
 LAUNCHER_WITH_TWO_RANKS = """
     import os, subprocess, sys
     code = "import time; block = bytearray({size}); block[::4096] = b'x' * len(block[::4096]); "
-    code += "time.sleep({sleep})"
+    code += "print('filled', flush=True); time.sleep({sleep})"
     ranks = [
         subprocess.Popen(
             [sys.executable, "-u", "-c", code.format(size=rank * 96 * 2**20, sleep=SLEEP)],
@@ -130,13 +131,21 @@ def test_interrupt_ends_every_process_that_was_started(tmp_path):
     assert all(ended(pid) for pid in pids)
 
 
-def test_ranks_that_outlive_their_killed_launcher_are_ended(tmp_path):
-    pids = []
+def test_ranks_that_outlive_their_killed_launcher_are_ended(tmp_path, monkeypatch):
+    pids, sampled = [], threading.Event()
+    sample = MemoryWatcher._sample
+
+    def sample_and_tell(watcher):
+        sample(watcher)
+        if {process.pid for process in watcher.seen} >= set(pids) != set():
+            sampled.set()
+
+    monkeypatch.setattr(MemoryWatcher, "_sample", sample_and_tell)
 
     def kill_launcher(line):
         if line.startswith("pids"):
             pids.extend(int(word) for word in line.split()[1:])
-            time.sleep(1)  # long enough for the watcher to see both ranks
+            assert sampled.wait(120), "the watcher has not seen both ranks"
             psutil.Process(pids[0]).parent().kill()
             raise RuntimeError("as if reading the log had failed")
 
@@ -152,12 +161,29 @@ def test_ranks_that_outlive_their_killed_launcher_are_ended(tmp_path):
     assert all(ended(pid) for pid in pids)
 
 
-def test_peak_memory_is_told_per_rank(tmp_path):
+def test_peak_memory_is_told_per_rank(tmp_path, monkeypatch):
+    """The ranks go on until they have been sampled with their memory filled."""
+    ranks, filled = [], []
+    sample = MemoryWatcher._sample
+
+    def sample_and_end_the_ranks(watcher):
+        complete = len(filled) == 2
+        sample(watcher)
+        while complete and ranks:
+            os.kill(ranks.pop(), signal.SIGTERM)
+
+    def on_line(line):
+        if line.startswith("pids"):
+            ranks.extend(int(word) for word in line.split()[1:])
+        elif line == "filled":
+            filled.append(line)
+
+    monkeypatch.setattr(MemoryWatcher, "_sample", sample_and_end_the_ranks)
     peaks = launch(
-        script(tmp_path, LAUNCHER_WITH_TWO_RANKS.replace("SLEEP", "2")),
+        script(tmp_path, LAUNCHER_WITH_TWO_RANKS.replace("SLEEP", "600")),
         env=os.environ,
         log=tmp_path / "log",
-        on_line=lambda line: None,
+        on_line=on_line,
         sample_seconds=0.05,
     )
     assert sorted(peaks.per_rank) == [0, 1]
@@ -405,7 +431,7 @@ finally:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=800,
         cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr

@@ -123,10 +123,11 @@ def test_sigterm_saves_and_a_killed_rank_is_told(workspace, undisturbed):
         victim = psutil.Process(rank_process(launched, 1))
         helpers = victim.children()
         victim.kill()
-        ended = launched.wait(timeout=25)  # torchrun would end a rank that still waits after 30 s
-    assert ended.returncode != 0
+        ended = launched.wait(timeout=120)
+    # The other rank has ended by itself: torchrun would kill one that still waits.
+    assert ended.returncode != 0 and "forcefully exiting" not in ended.stdout
     # Data worker and Megatron's process for saves: nothing outlives a killed rank.
-    assert len(helpers) >= 2 and not psutil.wait_procs(helpers, timeout=15)[1]
+    assert len(helpers) >= 2 and not psutil.wait_procs(helpers, timeout=120)[1]
     (line,) = error_lines(ended.stdout)
     assert "another rank has ended" in line
     second = reached(workspace, name)
@@ -137,7 +138,7 @@ def test_sigterm_saves_and_a_killed_rank_is_told(workspace, undisturbed):
 
 
 def wait_for(condition, launched):
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 800
     while not condition():
         assert launched.process.poll() is None and time.monotonic() < deadline, launched.output()[-4000:]
         time.sleep(0.01)

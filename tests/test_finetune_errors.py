@@ -202,14 +202,14 @@ def test_bad_input_is_one_clear_line(outcomes, workspace, name):
 def test_the_command_exits_with_2_and_prints_the_line(workspace):
     words = command_line(workspace, {"--objective": "nonsense"})
     command = [sys.executable, "-m", "qtarget_megatron.finetune", *words]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800)
     assert result.returncode == 2
     assert "finetune: error: unknown objective 'nonsense'" in result.stderr
 
 
 def test_help_megatron_lists_its_flags():
     command = [sys.executable, "-m", "qtarget_megatron.finetune", "--help-megatron"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stderr[-2000:]
     for flag in ("--tensor-model-parallel-size", "--save-interval", "--lr-warmup-iters"):
         assert flag in result.stdout
@@ -217,7 +217,7 @@ def test_help_megatron_lists_its_flags():
 
 def test_help_explains_the_arguments_without_a_model():
     command = [sys.executable, "-m", "qtarget_megatron.finetune", "--help"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0
     for flag in (
         "--hf-model",

@@ -314,9 +314,9 @@ def test_older_files_stay_until_all_new_ones_are_complete(workspace, tmp_path, m
 
 def test_the_tool_runs_by_its_path(tmp_path):
     words = [sys.executable, REPOSITORY / "tools" / "inspect_targets.py"]
-    done = subprocess.run([*words, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*words, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0 and "Q = p - g" in done.stdout and "--max-tokens" in done.stdout
     words += ["--hf-model", "x", "--out", "y", *ONE, "--objective", "kd"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=800)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -34,7 +34,7 @@ def skip_without(isa):
 
 def run_with(isa, *arguments):
     environment = os.environ | {"QTARGET_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=800)
 
 
 def call(**changes):

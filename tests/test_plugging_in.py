@@ -63,8 +63,10 @@ def pretrain_script(runs, folder):
             pretrain_script.main()
         assert get_args().calculate_per_token_loss
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            time.sleep(0.1)
-            losses[name] = scalars(board)["lm loss"]
+            # A thread of TensorBoard's writes them.
+            while len(written := scalars(board).get("lm loss", [])) < STEPS:
+                time.sleep(0.05)
+            losses[name] = written
         reset()
     return losses
 

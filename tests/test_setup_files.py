@@ -31,7 +31,7 @@ def find_python(tmp_path: Path, bin_folder: Path, **env: str) -> subprocess.Comp
         [bash, str(ROOT / "tools" / "find_python.sh")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=800,
         env={"PATH": str(bin_folder), "HOME": str(tmp_path / "home"), **env},
     )
 
@@ -121,7 +121,7 @@ def checkout(tmp_path):
 
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, timeout=60, env=env)
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, timeout=800, env=env)
 
 
 def builds(folder: Path) -> int:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -166,25 +165,19 @@ def test_a_run_that_fails_at_any_write_can_be_gone_on_with(tmp_path, small_parts
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
-    """The writer runs in a process of its own, which ends without warning while it writes."""
+    """The writer runs in a process of its own, which ends without warning as it begins the sixth part."""
     program = (
         "import sys; sys.path[:0] = ['tests']\n"
         "import cache_files as t, pathlib\n"
+        "from fault_runs import AtOpen\n"
         "from qtarget_megatron.teacher_cache import writer\n"
         "writer._PART_SAMPLES = 2\n"
+        "AtOpen(rank=0, text='samples-', number=6).begin()\n"
         "t.write(pathlib.Path(sys.argv[1]), t.header(600, k=200), [20] * 600)\n"
     )
     directory = tmp_path / "cache"
-    process = subprocess.Popen([sys.executable, "-c", program, str(directory)], cwd=REPOSITORY)
-    try:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline and len(list(tmp_path.glob("*/samples-*"))) < 5:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", program, str(directory)], cwd=REPOSITORY, timeout=400)
+    assert done.returncode == -signal.SIGKILL
     with pytest.raises(ValueError, match=r"is incomplete, with \d+ of 600 samples") as caught:
         TeacherCache(directory)
     done = int(re.search(r"with (\d+) of", str(caught.value))[1])

@@ -39,9 +39,10 @@ def measure(cost, seconds=0.01):
 
 
 def test_each_forward_is_counted_once(cost):
+    started = time.perf_counter()
     measure(cost)
     measure(cost)
-    assert 20 <= cost.take_milliseconds() < 2000
+    assert 20 <= cost.take_milliseconds() <= 1000 * (time.perf_counter() - started)
     assert cost.take_milliseconds() == 0
 
 
