@@ -73,6 +73,10 @@ def qtarget_cross_entropy(
     outside of the vocabulary and for a token input that is not finite or out of its range (on the GPU, where the check
     would wait for the device, the loss is NaN or follows the value). A NaN or +inf logit makes that token's loss NaN;
     so does a teacher row that is -inf throughout.
+
+    Limits: its checks read values and its kernels are native, so that torch.func (grad, vjp, vmap) does not go through
+    it, nor torch.compile(fullgraph=True). Use torch.autograd; torch.compile without fullgraph runs it as it is, between
+    what is compiled.
     """
     local_vocab = _check_shapes(logits, labels, teacher_logits, sparse_teacher, objective)
     vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
@@ -175,7 +179,8 @@ class _QTargetCrossEntropy(torch.autograd.Function):
 def check_second_model(
     objective: Objective, labels: Tensor, dense: Mapping[str, Tensor | None], sparse_teacher: SparseTeacher | None
 ) -> None:
-    """ValueError unless an objective that needs a second model has it in exactly one form. dense: arguments by name."""
+    """ValueError unless an objective that needs a second model has it in exactly one form, of a dtype that is served.
+    dense: arguments by name."""
     if sparse_teacher is not None and any(value is not None for value in dense.values()):
         raise ValueError(f"the second model is either {' and '.join(dense)} or sparse_teacher, got both: drop one")
     if not objective.needs_teacher:
@@ -185,6 +190,9 @@ def check_second_model(
     if sparse_teacher is not None:
         sparse_teacher.check_fits(labels)
         check_residuals(objective.residuals, sparse_teacher.rule)
+        return
+    for name, value in dense.items():
+        kernels.check_dtype(name, value.dtype)
 
 
 def refuse_second_derivative(name: str) -> None:

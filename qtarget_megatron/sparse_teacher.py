@@ -25,7 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from qtarget_megatron.kernels import reference
+from qtarget_megatron.kernels import DTYPES, reference
 from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, merge
 
 TAIL_RULES = ("uniform", "student", "drop")
@@ -54,10 +54,10 @@ class SparseTeacher:
     def __post_init__(self) -> None:
         if self.rule not in TAIL_RULES:
             raise ValueError(f"tail rule must be one of {', '.join(TAIL_RULES)}, got {self.rule!r}")
-        if self.ids.dtype != torch.int64 or not self.log_p.is_floating_point() or not self.tail.is_floating_point():
+        if self.ids.dtype != torch.int64 or not {self.log_p.dtype, self.tail.dtype} <= set(DTYPES):
             raise ValueError(
-                f"a sparse teacher has int64 ids and floating log_p and tail, got {self.ids.dtype}, {self.log_p.dtype} "
-                f"and {self.tail.dtype}"
+                "a sparse teacher has int64 ids and log_p and tail in float32, float64, bfloat16 or float16, got "
+                f"{self.ids.dtype}, {self.log_p.dtype} and {self.tail.dtype}"
             )
         if self.ids.dim() == 0 or self.ids.shape != self.log_p.shape or self.ids.shape[:-1] != self.tail.shape:
             raise ValueError(

@@ -13,6 +13,12 @@ from qtarget_megatron.objectives import Objective, check_token_input
 from qtarget_megatron.statistics import TokenStatistics
 
 
+_REAL_DTYPES = {
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
+
+
 @dataclass(frozen=True)
 class TokenGradient:
     """What the gradient kernel needs of each token besides its logits, float64: maxima, and masses over sums.
@@ -127,6 +133,8 @@ def flat_inputs(
                 f"token_inputs[{name!r}] must be {list(labels.shape)} on {labels.device} like labels, got "
                 f"{list(value.shape)} on {value.device}"
             )
+        if value.dtype not in _REAL_DTYPES:
+            raise ValueError(f"token_inputs[{name!r}] must hold real numbers, got {value.dtype}: convert it to float32")
         value = value.detach()
         if value.device.type == "cpu":
             check_token_input(name, value[supervised])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from qtarget_megatron import objectives, qtarget_cross_entropy
+from qtarget_megatron import SparseTeacher, objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
 
 LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+WEIGHT = torch.zeros(7, 5)
 INPUT = torch.zeros(2, 3)
 
 
@@ -69,6 +70,48 @@ def test_mistakes_are_refused_in_one_clear_line(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         qtarget_cross_entropy(arguments.pop("logits"), arguments.pop("labels"), **arguments)
     assert "\n" not in str(caught.value)
+
+
+# Everything that torch has and no backend computes in, as far as this version of torch has it.
+NOT_SERVED = [
+    getattr(torch, name)
+    for name in (
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+        *("complex32", "complex64", "complex128", "bool", "uint8", "int8", "int16", "int32", "int64", "uint16"),
+    )
+    if hasattr(torch, name)
+]
+
+
+@pytest.mark.parametrize("dtype", NOT_SERVED, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpp"])
+def test_a_dtype_that_is_not_documented_is_refused_for_whatever_holds_it(dtype, backend):
+    kd = dict(objective=objectives.kd(), backend=backend)
+    served = "must be float32, bfloat16 or float16 .*got " + str(dtype)
+    with pytest.raises(ValueError, match=f"logits .*{served}"):
+        qtarget_cross_entropy(LOGITS.to(dtype), LABELS, objective=objectives.sft(), backend=backend)
+    with pytest.raises(ValueError, match=f"teacher_logits {served}"):
+        qtarget_cross_entropy(LOGITS, LABELS, teacher_logits=LOGITS.to(dtype), **kd)
+    with pytest.raises(ValueError, match=f"hidden states {served}"):
+        qtarget_linear_cross_entropy(
+            *(LOGITS.to(dtype), WEIGHT.to(dtype), LABELS), objective=objectives.sft(), backend=backend
+        )
+    with pytest.raises(ValueError, match=f"teacher_hidden {served}"):
+        taught = dict(teacher_hidden=LOGITS.to(dtype), teacher_weight=WEIGHT.to(dtype))
+        qtarget_linear_cross_entropy(LOGITS, WEIGHT, LABELS, **taught, **kd)
+    ids = LABELS[..., None].expand(2, 3, 4)
+    with pytest.raises(ValueError, match=str(dtype)):
+        SparseTeacher(ids, torch.zeros(2, 3, 4).to(dtype), INPUT)
+    with pytest.raises(ValueError, match=str(dtype)):
+        SparseTeacher(ids, torch.zeros(2, 3, 4), INPUT.to(dtype))
+    if dtype != torch.int64:
+        with pytest.raises(ValueError, match=f"labels must be int64 token ids, got {dtype}"):
+            qtarget_cross_entropy(LOGITS, LABELS.to(dtype), objective=objectives.sft(), backend=backend)
+    if dtype.is_complex or dtype.is_floating_point:
+        with pytest.raises(ValueError, match=rf"token_inputs\['weight'\] must hold real numbers, got {dtype}"):
+            qtarget_cross_entropy(
+                LOGITS, LABELS, objective=objectives.iw_sft(), token_inputs={"weight": INPUT.to(dtype)}, backend=backend
+            )
 
 
 def test_inputs_of_ignored_tokens_may_hold_anything():

@@ -203,7 +203,7 @@ GOOD = dict(ids=IDS, log_p=torch.zeros(2, 2), tail=torch.zeros(2))
     ("changes", "message"),
     [
         (dict(rule="even"), "tail rule must be one of uniform, student, drop, got 'even'"),
-        (dict(ids=IDS.int()), "int64 ids and floating log_p and tail, got torch.int32"),
+        (dict(ids=IDS.int()), "int64 ids and log_p and tail in float32.*got torch.int32"),
         (dict(tail=torch.zeros(3)), r"ids \[\.\.\., K\].*got \[2, 2\], \[2, 2\] and \[3\]"),
     ],
 )

@@ -15,6 +15,15 @@ from qtarget_megatron.kernels import native, reference
 
 BACKENDS = ("auto", "reference", "cpp", "cuda")
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*_NATIVE_DTYPES, torch.float64)
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """ValueError unless some backend computes in a dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"{name} must be float32, bfloat16 or float16 (float64 with the reference backend), got {dtype}: convert it"
+        )
 
 
 def select(backend: str, logits: Tensor) -> ModuleType:
@@ -31,6 +40,7 @@ def choose(backend: str, device: str, dtype: torch.dtype) -> ModuleType:
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    check_dtype("logits and hidden states", dtype)
     if backend == "auto":
         if dtype not in _NATIVE_DTYPES:
             return reference
