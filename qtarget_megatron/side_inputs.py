@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 
-# What a record, and a sample of the dataset, holds under a name of its own.
-_TAKEN = frozenset({"messages", "prompt", "completion", "tools", "tokens", "labels", "position_ids", "sample"})
+# What a record holds under a name of its own.
+_RECORD_FIELDS = frozenset({"messages", "prompt", "completion", "tools"})
 _WHERE_FROM = {
     "old_log_prob": "python -m qtarget_megatron.commands.score computes it",
     "weight": "add it, or let python -m qtarget_megatron.commands.score --reference-hf compute importance weights",
 }
+
+
+def batch_key(name: str) -> str:
+    """What items and batches hold the side input under: no part of the data set's own has such a key."""
+    return f"input {name}"
 
 
 def read_side_inputs(
@@ -25,9 +30,9 @@ def read_side_inputs(
     A field is a number (true and false are 1 and 0), which every supervised token gets, or a list with one number per
     supervised token, in order. truncated: the sample has been cut, so that the list may be longer; its rest is cut
     likewise. Where no token is supervised the field may be missing. Raises ValueError for a missing field, another
-    number of entries, anything that is no finite number, and a name that is another part of the sample.
+    number of entries, anything that is no finite number, and a name that is another part of the record.
     """
-    if taken := sorted(_TAKEN.intersection(names)):
+    if taken := sorted(_RECORD_FIELDS.intersection(names)):
         raise ValueError(f"an objective's token_inputs cannot be named {', '.join(taken)}: rename it")
     inputs = {name: np.zeros(len(supervised)) for name in names}
     if count := int(supervised.sum()):

@@ -21,6 +21,7 @@ from megatron_reset import reset
 from small_tokenizers import CHATML, SPECIAL, byte_tokenizer, chat
 
 from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples, load_tokenizer
+from qtarget_megatron.side_inputs import batch_key
 
 # The first test of a launch waits for all of its jobs.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -315,7 +316,7 @@ def test_training_reads_the_written_file(workspace, one, seq_length):
         supervised = item["labels"] != -100
         count = int(supervised.sum())
         assert item["old_log_prob"][supervised].tolist() == record["old_log_prob"][:count]
-        assert item["weight"][supervised].tolist() == [record["weight"]] * count
+        assert item[batch_key("weight")][supervised].tolist() == [record["weight"]] * count
         assert not item["weight"][~supervised].any()
     if seq_length == S:
         with pytest.raises(ValueError, match='"old_log_prob": expected a number or .* numbers .*, got'):

@@ -11,7 +11,8 @@ from small_tokenizers import CHATML, byte_tokenizer, chat
 from torch.utils.data import DataLoader, default_collate
 
 from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples
-from qtarget_megatron.side_inputs import importance_weight
+from qtarget_megatron.side_inputs import batch_key, importance_weight
+from qtarget_megatron.teacher_cache import CacheHeader, CacheWriter, SampleEntries, TeacherCache, context_digests
 
 # Prompt of 3 tokens; supervised: x, y and the end-of-sequence token.
 COMPLETION = {"prompt": "abc", "completion": "xy"}
@@ -26,7 +27,7 @@ def write_lines(path, records):
     return JsonlFile(path)
 
 
-def dataset(file, tokenizer, seq_length, names):
+def dataset(file, tokenizer, seq_length, names=()):
     status = inspect_samples(file, tokenizer, seq_length, range(len(file)), names)
     keywords = dict(num_samples=len(file), seed=0, pad_id=0, shuffle=False, token_inputs=names)
     return SupervisedDataset(file, tokenizer, seq_length, status=status, **keywords)
@@ -47,11 +48,11 @@ def dataset(file, tokenizer, seq_length, names):
 def test_values_stand_where_their_tokens_are_labels(tmp_path, seq_length, expected):
     file = write_lines(tmp_path / "d.jsonl", [COMPLETION | {"weight": [0.5, 1.5, 2.5], "critical": True, "note": "x"}])
     item = dataset(file, completions(), seq_length, ("weight", "critical"))[0]
-    assert item["weight"].tolist() == expected
-    assert item["critical"].tolist() == [float(value > 0) for value in expected]
-    assert {item[name].dtype for name in ("weight", "critical")} == {torch.float64}
-    assert torch.equal(item["labels"] != -100, item["weight"] != 0)
-    assert set(item) == {"tokens", "labels", "position_ids", "sample", "weight", "critical"}
+    assert item[batch_key("weight")].tolist() == expected
+    assert item[batch_key("critical")].tolist() == [float(value > 0) for value in expected]
+    assert {item[batch_key(name)].dtype for name in ("weight", "critical")} == {torch.float64}
+    assert torch.equal(item["labels"] != -100, item[batch_key("weight")] != 0)
+    assert set(item) == {"tokens", "labels", "position_ids", "sample", *map(batch_key, ("weight", "critical"))}
 
 
 def test_values_run_on_over_the_answers_of_a_conversation():
@@ -92,11 +93,11 @@ def test_batches_stack_side_inputs_like_labels(tmp_path):
     records = [{"prompt": "p", "completion": "q" * n, "weight": n, "old_log_prob": [-n] * (n + 1)} for n in range(1, 5)]
     data = dataset(write_lines(tmp_path / "d.jsonl", records), completions(), 6, ("weight", "old_log_prob"))
     batch = default_collate([data[i] for i in range(4)])
-    assert batch["weight"].shape == batch["labels"].shape == (4, 6)
-    assert batch["weight"].dtype == torch.float64
-    assert torch.equal(batch["weight"], -batch["old_log_prob"])
-    assert [row[row != 0].unique().tolist() for row in batch["weight"]] == [[1], [2], [3], [4]]
-    assert torch.equal(batch["weight"] != 0, batch["labels"] != -100)
+    assert batch[batch_key("weight")].shape == batch["labels"].shape == (4, 6)
+    assert batch[batch_key("weight")].dtype == torch.float64
+    assert torch.equal(batch[batch_key("weight")], -batch[batch_key("old_log_prob")])
+    assert [row[row != 0].unique().tolist() for row in batch[batch_key("weight")]] == [[1], [2], [3], [4]]
+    assert torch.equal(batch[batch_key("weight")] != 0, batch["labels"] != -100)
     (loaded,) = DataLoader(data, batch_size=4, num_workers=1)
     assert all(torch.equal(loaded[name], batch[name]) for name in batch)
 
@@ -165,10 +166,50 @@ def test_a_missing_field_says_where_it_comes_from(tmp_path, name, hint):
     assert inspect_samples(file, completions(), 8, range(2)).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("name", ["labels", "tokens", "sample", "messages", "tools"])
-def test_a_side_input_cannot_replace_a_part_of_the_sample(name):
+@pytest.mark.parametrize("name", ["messages", "tools", "prompt", "completion"])
+def test_a_side_input_cannot_replace_a_part_of_the_record(name):
     with pytest.raises(ValueError, match=f"cannot be named {name}: rename it"):
         encode(completions(), COMPLETION, 8, ("weight", name))
+
+
+def test_a_side_input_may_be_named_as_a_part_of_the_batch_is(tmp_path):
+    """Of every part that there is, a cached teacher's too: each keeps its own values."""
+    from qtarget_megatron.megatron.datasets import TaughtDataset
+
+    tokenizer, k = completions(), 2
+    file = write_lines(tmp_path / "d.jsonl", [COMPLETION])
+    sample = encode(tokenizer, COMPLETION, 8)
+    supervised = int(sample.supervised.sum())
+    kept = SampleEntries(
+        ids=np.tile([1, 2], (supervised, 1)),
+        log_p=np.full((supervised, k), math.log(0.25), dtype=np.float32),
+        counts=np.full(supervised, k),
+        tail=np.full(supervised, 0.5, dtype=np.float32),
+        context=context_digests(sample.input_ids, sample.supervised),
+    )
+    header = CacheHeader(
+        **dict.fromkeys(("data", "tokenizer", "chat_template", "teacher", "teacher_files", "precision"), "x"),
+        **dict(num_samples=1, vocab_size=50, seq_length=8, k=k),
+    )
+    writer = CacheWriter(tmp_path / "cache", header, tokenizer)
+    writer.open()
+    writer.append([kept])
+    writer.finish()
+
+    def taught(data):
+        return TaughtDataset(data, TeacherCache(tmp_path / "cache"))[0]
+
+    own = taught(dataset(file, tokenizer, 8))
+    names = sorted(own)
+    assert {"tokens", "labels", "position_ids", "sample", "teacher_ids", "teacher_tail", "teacher_ms"} <= set(names)
+    record = COMPLETION | {name: 100.0 + number for number, name in enumerate(names)}
+    file = write_lines(tmp_path / "named.jsonl", [record])
+    mixed = taught(dataset(file, tokenizer, 8, tuple(names)))
+    for number, name in enumerate(names):
+        values = mixed[batch_key(name)][own["labels"] != -100]
+        assert (values == 100.0 + number).all() and len(values) == supervised, name
+        if name != "teacher_ms":
+            assert torch.equal(mixed[name], own[name]), name
 
 
 # ---- importance weight
@@ -241,7 +282,7 @@ def test_context_parallel_ranks_cut_side_inputs_where_they_cut_labels(tmp_path):
     whole = {name: value.numpy() for name, value in default_collate([data[0], data[1]]).items()}
     parts = run_ranks(2, slices, (str(path),), timeout=120)
     assert sorted(np.concatenate([part["position_ids"][0] for part in parts])) == list(range(32))
-    for name in ("tokens", "labels", "weight", "mine"):
+    for name in ("tokens", "labels", batch_key("weight"), batch_key("mine")):
         assert [part[name].shape for part in parts] == [(2, 16), (2, 16)]
         for part in parts:
             assert part[name].dtype == whole[name].dtype

@@ -11,6 +11,7 @@ import torch
 
 from qtarget_megatron.data.jsonl import JsonlFile
 from qtarget_megatron.data.supervision import EncodedSample, encode_at
+from qtarget_megatron.side_inputs import batch_key
 
 IGNORE_INDEX = -100
 
@@ -50,8 +51,8 @@ class SupervisedDataset(torch.utils.data.Dataset):
     int64 tensors: ``tokens`` [S]; ``labels`` [S], where ``labels[t]`` is the token behind
     ``tokens[t]`` and -100 where that is no target or padding; ``position_ids`` [S] = 0..S-1;
     ``sample`` [], the record's index in the file. Besides, one float64 tensor [S] for each of
-    ``token_inputs``, aligned with ``labels`` and 0 where those are -100. Records are encoded when
-    they are asked for.
+    ``token_inputs``, under its batch_key(), aligned with ``labels`` and 0 where those are -100.
+    Records are encoded when they are asked for.
 
     Raises ValueError when no record is kept or ``status`` does not fit the file.
     """
@@ -119,6 +120,6 @@ def training_item(sample: EncodedSample, length: int, pad_id: int) -> dict[str, 
         "position_ids": torch.arange(length),
     }
     for name, values in sample.inputs.items():
-        item[name] = torch.zeros(length, dtype=torch.float64)
-        item[name][:behind] = torch.from_numpy(values[1:])
+        aligned = item[batch_key(name)] = torch.zeros(length, dtype=torch.float64)
+        aligned[:behind] = torch.from_numpy(values[1:])
     return item

@@ -22,6 +22,7 @@ from qtarget_megatron.megatron.faults import ON_NAN, NotFinite
 from qtarget_megatron.megatron.teacher import OutputHead
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.objectives import Objective
+from qtarget_megatron.side_inputs import batch_key
 from qtarget_megatron.sparse_teacher import SparseTeacher
 from qtarget_megatron.statistics import TokenStatistics
 
@@ -141,7 +142,7 @@ def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iter
     context = LossContext(settings)
     if is_last:
         context.samples = batch["sample"]
-        context.token_inputs = {name: batch[name] for name in settings.objective.token_inputs}
+        context.token_inputs = {name: batch[batch_key(name)] for name in settings.objective.token_inputs}
         if "teacher_ids" in batch:
             kept = (batch[name] for name in ("teacher_ids", "teacher_log_p", "teacher_tail"))
             context.sparse_teacher = SparseTeacher(*kept, settings.teacher_tail)
