@@ -56,6 +56,7 @@ from qtarget_megatron.megatron.watchdog import Watchdog
 from qtarget_megatron.resumable import ResumableDirectory, file_digest
 from qtarget_megatron.sparse_teacher import check_residuals
 from qtarget_megatron.teacher_cache import TeacherCache
+from qtarget_megatron.verification import try_evaluate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,6 +107,8 @@ def run(argv: list[str]) -> None:
     flags = [*arch_flags, *implementation_flags(on_cpu=on_cpu), *fault_flags(), *argv]
     args = launch.parse_arguments(flags, add_arguments)
     objective = objectives.from_arguments(args.objective, args.objective_args)
+    if ours.objective_file is not None:
+        try_evaluate(objective)
     _fill_in(args, student)
     apply_nan_choice(args)
     check_backend(args, on_cpu=on_cpu)
@@ -287,6 +290,8 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     if args.rank == 0:
         origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
         print(f"qtarget_megatron: objective {objective}, starting from {origin}", flush=True)
+        if objective.note:
+            print(f"qtarget_megatron: {objective.name}: {objective.note}", flush=True)
     chunk_size = None if args.qtarget_materialize_logits else args.qtarget_chunk_size
     smaller = teacher is not None and teacher.vocab_size < student.vocab_size
     settings = LossSettings(
@@ -301,7 +306,7 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     launch.run_pretrain(
         args,
-        datasets=DatasetProvider(args, tokenizer, objective.token_inputs, caches),
+        datasets=DatasetProvider(args, tokenizer, objective, caches),
         model_provider=models,
         forward_step=watchdog.watched(partial(forward_step, settings, on_nan)),
         store=None if dist.is_initialized() else store,

@@ -12,7 +12,6 @@ from torch import Tensor
 from qtarget_megatron.objectives import Objective, check_token_input
 from qtarget_megatron.statistics import TokenStatistics
 
-
 _REAL_DTYPES = {
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),

@@ -23,13 +23,6 @@ from qtarget_megatron.loss import qtarget_cross_entropy
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.sparse_teacher import SparseTeacher
 
-# For parameters without a default.
-PARAMETERS = {
-    "beyond-log": {"alpha": 0.5},
-    "entropy-mask": {"threshold": 2.0},
-    "gift": {"beta": 1.0},
-    "sft-kl": {"lam": 0.5},
-}
 KEPT = 16  # entries of the sparse teacher
 # |logit| / scale <= hidden, which bfloat16 holds exactly up to 2^8.
 MAX_HIDDEN = 256
@@ -54,18 +47,34 @@ def gradient_bound(dtype: torch.dtype, ranks: int) -> float:
 
 
 def chosen_objectives(words: Sequence[str]) -> list[Objective]:
-    """Objectives from words NAME or NAME:KEY=VALUE,KEY=VALUE; all registered ones where there is no word.
+    """Objectives from words NAME or NAME:KEY=VALUE,KEY=VALUE, a bare NAME with the parameters of its example; where
+    there is no word, all registered ones that have a value for every parameter.
 
-    ValueError for an unknown name or parameter, and for a parameter without a default that PARAMETERS does not know.
+    ValueError for an unknown name or parameter, and for a named objective that lacks a value.
     """
+    if not words:
+        return [found for name in objectives.names() if (found := objectives.example(name)) is not None]
     chosen = []
-    for word in words or objectives.names():
+    for word in words:
         name, _, parameters = word.partition(":")
         if parameters:
             chosen.append(objectives.from_arguments(name, parameters.split(",")))
         else:
-            chosen.append(objectives.get(name, **PARAMETERS.get(name.replace("_", "-").lower(), {})))
+            chosen.append(objectives.example(name) or objectives.get(name))
     return chosen
+
+
+def try_evaluate(objective: Objective) -> None:
+    """Compute an objective's loss and gradient once, of a few tokens, in float64. ValueError, with the line of the
+    user's file, where its code fails: before a model has been built, not at the first step."""
+    problem = Problem.draw(
+        vocab_size=2 * KEPT, hidden=16, tokens=8, seed=1, dtype=torch.float64, device=torch.device("cpu"), ranks=1
+    )
+    try:
+        Expected.of(problem, objective, None)
+    except Exception as error:
+        file = objective.evaluate.__code__.co_filename
+        raise ValueError(f"objective {objective} cannot be evaluated: {objectives.failure(error, file)}") from error
 
 
 @dataclass(frozen=True)
@@ -201,17 +210,19 @@ def _shard_edges(columns: int, ranks: int, vocab_size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a dense computation on one rank gives, float64: loss [T], its gradient to the logits [T, V_pad]."""
+    """What a dense computation on one rank gives, float64: loss [T], its gradient to the logits [T, V_pad], label mass
+    [T]."""
 
     loss: Tensor
     gradient: Tensor
+    label_mass: Tensor
 
     @classmethod
     def of(cls, problem: Problem, objective: Objective, sparse_teacher: SparseTeacher | None) -> Expected:
         """By the reference backend, without a group; a sparse teacher as the dense one that it stands for."""
         leaf = problem.logits.clone().requires_grad_()
         teacher = problem.teacher_logits if sparse_teacher is None else problem.dense_teacher_logits(sparse_teacher)
-        loss = qtarget_cross_entropy(
+        loss, statistics = qtarget_cross_entropy(
             leaf,
             problem.labels,
             objective=objective,
@@ -219,9 +230,10 @@ class Expected:
             token_inputs=problem.token_inputs(objective),
             vocab_size=problem.vocab_size,
             backend="reference",
+            return_statistics=True,
         )
         (gradient,) = torch.autograd.grad(loss, leaf, problem.upstream.double())
-        return cls(loss.detach(), gradient)
+        return cls(loss.detach(), gradient, statistics.label_mass)
 
 
 @dataclass(frozen=True)
@@ -304,13 +316,13 @@ def _measure_logits(problem, objective, setting, sparse_teacher, expected) -> Er
     return _errors(loss, expected.loss, {"logits": error})
 
 
-def _fused(problem, objective, setting, sparse_teacher, labels, upstream) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [T] of the fused head, and its gradients to this rank's hidden states and rows of the weight."""
+def _fused(problem, objective, setting, sparse_teacher, labels, upstream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [T] of the fused head, its gradients to this rank's hidden states and rows of the weight, label mass [T]."""
     mine, rows = _columns(problem, setting), _rows(problem, setting)
     hidden = problem.hidden[rows].clone().requires_grad_()
     weight = problem.weight[mine].clone().requires_grad_()
     live = objective.needs_teacher and sparse_teacher is None
-    loss = qtarget_linear_cross_entropy(
+    loss, statistics = qtarget_linear_cross_entropy(
         hidden,
         weight,
         labels,
@@ -324,12 +336,13 @@ def _fused(problem, objective, setting, sparse_teacher, labels, upstream) -> tup
         sequence_parallel=setting.sequence_parallel,
         chunk_size=_CHUNK,
         backend=setting.backend,
+        return_statistics=True,
     )
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream)
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream), statistics.label_mass
 
 
 def _measure_fused(problem, objective, setting, sparse_teacher, expected) -> Errors:
-    loss, hidden_gradient, weight_gradient = _fused(
+    loss, hidden_gradient, weight_gradient, _ = _fused(
         problem, objective, setting, sparse_teacher, problem.labels, problem.upstream
     )
     of_hidden = expected.gradient @ problem.weight.double()
@@ -344,13 +357,14 @@ def _measure_fused(problem, objective, setting, sparse_teacher, expected) -> Err
 def _measure_split(problem, objective, setting, expected) -> Errors:
     share = torch.arange(len(problem.labels), device=problem.labels.device) % collectives.size(setting.data_group)
     labels = problem.labels.masked_fill(share != collectives.rank(setting.data_group), _IGNORED)
-    loss, _, weight_gradient = _fused(problem, objective, setting, None, labels, torch.ones_like(problem.upstream))
+    upstream = torch.ones_like(problem.upstream)
+    loss, _, weight_gradient, label_mass = _fused(problem, objective, setting, None, labels, upstream)
     inputs = problem.token_inputs(objective)
-    count = objective.num_tokens(labels != _IGNORED, inputs)
+    count = objective.num_tokens(labels != _IGNORED, inputs, label_mass)
     total = collectives.sum_in_place(torch.stack([loss.double().sum(), count.double()]), setting.data_group)
     weight_gradient = collectives.sum_in_place(weight_gradient.float(), setting.data_group) / total[1]
 
-    count = objective.num_tokens(problem.supervised, inputs)
+    count = objective.num_tokens(problem.supervised, inputs, expected.label_mass)
     # Powers of two: dividing by them is exact.
     of_weight = (expected.gradient / problem.upstream.double()[:, None]).t() @ problem.hidden.double() / count
     distance = _distance(weight_gradient, of_weight[_columns(problem, setting)], of_weight)

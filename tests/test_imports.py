@@ -50,7 +50,7 @@ ALLOWED = {
         "commands", "megatron", "objectives", "checkpoint", "data", "inspection", "teacher_cache", "verification",
     },
     "finetune": {
-        "objectives", "data", "checkpoint", "megatron", "resumable", "sparse_teacher", "teacher_cache",
+        "objectives", "data", "checkpoint", "megatron", "resumable", "sparse_teacher", "teacher_cache", "verification",
     },
 }  # fmt: skip
 TORCH_ONLY = {

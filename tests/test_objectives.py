@@ -215,8 +215,57 @@ def test_eaft_of_a_flat_row_is_sft_and_of_a_vocabulary_below_k_takes_all_of_it()
 def test_cft_counts_all_tokens_or_the_critical_ones():
     supervised, critical = torch.tensor([True, True, True, False]), torch.tensor([1.0, 0.0, 1.0, 1.0])
     inputs = {"critical": critical}
-    assert objectives.cft().num_tokens(supervised, inputs) == 3
-    assert objectives.cft(denominator="critical").num_tokens(supervised, inputs) == 2
+    assert objectives.cft().num_tokens(supervised, inputs, critical) == 3
+    assert objectives.cft(denominator="critical").num_tokens(supervised, inputs, critical) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "mask"),
+    [
+        ("profit", {"tau": 0.1}, lambda log_p, y: log_p.gather(-1, y[:, None])[:, 0].exp() >= 0.1),
+        ("entropy-mask", {"threshold": 2.0}, lambda log_p, y: -(log_p.exp() * log_p).sum(-1) >= 2.0),
+        ("entropy-mask", {"threshold": 2.0, "keep": "low"}, lambda log_p, y: -(log_p.exp() * log_p).sum(-1) < 2.0),
+    ],
+    ids=str,
+)
+@every_backend
+def test_a_mask_is_divided_by_all_tokens_or_by_the_kept_ones(name, parameters, mask, backend):
+    logits, labels, _, _ = draw()
+    labels[1] = -100
+    supervised = labels != -100
+    kept = mask(torch.log_softmax(logits.double(), -1), labels.clamp(min=0)) & supervised
+    assert 0 < kept.sum() < supervised.sum()
+    for denominator, expected in (("all", supervised.sum()), ("kept", kept.sum())):
+        objective = objectives.get(name, **parameters, denominator=denominator)
+        _, statistics = qtarget_cross_entropy(
+            logits, labels, objective=objective, backend=backend, return_statistics=True
+        )
+        assert objective.num_tokens(supervised, {}, statistics.label_mass) == expected
+
+
+@pytest.mark.parametrize(
+    ("objective", "inputs", "expected"),
+    [
+        (objectives.iw_sft(), {"weight": 1.0}, 1.0),
+        (objectives.iw_sft(), {"weight": 0.5}, 0.5),
+        (objectives.cft(), {"critical": 1.0}, 1.0),
+        (objectives.cft(), {"critical": 0.0}, 0.0),
+        (objectives.psft(), {"old_log_prob": -1.0}, None),
+        (objectives.dft(), {}, None),
+        (objectives.target_sft(), {}, None),
+    ],
+    ids=str,
+)
+def test_constant_inputs_that_leave_nothing_but_sft_are_known(objective, inputs, expected):
+    assert objectives.multiple_of_sft(objective, inputs) == expected
+    if expected is not None:
+        logits, labels, _, upstream = draw()
+        given = {name: torch.full(labels.shape, value) for name, value in inputs.items()}
+        found = [
+            torch.autograd.grad(qtarget_cross_entropy(leaf, labels, objective=o, token_inputs=given), leaf, upstream)[0]
+            for o, leaf in ((o, logits.clone().requires_grad_()) for o in (objective, objectives.sft()))
+        ]
+        torch.testing.assert_close(found[0], expected * found[1])
 
 
 @every_backend
@@ -479,7 +528,7 @@ def test_a_users_objective_works_through_the_loss(registry, backend):
 
 
 def test_a_denominator_is_one_of_the_token_inputs():
-    with pytest.raises(ValueError, match="denominator 'weight' must be one of the token_inputs"):
+    with pytest.raises(ValueError, match="denominator 'weight' must be 'label_mass' or one of the token_inputs"):
         Objective(lambda stats, inputs: None, denominator="weight")
 
 

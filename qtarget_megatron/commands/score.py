@@ -17,6 +17,11 @@
     torchrun --nproc-per-node 8 -m qtarget_megatron.finetune --hf-model DIR --sft-train scored.jsonl \\
         --objective psft --seq-length 4096 ...
 
+What these numbers mean: log-probabilities and weights of models that stay as they are. The released psft takes
+old_log_prob anew from the trained model every 8 updates, the released iw-sft the weight in every step. With old ones
+psft stops at (1 + epsilon_high) times a token's first probability; --reference-hf with the files of --hf-model makes
+every weight exactly 1, so that iw-sft is sft.
+
 Every record is written back, in order, unchanged but for the new fields. Log-probabilities are in
 nats, one for each supervised token within --seq-length; a record without supervised tokens gets an
 empty list and no weight.

@@ -60,6 +60,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.objective_file is not None:
         objectives.register_from_file(args.objective_file)
     chosen = chosen_objectives(args.objective)
+    left_out = [] if args.objective else [name for name in objectives.names() if objectives.example(name) is None]
+    if not chosen:
+        raise ValueError(_how_to_verify(left_out))
     options = VerifyOptions(
         tensor=args.tensor_model_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
@@ -98,7 +101,16 @@ def _run(args: argparse.Namespace) -> int:
     elif wrong:
         print_once(f"FAIL: {wrong} of {len(verdict.rows)} rows differ from the dense computation")
     print_once(f"{'verified' if verdict.ok else 'NOT verified'}: {len(chosen)} objective(s) at {verdict.verified}")
+    if left_out:
+        print_once(_how_to_verify(left_out))
     return 0 if verdict.ok else 1
+
+
+def _how_to_verify(left_out: list[str]) -> str:
+    return (
+        f"not verified: {', '.join(left_out)}, with a parameter that has no default: name it, --objective "
+        f"{left_out[0]}:KEY=VALUE, or register it with example={{KEY: VALUE}}"
+    )
 
 
 class _Parser(argparse.ArgumentParser):

@@ -21,6 +21,7 @@ from qtarget_megatron.data import (
     SupervisedDataset,
     inspect_samples,
 )
+from qtarget_megatron.objectives import Objective, multiple_of_sft
 from qtarget_megatron.teacher_cache import TeacherCache
 
 
@@ -67,11 +68,11 @@ class DatasetProvider:
         self,
         args: argparse.Namespace,
         tokenizer,
-        token_inputs: Sequence[str] = (),
+        objective: Objective,
         teacher_caches: Mapping[Path, TeacherCache] | None = None,
     ):
-        """token_inputs: side inputs of the objective, fields of each record. teacher_caches: by data file."""
-        self.args, self.tokenizer, self.token_inputs = args, tokenizer, tuple(token_inputs)
+        """objective: its side inputs are fields of each record. teacher_caches: by data file."""
+        self.args, self.tokenizer, self.objective = args, tokenizer, objective
         self._caches = dict(teacher_caches or {})
         self._built: dict[Path, tuple[JsonlFile, np.ndarray]] = {}
 
@@ -105,7 +106,7 @@ class DatasetProvider:
             seed=self.args.seed,
             shuffle=shuffle,
             pad_id=pad_id(self.tokenizer),
-            token_inputs=self.token_inputs,
+            token_inputs=self.objective.token_inputs,
         )
         if path in self._caches:
             dataset = TaughtDataset(dataset, self._caches[path])
@@ -117,10 +118,22 @@ class DatasetProvider:
         if path not in self._built:
             file, seq_length = JsonlFile(path), self.args.seq_length
 
-            check = _reads_as(self._caches[path]) if path in self._caches else None
+            ranges = InputRanges(self.objective.token_inputs)
+            cache = self._caches.get(path)
+
+            def check(index: int, sample: EncodedSample) -> None:
+                ranges.add(sample)
+                if cache is not None:
+                    # That the teacher read it as training does is seen before training starts.
+                    cache.check_sample(index, sample.input_ids, sample.supervised)
+
             status = for_each_record(
-                file, lambda share: inspect_samples(file, self.tokenizer, seq_length, share, self.token_inputs, check)
+                file,
+                lambda share: inspect_samples(
+                    file, self.tokenizer, seq_length, share, self.objective.token_inputs, check
+                ),
             )
+            ranges.merge()
             if dist.get_rank() == 0:
                 truncated = int((status == SampleStatus.TRUNCATED).sum())
                 skipped = int((status == SampleStatus.SKIPPED).sum())
@@ -129,13 +142,42 @@ class DatasetProvider:
                     f"tokens, {skipped} skipped (no supervised token)",
                     flush=True,
                 )
+                if warning := ranges.warning(self.objective):
+                    print(f"qtarget_megatron: WARNING: {path}: {warning}", flush=True)
             self._built[path] = file, status
         return self._built[path]
 
 
-def _reads_as(cache: TeacherCache) -> Callable[[int, EncodedSample], None]:
-    """A check that the teacher read a sample as training does, so that this is seen before training starts."""
-    return lambda index, sample: cache.check_sample(index, sample.input_ids, sample.supervised)
+class InputRanges:
+    """The least and the largest value of each side input over the supervised tokens of a file."""
+
+    def __init__(self, names: Sequence[str]):
+        self._ranges = {name: (np.inf, -np.inf) for name in names}
+
+    def add(self, sample: EncodedSample) -> None:
+        for name, values in sample.inputs.items():
+            values, (low, high) = values[sample.supervised], self._ranges[name]
+            self._ranges[name] = min(low, values.min(initial=np.inf)), max(high, values.max(initial=-np.inf))
+
+    def merge(self) -> None:
+        """Of all ranks' samples; collective, an object gather, where there are side inputs."""
+        if self._ranges:
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, self._ranges)
+            for name in self._ranges:
+                lows, highs = zip(*(ranges[name] for ranges in gathered), strict=True)
+                self._ranges[name] = min(lows), max(highs)
+
+    def warning(self, objective: Objective) -> str | None:
+        """A line where the values leave nothing of the objective but sft; None where they do not."""
+        if not self._ranges or any(low != high for low, high in self._ranges.values()):
+            return None
+        factor = multiple_of_sft(objective, {name: low for name, (low, _) in self._ranges.items()})
+        if factor is None:
+            return None
+        given = " and ".join(f'"{name}" is {low:g}' for name, (low, _) in self._ranges.items())
+        what = {0.0: "nothing is trained", 1.0: "this trains as sft does"}.get(factor, f"this is {factor:g} times sft")
+        return f"{given} for every supervised token: {what}, objective {objective} notwithstanding"
 
 
 def for_each_record(file: JsonlFile, inspect: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

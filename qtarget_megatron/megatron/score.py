@@ -46,6 +46,15 @@ class ScoreOptions(RunOptions):
         """Names of the fields that are added to a record."""
         return ("old_log_prob", "weight") if self.reference is not None else ("old_log_prob",)
 
+    @property
+    def compares_with_itself(self) -> bool:
+        """Whether the reference's weights are hf_model's very files."""
+        if self.reference is None or self.load is not None:
+            return False
+        files = [{path.name: path for path in model.glob("*.safetensors")} for model in (self.hf_model, self.reference)]
+        one, other = files
+        return bool(one) and one.keys() == other.keys() and all(one[name].samefile(other[name]) for name in one)
+
     def check(self, arch: Architecture) -> None:
         """ValueError for options that cannot be."""
         check_weight_options(self.temperature, self.max_weight)
@@ -71,6 +80,11 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
     lines = ResumableLines(options.out, _made_from(options, words))
     lines.check(overwrite=options.overwrite, inputs=[options.data])
 
+    if options.compares_with_itself:
+        print_once(
+            f"score: --reference-hf {options.reference} is the model of --hf-model: every weight will be exactly 1, "
+            "with which iw-sft trains as sft does"
+        )
     run = DatasetRun("score", options, words, tokenizer=tokenizer, file=file, reference=options.reference, cpu=cpu)
     run.inspect(partial(_check_record, options, file))
     run.complete(_Scoring(options, arch.vocab_size, file, lines))

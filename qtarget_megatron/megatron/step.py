@@ -184,8 +184,11 @@ def sum_loss(
     loss_sum = token_losses.sum()
     if on_nan is not None:
         check_loss(loss_sum, context.samples, on_nan, in_training=in_training)
-    num_tokens = context.settings.objective.num_tokens(labels != IGNORE_INDEX, context.token_inputs)
-    entries = report(context.statistics, loss_sum.detach(), num_tokens)
+    statistics = context.statistics
+    num_tokens = context.settings.objective.num_tokens(
+        labels != IGNORE_INDEX, context.token_inputs, statistics.label_mass
+    )
+    entries = report(statistics, loss_sum.detach(), num_tokens)
     if in_training:
         entries |= step_report(context)
     return loss_sum, num_tokens.to(torch.int), entries

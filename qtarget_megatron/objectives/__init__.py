@@ -24,6 +24,7 @@ backend and every parallel layout::
 is refused; ``registry`` what an objective is.
 """
 
+from qtarget_megatron.objectives.constant_inputs import multiple_of_sft
 from qtarget_megatron.objectives.extras import deft, entropy_mask, focal, gift, poly1, talr
 from qtarget_megatron.objectives.published import (
     asft,
@@ -46,6 +47,8 @@ from qtarget_megatron.objectives.registry import (
     Objective,
     check_token_input,
     describe,
+    example,
+    failure,
     from_arguments,
     get,
     names,
@@ -64,6 +67,8 @@ __all__ = [
     "dft",
     "eaft",
     "entropy_mask",
+    "example",
+    "failure",
     "focal",
     "from_arguments",
     "gem",
@@ -73,6 +78,7 @@ __all__ = [
     "iw_sft",
     "kd",
     "label_smoothing",
+    "multiple_of_sft",
     "names",
     "poly1",
     "profit",

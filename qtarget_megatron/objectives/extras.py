@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from qtarget_megatron.objectives.published import deformed_log, split_between_label_and_residual
+from qtarget_megatron.objectives.published import deformed_log, kept_or_all, split_between_label_and_residual
 from qtarget_megatron.objectives.registry import Objective, in_range, refuse, register
 
 
@@ -74,7 +74,7 @@ def poly1(epsilon: float = 1.0) -> Objective:
     return Objective(evaluate)
 
 
-@register("gift")
+@register("gift", example={"beta": 1.0})
 def gift(beta: float) -> Objective:
     """GIFT: the base model, tilted towards the label by a finite reward.
 
@@ -93,12 +93,13 @@ def gift(beta: float) -> Objective:
     return Objective(evaluate, residuals=((0.0, 1.0),), residual_label=True)
 
 
-@register("entropy-mask")
-def entropy_mask(threshold: float, keep: str = "high") -> Objective:
+@register("entropy-mask", example={"threshold": 2.0})
+def entropy_mask(threshold: float, keep: str = "high", denominator: str = "all") -> Objective:
     """Trains only on the tokens where the model is undecided (or, keep="low", decided).
 
     loss = -1[H >= threshold] log p(y);  c_y = the indicator.  H: entropy of p in nats; threshold >= 0 in nats, no
-    default. keep: "high" (H >= threshold) or "low" (H < threshold).
+    default. keep: "high" (H >= threshold) or "low" (H < threshold).  denominator: what the batch's mean is taken over,
+    "all" supervised tokens or the "kept" ones.
     """
     threshold = in_range("threshold", threshold, 0, math.inf)
     if keep not in ("high", "low"):
@@ -109,7 +110,7 @@ def entropy_mask(threshold: float, keep: str = "high") -> Objective:
         weight = (high if keep == "high" else ~high).to(stats.p.dtype)
         return stats.weighted_nll(weight), weight, ()
 
-    return Objective(evaluate)
+    return Objective(evaluate, denominator=kept_or_all(denominator))
 
 
 _POINTWISE = (

@@ -46,7 +46,7 @@ def dft() -> Objective:
     return Objective(evaluate)
 
 
-@register("beyond-log")
+@register("beyond-log", example={"alpha": 0.5})
 def beyond_log(alpha: float) -> Objective:
     """Beyond log likelihood: a power of the likelihood in place of its logarithm.
 
@@ -65,17 +65,19 @@ def beyond_log(alpha: float) -> Objective:
 
 
 @register("profit")
-def profit(tau: float = 0.1) -> Objective:
+def profit(tau: float = 0.1, denominator: str = "all") -> Objective:
     """ProFit: only tokens that the model finds probable enough are trained on.
 
-    loss = -1[p(y) >= tau] log p(y);  c_y = 1[p(y) >= tau].  tau in [0, 1]; 0 is sft.  Source: arXiv 2601.09195.
+    loss = -1[p(y) >= tau] log p(y);  c_y = 1[p(y) >= tau].  tau in [0, 1]; 0 is sft.  denominator: what the batch's
+    mean is taken over, "all" supervised tokens (as the released code where it accumulates gradients over the tokens of
+    a batch) or the "kept" ones (as it does otherwise).  Source: arXiv 2601.09195.
     """
     tau = in_range("tau", tau, 0, 1)
 
     def evaluate(stats, inputs):
         return _weighted(stats, (stats.p >= tau).to(stats.p.dtype))
 
-    return Objective(evaluate)
+    return Objective(evaluate, denominator=kept_or_all(denominator))
 
 
 @register("eaft")
@@ -103,13 +105,22 @@ def iw_sft() -> Objective:
     """Importance-weighted SFT: a weight for each token, or one for the whole sample.
 
     loss = -w log p(y);  c_y = w.  token_inputs: "weight".  Source: arXiv 2507.12856.
-    qtarget_megatron.commands.score computes the method's own: clamp(exp(temp mean_t(log p - log p_ref)), 0, 16).
+
+    w is what the data says, the same in every step. The released method takes it anew in each step from the model as it
+    is then, clamp(exp(temp mean_t(log p - log p_ref)), 0, 16) over a sample, with p_ref the model that training starts
+    from. qtarget_megatron.commands.score computes this formula once, for two frozen models: of a model against itself
+    every weight is 1, which is sft.
     """
 
     def evaluate(stats, inputs):
         return _weighted(stats, inputs["weight"])
 
-    return Objective(evaluate, token_inputs=("weight",))
+    return Objective(
+        evaluate,
+        token_inputs=("weight",),
+        note="weights stay as the data has them; the released iw-sft takes them anew in each step from the model that "
+        "is trained",
+    )
 
 
 @register("cft")
@@ -147,7 +158,7 @@ def label_smoothing(lam: float = 0.1) -> Objective:
     return Objective(evaluate, residuals=(_UNIFORM,))
 
 
-@register("sft-kl")
+@register("sft-kl", example={"lam": 0.5})
 def sft_kl(lam: float) -> Objective:
     """SFT with a pull towards a reference model, forward KL.
 
@@ -171,13 +182,17 @@ def asft(lam: float = 0.05) -> Objective:
 
 @register("psft")
 def psft(epsilon_low: float = 0.2, epsilon_high: float = 0.28) -> Objective:
-    """Proximal SFT: a clipped likelihood ratio to the model before training.
+    """Proximal SFT: a clipped likelihood ratio to an old policy.
 
     loss = -min(r, clip(r, 1 - epsilon_low, 1 + epsilon_high)), r = p(y) / p_old(y);
     c_y = r where r <= 1 + epsilon_high, else 0.  The log-ratio is clamped to +-20; where it is, the mass is 0 like the
     derivative.  epsilon_low (in [0, 1]) is the paper's and never acts, because the minimum takes the smaller r;
     epsilon_high >= 0.
     token_inputs: "old_log_prob", log p_old(y) in nats, from qtarget_megatron.commands.score.  Source: arXiv 2508.17784.
+
+    p_old is what the data says, the same in every step. The released method takes it anew from the model every 8
+    updates; with one that stays, no token is trained beyond (1 + epsilon_high) times its first probability, and
+    training stalls when the tokens have got there. Score the data anew and go on from the last model to renew it.
     """
     epsilon_low = in_range("epsilon_low", epsilon_low, 0, 1)
     epsilon_high = in_range("epsilon_high", epsilon_high, 0, math.inf)
@@ -189,7 +204,12 @@ def psft(epsilon_low: float = 0.2, epsilon_high: float = 0.28) -> Objective:
         moves = (ratio <= 1 + epsilon_high) & (log_ratio.abs() <= _SATURATED)
         return loss, ratio.masked_fill(~moves, 0.0), ()
 
-    return Objective(evaluate, token_inputs=("old_log_prob",))
+    return Objective(
+        evaluate,
+        token_inputs=("old_log_prob",),
+        note="old log-probabilities stay as the data has them, so that no token is trained beyond "
+        f"{1 + epsilon_high:g} times its probability there; the released psft renews them every 8 updates",
+    )
 
 
 @register("gem")
@@ -265,6 +285,13 @@ def target_sft(eta: float = 0.5) -> Objective:
         return split_between_label_and_residual(stats, stats.log_p)
 
     return Objective(evaluate, residuals=((1 - eta, eta),))
+
+
+def kept_or_all(denominator: str) -> str | None:
+    """Objective's denominator of a mask: "all" supervised tokens, or the "kept" ones, whose label mass is not 0."""
+    if denominator not in ("all", "kept"):
+        raise ValueError(f"denominator must be 'all' or 'kept', got {denominator!r}")
+    return "label_mass" if denominator == "kept" else None
 
 
 def _weighted(stats: TokenStatistics, weight: Tensor) -> tuple[Tensor, Tensor, tuple]:

@@ -21,6 +21,7 @@ from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStati
 Evaluate = Callable[[TokenStatistics, Mapping[str, Tensor]], tuple[Tensor, Tensor, Sequence[Tensor]]]
 
 
+_LABEL_MASS = "label_mass"
 # What a token input may hold, besides being finite. The slack above 0 is the rounding of whoever computed the value.
 _TOKEN_INPUT_RANGES = {"critical": (0.0, 1.0), "old_log_prob": (-math.inf, 1e-3)}
 
@@ -32,7 +33,9 @@ class Objective:
     evaluate:     (stats, inputs) -> (loss, c_y, [c_i ...]); float64 [N] tensors, loss in nats. Must be elementwise.
     residuals:    (a, b) of each residual softmax(a*z + b*t), at most two.
     token_inputs: names of the per-token side inputs it needs, handed to evaluate as float64 [N] tensors.
-    denominator:  the token input whose non-zero entries a batch's mean is divided by; None: the supervised tokens.
+    denominator:  what a batch's mean is divided by: the number of non-zero entries of this token input, or of
+                  "label_mass", c_y; None: the number of supervised tokens.
+    note:         what differs from the method as released, in a sentence; training prints it when it starts.
     name, parameters: filled in by register().
 
     Statistics that evaluate reads and that are computed only on request (see StatisticsRequest): collision, top_k,
@@ -43,6 +46,7 @@ class Objective:
     residuals: Residuals = ()
     token_inputs: tuple[str, ...] = ()
     denominator: str | None = None
+    note: str = ""
     collision: bool = False
     top_k: int = 0
     residual_entropy: bool = False
@@ -52,8 +56,11 @@ class Objective:
 
     def __post_init__(self) -> None:
         _ = self.request  # which checks it
-        if self.denominator is not None and self.denominator not in self.token_inputs:
-            raise ValueError(f"denominator {self.denominator!r} must be one of the token_inputs {self.token_inputs}")
+        if self.denominator not in (None, _LABEL_MASS, *self.token_inputs):
+            raise ValueError(
+                f"denominator {self.denominator!r} must be {_LABEL_MASS!r} or one of the token_inputs "
+                f"{self.token_inputs}"
+            )
 
     @property
     def request(self) -> StatisticsRequest:
@@ -65,10 +72,15 @@ class Objective:
         """True where some residual reads the second model's logits (b != 0)."""
         return any(b != 0 for _, b in self.residuals)
 
-    def num_tokens(self, supervised: Tensor, token_inputs: Mapping[str, Tensor]) -> Tensor:
-        """How many tokens the mean loss is divided by, int64 []: the supervised ones, or those of the denominator."""
+    def num_tokens(self, supervised: Tensor, token_inputs: Mapping[str, Tensor], label_mass: Tensor) -> Tensor:
+        """How many tokens the mean loss is divided by, int64 []: the supervised ones, or those of the denominator.
+
+        supervised, token_inputs: of one shape. label_mass: of the same tokens in any shape, as the statistics have it.
+        """
         if self.denominator is None:
             return supervised.sum()
+        if self.denominator == _LABEL_MASS:
+            return (label_mass != 0).sum()
         return (supervised & (token_inputs[self.denominator] != 0)).sum()
 
     def __str__(self) -> str:
@@ -77,13 +89,17 @@ class Objective:
 
 
 _REGISTRY: dict[str, Callable[..., Objective]] = {}
+_EXAMPLES: dict[str, dict[str, Any]] = {}
 _REFUSED: dict[str, str] = {}
 
 
-def register(name: str) -> Callable[[Callable[..., Objective]], Callable[..., Objective]]:
+def register(
+    name: str, *, example: Mapping[str, Any] | None = None
+) -> Callable[[Callable[..., Objective]], Callable[..., Objective]]:
     """Register an objective factory under a name; '-' and '_' are the same in names.
 
     The factory's keywords are the objective's parameters: they can be given to get() and on the command line.
+    example: values for those without a default, with which verify_parallel tries the objective.
     Raises ValueError where the name is taken.
     """
     key = _key(name)
@@ -103,7 +119,7 @@ def register(name: str) -> Callable[[Callable[..., Objective]], Callable[..., Ob
             factory.__doc__,
             signature,
         )
-        _REGISTRY[key] = build
+        _REGISTRY[key], _EXAMPLES[key] = build, dict(example or {})
         return build
 
     return decorate
@@ -117,6 +133,17 @@ def refuse(name: str, reason: str) -> None:
 def names() -> list[str]:
     """Names of all registered objectives, sorted."""
     return sorted(_REGISTRY)
+
+
+def example(name: str) -> Objective | None:
+    """An objective with the parameters of its example, else their defaults; None where it is unknown, or where a
+    parameter has neither."""
+    key = _key(name)
+    if key not in _REGISTRY:
+        return None
+    parameters, known = _EXAMPLES[key], _REGISTRY[key].__signature__.parameters.values()
+    complete = all(p.default is not inspect.Parameter.empty or p.name in parameters for p in known)
+    return _REGISTRY[key](**parameters) if complete else None
 
 
 def describe() -> str:
@@ -164,13 +191,27 @@ def register_from_file(path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: expected a Python file that registers objectives (NAME.py), found none")
     try:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except Exception as error:
-        line = next(
-            (f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), 0
-        )
-        raise ValueError(f"{path}:{line}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(failure(error, path)) from error
     if set(_REGISTRY) == known:
         raise ValueError(f"{path} registers no objective: decorate a function with @objectives.register(NAME)")
+
+
+def failure(error: BaseException, path: str | os.PathLike) -> str:
+    """One line about an error that a user's Python file raised: "FILE:LINE: what", and the place in another file where
+    it arose, if it did."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    text = str(error)
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        # Nothing of a file that does not parse has run: it has no frame.
+        places.append((error.filename, error.lineno))
+        text = error.msg
+    own = os.path.realpath(path)
+    line = next((line for file, line in reversed(places) if os.path.realpath(file) == own), 0)
+    first_line = (text.strip().splitlines() or [""])[0]
+    file, at = places[-1] if places else (path, line)
+    elsewhere = "" if os.path.realpath(file) == own else f" (at {file}:{at})"
+    return f"{path}:{line}: {type(error).__name__}: {first_line}{elsewhere}"
 
 
 def from_arguments(name: str, arguments: Sequence[str]) -> Objective:
