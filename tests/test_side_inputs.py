@@ -1,7 +1,11 @@
 """Side inputs of an objective: from fields of a record to the label they belong to, and the importance weight."""
 
+import contextlib
+import io
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from launching import run_ranks
 from small_tokenizers import CHATML, byte_tokenizer, chat
 from torch.utils.data import DataLoader, default_collate
 
+from qtarget_megatron import objectives
 from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples
 from qtarget_megatron.side_inputs import batch_key, importance_weight
 from qtarget_megatron.teacher_cache import CacheHeader, CacheWriter, SampleEntries, TeacherCache, context_digests
@@ -288,3 +293,46 @@ def test_context_parallel_ranks_cut_side_inputs_where_they_cut_labels(tmp_path):
             assert part[name].dtype == whole[name].dtype
             assert (part[name] == whole[name][:, part["position_ids"][0]]).all(), name
         assert (whole[name] != 0).any()
+
+
+# ---- values that leave nothing of the objective
+
+
+def inspected(paths):
+    """What rank 0 prints when two ranks inspect each file for its objective."""
+    from qtarget_megatron.megatron.datasets import DatasetProvider
+
+    printed = {}
+    for path, name in paths:
+        provider = DatasetProvider(
+            SimpleNamespace(seq_length=16, skip_teacher_cache_check=False), completions(), objectives.get(name)
+        )
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            provider._inspected(path)
+        printed[path] = text.getvalue()
+    return printed
+
+
+@pytest.mark.distributed
+def test_values_that_leave_nothing_but_sft_are_warned_of_at_the_start(tmp_path):
+    three = [1, 1, 1]
+    expected = {
+        "ones": ("iw-sft", [{"weight": 1}, {"weight": three}, {"weight": 1.0}], '"weight" is 1 .*trains as sft does'),
+        "halves": ("iw-sft", [{"weight": 0.5}] * 3, '"weight" is 0.5 .*this is 0.5 times sft'),
+        "masked": ("cft", [{"critical": False}] * 3, '"critical" is 0 .*nothing is trained'),
+        # The odd one is in the share of either rank.
+        "first": ("iw-sft", [{"weight": 2}, {"weight": 1}, {"weight": 1}], None),
+        "second": ("iw-sft", [{"weight": 1}, {"weight": [1, 1, 1.001]}, {"weight": 1}], None),
+        "psft": ("psft", [{"old_log_prob": -1}] * 3, None),
+        "dft": ("dft", [{}] * 3, None),
+    }
+    paths = []
+    for name, (objective, fields, _) in expected.items():
+        write_lines(tmp_path / f"{name}.jsonl", [COMPLETION | field for field in fields])
+        paths.append((str(tmp_path / f"{name}.jsonl"), objective))
+    first, second = run_ranks(2, inspected, (paths,), timeout=120)
+    assert set(second.values()) == {""}
+    for name, (_, _, warning) in expected.items():
+        text = first[str(tmp_path / f"{name}.jsonl")]
+        assert "3 samples" in text and ("WARNING" in text) == (warning is not None), text
+        assert warning is None or re.search(warning, text), text
