@@ -78,4 +78,5 @@ def _difference(one: Path, other: Path) -> str | None:
 
 
 def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
+    # A spawned process has its name before it imports anything, and knows its parent only later.
+    return os.environ.get("RANK", "0") == "0" and multiprocessing.current_process().name == "MainProcess"
