@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from qtarget_megatron import objectives
+from qtarget_megatron._version import versions
 from qtarget_megatron.checkpoint import (
     Architecture,
     HFReader,
@@ -85,6 +86,7 @@ def run(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
     parser.add_argument("--help-megatron", action="store_true", help="list Megatron's flags")
     parser.add_argument("--help-objectives", action="store_true", help="list the objectives with their formulas")
     if "--help-megatron" in argv:

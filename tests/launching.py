@@ -285,12 +285,13 @@ def run_torchrun(
 
 
 class Launch:
-    """A command that starts ranks, running from the repository root; none of its processes outlives the context.
+    """A command that starts ranks, running in folder; none of its processes outlives the context.
 
     env: added to this process's environment.
     """
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None):
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None, folder: Path = REPOSITORY):
+        self._folder = folder
         self.command = [str(word) for word in command]
         self._mark = uuid.uuid4().hex
         self._env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ, **(env or {})}
@@ -301,7 +302,7 @@ class Launch:
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             self.command,
-            cwd=REPOSITORY,
+            cwd=self._folder,
             env=self._env,
             stdin=subprocess.DEVNULL,
             stdout=self._output,

@@ -42,15 +42,17 @@ ALLOWED = {
         "objectives", "statistics", "loss", "linear_loss", "inspection", "sparse_teacher", "_source_tree", "_version",
     },
     "megatron": {
-        "megatron", "loss", "linear_loss", "objectives", "statistics", "kernels", "data", "side_inputs",
+        "_version", "megatron", "loss", "linear_loss", "objectives", "statistics", "kernels", "data", "side_inputs",
         "resumable", "checkpoint", "collectives", "linear_top_k", "sparse_teacher", "teacher_cache", "planning",
         "verification",
     },
     "commands": {
-        "commands", "megatron", "objectives", "checkpoint", "data", "inspection", "teacher_cache", "verification",
+        "_version", "commands", "megatron", "objectives", "checkpoint", "data", "inspection", "teacher_cache",
+        "verification",
     },
     "finetune": {
-        "objectives", "data", "checkpoint", "megatron", "resumable", "sparse_teacher", "teacher_cache", "verification",
+        "_version", "objectives", "data", "checkpoint", "megatron", "resumable", "sparse_teacher", "teacher_cache",
+        "verification",
     },
 }  # fmt: skip
 TORCH_ONLY = {

@@ -37,6 +37,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qtarget_megatron._version import versions
+
 TEXT = """\
 A lighthouse keeper once kept two books. In the first she wrote what she saw: ships by name, the
 hour they passed, the colour of the sea. In the second she wrote what she expected to see the next
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
     commands = parser.add_subparsers(required=True, metavar="{import,export,check}")
 
     def command(name: str, run, summary: str) -> argparse.ArgumentParser:

@@ -32,6 +32,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from qtarget_megatron._version import versions
+
 FILES = ("targets.png", "targets.html", "targets.json")
 # Characters that would show as nothing, or break the line.
 _SHOWN = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u200b": "\\u200b", "\ufeff": "\\ufeff"}
@@ -239,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
     add = parser.add_argument
     add("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face directory: model and tokenizer")
     add("--teacher-hf", type=Path, metavar="DIR", help="the second model, where an objective reads one")

@@ -25,6 +25,8 @@ import dataclasses
 import json
 import sys
 
+from qtarget_megatron._version import versions
+
 
 def main(argv: list[str] | None = None) -> int:
     """Print one plan; returns the process's exit code: 0 it fits and divides, 1 it does not, 2 bad input."""
@@ -112,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog="Takes the flags of finetune and Megatron's as well: --hf-model DIR (needed), layout, precision, ...",
     )
+    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
     parser.add_argument("--world-size", type=int, required=True, metavar="RANKS", help="ranks of the training")
     parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a device (default: no limit)")
     parser.add_argument(

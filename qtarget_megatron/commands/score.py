@@ -36,6 +36,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qtarget_megatron._version import versions
+
 
 def main(argv: list[str] | None = None) -> int:
     """Score one file; returns the process's exit code: 0 done, 2 bad input."""
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog="Takes Megatron's flags as well: layout, --micro-batch-size, --bf16, ...",
     )
+    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
 
     def path(flag: str, metavar: str, text: str, required: bool = False) -> None:
         parser.add_argument(flag, type=Path, metavar=metavar, help=text, required=required)

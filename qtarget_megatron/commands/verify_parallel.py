@@ -39,6 +39,8 @@ import os
 import sys
 from pathlib import Path
 
+from qtarget_megatron._version import versions
+
 
 def main(argv: list[str] | None = None) -> int:
     """Verify one layout; returns the process's exit code: 0 all well, 1 a mismatch or a failed rank, 2 bad input."""
@@ -128,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
 
     def number(flag: str, default: int, text: str) -> None:
         parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{text} (default: {default})")

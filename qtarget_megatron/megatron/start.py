@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import itertools
 import json
 from collections import Counter
@@ -17,11 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-import qtarget_megatron
+from qtarget_megatron._version import versions
 from qtarget_megatron.resumable import file_digest
 
 # What these name is compared by its contents: nodes may have copies of their own.
@@ -30,14 +28,6 @@ _MODELS = ("hf_model", "teacher_hf", "teacher_cache", "teacher_cache_valid")
 _FREE = {*_FILES, *_MODELS, "tensorboard_dir", "wandb_save_dir", "local_rank"}
 _TEXTS = (".json", ".jinja", ".model", ".txt")
 _starts = itertools.count()
-
-
-def versions() -> str:
-    """The packages that must be the same on all ranks, with their versions."""
-    return (
-        f"qtarget_megatron {qtarget_megatron.__version__}, torch {torch.__version__}, "
-        f"megatron-core {importlib.metadata.version('megatron-core')}"
-    )
 
 
 def identity(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, str]:

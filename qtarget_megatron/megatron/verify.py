@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from qtarget_megatron import kernels
+from qtarget_megatron._version import versions
 from qtarget_megatron.megatron import launch
-from qtarget_megatron.megatron.start import difference, versions
+from qtarget_megatron.megatron.start import difference
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.verification import (
     KEPT,
