@@ -100,7 +100,7 @@ def run(argv: list[str]) -> None:
     if ours.objective_file is not None:
         objectives.register_from_file(ours.objective_file)
     launch.check_version()
-    launch.check_launcher()
+    launch.check_launcher(meets="--fake-process-group" not in argv)
     on_cpu = cpu_platform.activate(requested=ours.cpu)
 
     student = Architecture.from_hf(ours.hf_model)

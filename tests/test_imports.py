@@ -60,12 +60,11 @@ TORCH_ONLY = {
     "linear_top_k", "inspection", "verification", "__init__", "_source_tree", "_version",
 }  # fmt: skip
 WITH_COLLECTIVES = {"collectives", "megatron", "finetune"}
-# Benchmarks time Megatron's own losses, convert several times in one process, and say what the kernels were built with;
-# two examples stand for a script of a Megatron user.
+# Benchmarks time Megatron's own losses and convert several times in one process; two examples stand for a script of a
+# Megatron user.
 EXEMPT = {
     ("tools/benchmarking/peers.py", "megatron"),
     ("tools/benchmarking/convert.py", "megatron"),
-    ("tools/benchmarking/machine.py", f"{PACKAGE}._C"),
     ("examples/plugging_in/core_loop.py", "megatron"),
     ("examples/plugging_in/pretrain_script.py", "megatron"),
 }

@@ -1,5 +1,6 @@
 """A checkout without its compiled module: what works there, and how an installed copy takes its place."""
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 from launching import REPOSITORY
 
 from qtarget_megatron.kernels import native
+from qtarget_megatron.megatron import cpu_platform, dataset_run
+from qtarget_megatron.megatron.arguments import check_backend
 
 PACKAGE = "qtarget_megatron"
 # The environment's own editable installation is taken away, so that only the folders of a test are found.
@@ -41,6 +44,25 @@ def site(tmp_path_factory):
 
 def copy_package(root):
     shutil.copytree(REPOSITORY / PACKAGE, root / PACKAGE, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+
+
+def test_missing_kernels_are_named_before_a_model_is_read(monkeypatch):
+    def missing():
+        raise ValueError("no compiled module")
+
+    monkeypatch.setattr(native, "extension", missing)
+    monkeypatch.setattr(cpu_platform, "activate", lambda requested: True)
+    monkeypatch.setattr(dataset_run, "open_model", lambda *_, **__: pytest.fail("the model is read"))
+    with pytest.raises(ValueError, match="no compiled module"):
+        dataset_run.DatasetRun("score", None, [], tokenizer=None, file=None)
+    flags = argparse.Namespace(qtarget_backend="auto", bf16=True, fp16=False)
+    with pytest.raises(ValueError, match="no compiled module"):
+        check_backend(flags, on_cpu=True)
+    flags.qtarget_backend = "reference"
+    check_backend(flags, on_cpu=True)
+    flags.qtarget_backend = "cuda"
+    with pytest.raises(ValueError, match="needs cuda tensors, got cpu logits"):
+        check_backend(flags, on_cpu=True)
 
 
 def run(program, folder, *path, **environment):

@@ -55,6 +55,7 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
     sequence parallelism an all-gather of the hidden states.
     """
     launch.check_version()
+    launch.check_launcher()
     cpu_platform.activate(requested=cpu)
     arch = Architecture.from_hf(options.hf_model)
     tokenizer, vocab_size = load_model_tokenizer(options.hf_model, arch), arch.vocab_size

@@ -18,8 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from qtarget_megatron import kernels
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.data import EncodedSample, JsonlFile, encode_at, training_item
+from qtarget_megatron.megatron import cpu_platform
 from qtarget_megatron.megatron.commands import print_once
 from qtarget_megatron.megatron.convert import OpenModel, open_model
 from qtarget_megatron.megatron.progress import Progress
@@ -112,6 +114,9 @@ class DatasetRun:
         cpu: bool = False,
     ):
         """Open the model. name: of the command, in what is printed. ValueError for bad input."""
+        on_cpu = cpu_platform.activate(requested=cpu)
+        # Kernels that are not there are named before the weights are read.
+        kernels.choose("auto", "cpu" if on_cpu else "cuda", torch.float32)
         model = open_model(
             options.hf_model,
             words if options.ckpt_step is None else [*words, "--ckpt-step", str(options.ckpt_step)],

@@ -32,8 +32,11 @@ def check_version() -> None:
         raise ValueError(f"this version of qtarget_megatron needs {SUPPORTED}, found {version}: install that")
 
 
-def check_launcher() -> None:
-    """ValueError unless the environment is that of a lone process, or one that a launcher such as torchrun has made."""
+def check_launcher(*, meets: bool = True) -> None:
+    """ValueError unless the environment is that of a lone process, or one that a launcher such as torchrun has made.
+
+    meets: the ranks will meet at an address.
+    """
     numbers = {}
     for name, least in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
         text = os.environ.get(name, str(least))
@@ -44,7 +47,7 @@ def check_launcher() -> None:
     if rank >= size:
         raise ValueError(f"RANK is {rank}, WORLD_SIZE {size}: start with torchrun, or unset RANK for a single process")
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if size > 1 and missing:
+    if size > 1 and missing and meets:
         raise ValueError(
             f"WORLD_SIZE is {size}, but {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE for a single "
             "process"

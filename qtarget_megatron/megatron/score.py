@@ -72,6 +72,7 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
     all-gather.
     """
     launch.check_version()
+    launch.check_launcher()
     cpu_platform.activate(requested=cpu)
     arch = Architecture.from_hf(options.hf_model)
     tokenizer = load_model_tokenizer(options.hf_model, arch)

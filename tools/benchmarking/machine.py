@@ -22,9 +22,10 @@ def describe() -> dict[str, str]:
     """Hardware, versions and instruction sets, by the names that the report shows."""
     import torch
 
-    from qtarget_megatron import _C
+    from qtarget_megatron.kernels import native
 
-    build = _C.build_info()
+    extension = native.extension()
+    build = extension.build_info()
     found = {
         "CPU": f"{_cpu_model()}, {cores()} cores",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
@@ -33,7 +34,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "megatron-core", "transformers", "liger-kernel")},
         "compiler of the CPU kernels": f"{_compiler(build['compiler'])}, built for {', '.join(build['cpu'])}",
-        "CPU kernels run as": _C.cpu_isa(),
+        "CPU kernels run as": extension.cpu_isa(),
         "torch's CPU kernels run as": torch.backends.cpu.get_cpu_capability(),
     }
     if build["cuda"]:
