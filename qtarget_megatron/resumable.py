@@ -49,7 +49,7 @@ class ResumableLines:
     def _begun(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self._header.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             raise ValueError(
                 f"{self._partial}: {self._header.name}, which says what it was made from, is missing or damaged: "
                 "delete both to start over"
@@ -122,7 +122,7 @@ class ResumableDirectory:
             return None
         try:
             return dict(json.loads(self._header.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             raise ValueError(
                 f"{self.folder}: {self._header.name}, which says what it was made from, is missing or damaged: delete "
                 "the folder to start over"

@@ -53,7 +53,8 @@ def entries(head, seed, n):
     ids = head.vocab_size - 1 - ids
     p = np.sort(draw.dirichlet(np.ones(head.k + 1) / 3, n)[:, : head.k] + 1e-12)[:, ::-1]
     counts = np.full(n, head.k) if head.top_p is None else draw.integers(1, head.k + 1, n)
-    return SampleEntries(ids, np.log(p).astype(np.float32), counts, draw.random(n), context_digests(*text(seed, n)))
+    tail = np.clip(1 - np.where(np.arange(head.k) < counts[:, None], p, 0).sum(-1), 0, 1)
+    return SampleEntries(ids, np.log(p).astype(np.float32), counts, tail, context_digests(*text(seed, n)))
 
 
 def write(directory, head, lengths=LENGTHS, upto=None):

@@ -198,7 +198,7 @@ def test_another_chat_template_is_noticed(tmp_path):
     n = int(one.supervised.sum())
     log_p = np.log(np.full((n, 2), 0.25, np.float32))
     context = context_digests(one.input_ids, one.supervised)
-    sample = SampleEntries(np.zeros((n, 2), int), log_p, np.full(n, 2), np.full(n, 0.5), context)
+    sample = SampleEntries(np.tile([0, 1], (n, 1)), log_p, np.full(n, 2), np.full(n, 0.5), context)
     cache = CacheWriter(tmp_path / "cache", header(1, k=2), TOKENIZER)
     cache.open()
     cache.append([sample])

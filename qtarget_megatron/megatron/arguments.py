@@ -87,6 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "(student), or left out (drop) (default: uniform)",
     )
     group.add_argument(
+        "--skip-teacher-cache-check",
+        action="store_true",
+        help="do not read the whole cache at the start, each rank its share, which finds a flipped bit before hours of "
+        "training; each sample is checked when it is drawn in any case",
+    )
+    group.add_argument(
         "--sft-train",
         type=Path,
         metavar="FILE",

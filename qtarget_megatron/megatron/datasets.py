@@ -134,6 +134,8 @@ class DatasetProvider:
                 ),
             )
             ranges.merge()
+            if cache is not None and not self.args.skip_teacher_cache_check:
+                verify_cache(cache)
             if dist.get_rank() == 0:
                 truncated = int((status == SampleStatus.TRUNCATED).sum())
                 skipped = int((status == SampleStatus.SKIPPED).sum())
@@ -146,6 +148,31 @@ class DatasetProvider:
                     print(f"qtarget_megatron: WARNING: {path}: {warning}", flush=True)
             self._built[path] = file, status
         return self._built[path]
+
+
+def verify_cache(cache: TeacherCache) -> None:
+    """Read a whole cache, checksums and values, every rank its share of the parts.
+
+    A ValueError on any rank is raised on every one. Collective over all ranks: one object gather.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    start, problem = time.perf_counter(), None
+    try:
+        cache.verify(range(rank, cache.num_parts, world_size))
+    except ValueError as error:
+        problem = str(error)
+    problems = [None] * world_size
+    dist.all_gather_object(problems, problem)
+    for problem in problems:
+        if problem is not None:
+            raise ValueError(problem)
+    if rank == 0:
+        seconds = time.perf_counter() - start
+        print(
+            f"qtarget_megatron: teacher cache {cache.directory}: {cache.num_bytes / 1e6:,.1f} MB checked in "
+            f"{seconds:.1f} s",
+            flush=True,
+        )
 
 
 class InputRanges:

@@ -12,6 +12,7 @@ from qtarget_megatron.teacher_cache.parts import Part
 
 PROGRAM = "python -m qtarget_megatron.commands.cache_teacher"
 INDEX_FILE, VOCABULARY_FILE = "cache.json", "vocabulary.json"
+_LARGEST = (1 << 63) - 1
 _FORMAT, _VERSION = "qtarget_megatron teacher cache", 1
 
 
@@ -34,24 +35,45 @@ def read_index(directory: Path) -> Index:
     path = directory / INDEX_FILE
     try:
         entries = json.loads(path.read_bytes())
-        if entries["format"] != _FORMAT:
-            raise KeyError("format")
         version = entries["version"]
+        if entries["format"] != _FORMAT or type(version) is not int:
+            raise KeyError("format")
         header = {field.name: entries[field.name] for field in dataclasses.fields(CacheHeader)}
         if version == _VERSION:
             index = Index(CacheHeader(**header), entries["complete"] is True, [Part(**p) for p in entries["parts"]])
             _check(index)
             return index
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f"{directory}: expected a directory that {PROGRAM} wrote, got no valid {INDEX_FILE}: check the path"
         ) from None
     raise ValueError(f"{path} has version {version}, expected {_VERSION}: write the cache again with this program")
 
 
+# Of the fields that are no text.
+_NUMBERS = {
+    **dict.fromkeys(("num_samples", "vocab_size", "seq_length", "k"), int),
+    **dict.fromkeys(("first", "samples", "tokens", "entries", "bytes", "head_crc32", "max_id"), int),
+    **dict.fromkeys(("top_p", "tail"), float),
+}
+
+
+def _check_types(record: CacheHeader | Part) -> None:
+    for field in dataclasses.fields(record):
+        value, kind = getattr(record, field.name), _NUMBERS.get(field.name, str)
+        optional = field.name in ("top_p", "teacher_checkpoint")
+        whole = kind is not int or -1 <= value <= _LARGEST
+        if not (optional and value is None) and not (type(value) is kind and whole):
+            raise ValueError(field.name)
+
+
 def _check(index: Index) -> None:
+    _check_types(index.header)
     following = 0
     for part in index.parts:
+        _check_types(part)
+        if not 0 <= part.tail <= part.tokens + 1 or part.max_id >= index.header.vocab_size:
+            raise ValueError("parts")
         if part.first != following or part.samples < 1 or Path(part.file).name != part.file:
             raise ValueError("parts")
         following += part.samples

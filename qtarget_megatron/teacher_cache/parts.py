@@ -18,6 +18,13 @@ from qtarget_megatron.teacher_cache.header import CacheHeader
 PATTERN = "samples-*.safetensors"
 RESTORE = ": restore it from a copy, or delete the cache and write it again"
 _TABLES = ("crc32", "entry_offsets", "token_offsets")
+# A safetensors header of ours takes one or two thousand.
+_LONGEST_HEAD = 1 << 20
+# A log-probability's, and the tail's: rounding of whoever computed it.
+_SLACK = 1e-3
+# How far a token's probabilities may add up to something else than 1. float16 rounds log p - top_log_p by 2^-11 of
+# itself, hence the sum by less than 2^-11 of the entropy, which is below ln 2^24 = 17.
+_SUM_SLACK = {"float16": 1e-2, "float32": 1e-3}
 
 Arrays = dict[str, np.ndarray]
 
@@ -68,7 +75,8 @@ def encoded(header: CacheHeader, sample: SampleEntries | None) -> Arrays:
         sample = SampleEntries(none, none, none[:, 0], none[:, 0], none[:, 0])
     ids, values = sample.ids.astype(np.int64), {"tail": sample.tail, "context": sample.context}
     assert ids.shape == sample.log_p.shape and ids.shape[1] == header.k, (ids.shape, sample.log_p.shape)
-    assert ids.size == 0 or 0 <= ids.min() <= ids.max() < header.vocab_size, (ids.min(), ids.max())
+    if ids.size and not 0 <= ids.min() <= ids.max() < header.vocab_size:
+        raise ValueError(f"expected token ids from 0 to {header.vocab_size - 1}, got {ids.min()} to {ids.max()}")
     values |= {"ids": ids & 0xFFFF, "ids_high": ids >> 16, "log_p": sample.log_p}
     if header.dtype == "float16":
         values["top_log_p"] = sample.log_p[:, 0]
@@ -78,7 +86,45 @@ def encoded(header: CacheHeader, sample: SampleEntries | None) -> Arrays:
         values |= {"counts": sample.counts, **{name: values[name][kept] for name in header.entry_dtypes}}
     # What float16 makes -inf, below -65504, has probability 0 either way.
     with np.errstate(over="ignore"):
-        return {name: values[name].astype(d) for name, d in (header.entry_dtypes | header.token_dtypes).items()}
+        arrays = {name: values[name].astype(d) for name, d in (header.entry_dtypes | header.token_dtypes).items()}
+    check_values(header, arrays, header.vocab_size - 1)
+    return arrays
+
+
+def check_values(header: CacheHeader, arrays: Arrays, largest_id: int) -> None:
+    """ValueError, with the reason, unless stored arrays of some tokens hold what a teacher's probabilities can be.
+
+    Each token's ids are different and at most largest_id, its log-probabilities and its tail are of probabilities, and
+    all of these add up to 1.
+    """
+    tail, ids = arrays["tail"], whole_ids(arrays)
+    if len(tail) == 0:
+        return
+    if header.top_p is None:
+        counts = np.full(len(tail), header.k)
+    else:
+        counts = arrays["counts"].astype(np.int64)
+        if counts.min() < 1 or counts.max() > header.k or counts.sum() != ids.size:
+            raise ValueError(f"numbers of kept entries from {counts.min()} to {counts.max()}, for {ids.size} entries")
+    starts = np.cumsum(counts) - counts
+    if ids.max() > largest_id:
+        raise ValueError(f"token id {ids.max()}, expected at most {largest_id}")
+    # A row for each token; what is not kept is different from all else.
+    rows = np.tile(-1 - np.arange(header.k, dtype=np.int32), (len(tail), 1))
+    rows[np.arange(header.k) < counts[:, None]] = ids.ravel()
+    rows.sort(axis=1)
+    if (rows[:, 1:] == rows[:, :-1]).any():
+        raise ValueError("a token id twice among the entries of one token")
+    log_p = arrays["log_p"].ravel().astype(np.float32)
+    top = arrays["top_log_p"] if "top_log_p" in arrays else np.zeros_like(tail)
+    # Comparisons that a NaN fails.
+    if not (log_p <= _SLACK).all() or not ((top > -np.inf) & (top <= _SLACK)).all():
+        raise ValueError("a log-probability above 0, or that is no number")
+    if not ((tail >= 0) & (tail <= 1 + _SLACK)).all():
+        raise ValueError("a tail below 0, above 1, or that is no number")
+    total = np.add.reduceat(np.exp(log_p), starts) * np.exp(top) + tail
+    if (wrong := np.abs(total - 1) > _SUM_SLACK[header.dtype]).any():
+        raise ValueError(f"probabilities of a token that add up to {total[wrong][0]:.6g}, expected 1")
 
 
 def packed(header: CacheHeader, first: int, samples: list[Arrays]) -> tuple[Part, bytes]:
@@ -121,6 +167,8 @@ class PartContents:
         self._path = path
         try:
             start = 8 + int.from_bytes(data[:8], "little")
+            if start > _LONGEST_HEAD:
+                raise ValueError("header")
             head = data[8:start]
             described = json.loads(head)
             known = json.loads(described.pop("__metadata__")["part"])
@@ -137,7 +185,7 @@ class PartContents:
                 head_crc32=_crc32(tables, zlib.crc32(head)),
                 **known,
             )
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
             raise ValueError(f"{path} is truncated, corrupt or no part of a teacher cache{RESTORE}") from None
 
     def check(self, header: CacheHeader) -> None:
@@ -153,6 +201,11 @@ class PartContents:
         expected |= {"entry_offsets": offsets} if ragged else {}
         if expected != {name: (array.dtype, array.shape) for name, array in self.tensors.items()}:
             raise ValueError(f"{self._path} does not have the tensors that cache.json asks for{RESTORE}")
+        ends = {"token_offsets": part.tokens} | ({"entry_offsets": part.entries} if ragged else {})
+        for name, end in ends.items():
+            table = self.tensors[name]
+            if table[0] != 0 or table[-1] != end or (table[1:] < table[:-1]).any():
+                raise ValueError(f"{self._path} has {name} that do not go up from 0 to {end}{RESTORE}")
 
     def sample(self, row: int, header: CacheHeader) -> Arrays:
         """The stored arrays of one sample. ValueError where they are not what was written."""
@@ -163,6 +216,10 @@ class PartContents:
         arrays |= {name: self.tensors[name][begin:end] for name in header.entry_dtypes}
         if _crc32(arrays) != self.tensors["crc32"][row]:
             raise ValueError(f"{self._path} is corrupt at sample {self.part.first + row}{RESTORE}")
+        try:
+            check_values(header, arrays, self.part.max_id)
+        except ValueError as error:
+            raise ValueError(f"{self._path} holds {error} (sample {self.part.first + row}){RESTORE}") from None
         return arrays
 
     def context(self, row: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ _MAPPED_PARTS = 128
 class TeacherCache:
     """A complete cache, by sample index. Parts are mapped when they are first read.
 
-    Opening checks that all files are there and have their sizes, reading a sample that its bytes are those that were
-    written: ValueError, one line, where they are not. Can be pickled: each process maps the files by itself.
+    Opening checks that all files are there and have their sizes. Reading a sample checks that its bytes are those that
+    were written, and that they are probabilities (parts.check_values); verify() does so for all: ValueError, one line,
+    where they are not. Can be pickled: each process maps the files by itself.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -104,16 +106,31 @@ class TeacherCache:
         largest = max((part.max_id for part in self._parts), default=-1)
         if vocab_size is not None and vocab_size <= largest:
             raise ValueError(
-                f"{where} has token ids up to {largest}, the student a vocabulary of {vocab_size}: use a teacher that "
-                "shares the student's vocabulary"
+                f"{where} has token ids up to {largest}, the student a vocabulary of {vocab_size}: write the cache "
+                "with --student-hf STUDENT_DIR (qtarget_megatron.commands.cache_teacher) where the two share their "
+                "tokens and pad them to different sizes; else use a teacher that shares them"
             )
+
+    @property
+    def num_parts(self) -> int:
+        return len(self._parts)
+
+    def verify(self, parts: Iterable[int]) -> None:
+        """Read all samples of these parts, 0 to num_parts - 1.
+
+        ValueError for the first that is not what was written, or that no teacher can have said.
+        """
+        for number in parts:
+            contents, _ = self._locate(self._firsts[number])
+            for row in range(self._parts[number].samples):
+                contents.sample(row, self.header)
 
     def get_vocab(self) -> dict[str, int]:
         """Token -> id of the teacher's tokenizer. ValueError where vocabulary.json is missing or damaged."""
         path = self.directory / VOCABULARY_FILE
         try:
             return {token: index for index, token in json.loads(path.read_bytes())}
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is missing or damaged{RESTORE}") from error
 
     def sample(

@@ -80,9 +80,16 @@ class CacheWriter:
         return self._next
 
     def append(self, samples: Iterable[SampleEntries | None]) -> None:
-        """The next samples; None: one without supervised tokens. They are on disk when their part is full."""
+        """The next samples; None: one without supervised tokens. They are on disk when their part is full.
+
+        ValueError for one with values that are no teacher's; it is not written, nor are those behind it.
+        """
         for sample in samples:
-            self._buffer.append(encoded(self.header, sample))
+            try:
+                self._buffer.append(encoded(self.header, sample))
+            except ValueError as error:
+                index = self._next + len(self._buffer)
+                raise ValueError(f"{self.directory}: sample {index} holds {error}; it is not written") from None
             self._buffered += sum(array.nbytes for array in self._buffer[-1].values())
             if len(self._buffer) == _PART_SAMPLES or self._buffered >= _PART_BYTES:
                 self._write_part()
