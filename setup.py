@@ -23,6 +23,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CSRC = Path("csrc")
 CPU_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/scalar.cpp"]
@@ -100,6 +101,15 @@ def cuda_library_dir(nvcc: str) -> str:
         if (home / folder / "libcudart_static.a").exists():
             return str(home / folder)
     raise SystemExit(f"no libcudart_static.a under {home}: install the CUDA runtime's static library")
+
+
+class BuildPython(build_py):
+    """Starts from nothing: modules that an earlier version left in build/ would go into the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "qtarget_megatron"), ignore_errors=True)
+        super().run()
 
 
 class BuildNative(build_ext):
@@ -196,5 +206,5 @@ def run(command: list[str]) -> None:
 
 setup(
     ext_modules=[Extension("qtarget_megatron._C", sources=[])],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

@@ -52,10 +52,14 @@ def built(tmp_path_factory):
     compiler = folder / "c++"
     compiler.write_text(COMPILER.replace("BUILT", native.extension().__file__))
     compiler.chmod(0o755)
+    leftover = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/qtarget_megatron"
+    (tree / leftover).mkdir(parents=True)
+    (tree / leftover / "of_an_earlier_version.py").touch()
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
     command([*pip, "-w", folder, tree], folder, CXX=str(compiler), QTARGET_CUDA="0")
     # What the build leaves behind is not part of a checkout.
-    shutil.rmtree(tree / "build", ignore_errors=True)
+    assert (tree / leftover / "finetune.py").is_file()
+    shutil.rmtree(tree / "build")
     return tree, folder / next(path.name for path in folder.glob("*.whl"))
 
 
@@ -76,7 +80,7 @@ def python(built, tmp_path_factory):
     site = Path(command([found, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], home).strip())
     # A folder that is named so brings no .pth files of its own: this environment's editable package stays out.
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [sys.executable, "-m", "pip", "--python", found, "install", "--no-deps", "--no-index", "--no-compile"]
+    pip = [sys.executable, "-m", "pip", "--python", found, "install", "--ignore-installed", "--no-deps", "--no-index"]
     command([*pip, built[1]], home)
     torchrun = home / "bin" / "torchrun"
     torchrun.write_text(f'#!/usr/bin/env bash\nexec {found} -m torch.distributed.run "$@"\n')
@@ -120,9 +124,14 @@ def test_what_is_in_the_packages(built):
     assert {f"qtarget_megatron/{Path(native.extension().__file__).name}", "qtarget_megatron/commands/plan.py"} <= names
     assert "qtarget_megatron/commands/targets_page.html" in names
     assert {name.split("/")[0] for name in names} == {"qtarget_megatron", metadata.split("/")[0]}
-    modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "qtarget_megatron").rglob("*.py")}
-    assert modules <= names
+    assert {name for name in names if name.endswith(".py")} == files(REPOSITORY, "qtarget_megatron", ".py")
+    assert files(tree, "csrc") == files(REPOSITORY, "csrc")
     assert f"\nVersion: {__version__}\n" in text and "\n# qtarget_megatron\n" in text and "\nKeywords: " in text
+
+
+def files(root, folder, suffix=""):
+    found = (path for path in (root / folder).rglob("*") if path.is_file() and path.name.endswith(suffix))
+    return {path.relative_to(root).as_posix() for path in found}
 
 
 def test_finetune_as_a_lone_rank_in_the_checkout(python, tree, models, tmp_path):
