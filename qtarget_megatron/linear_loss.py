@@ -9,6 +9,7 @@ except for the last chunk: its logits lie in the one buffer that both passes use
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,6 +20,7 @@ from torch import Tensor
 from qtarget_megatron import collectives, kernels
 from qtarget_megatron.loss import check_second_model, refuse_second_derivative
 from qtarget_megatron.objectives import Objective
+from qtarget_megatron.objectives.registry import in_range
 from qtarget_megatron.sparse_teacher import (
     SparseTeacher,
     Teacher,
@@ -54,13 +56,15 @@ def qtarget_linear_cross_entropy(
     group: collectives.Group = None,
     vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     sequence_parallel: bool = False,
     chunk_size: int = 512,
     backend: str = "auto",
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
-    """qtarget_cross_entropy(hidden @ weight^T, labels, teacher_logits=teacher_hidden @ teacher_weight^T, ...).
+    """qtarget_cross_entropy(logit_scale * hidden @ weight^T, labels, teacher_logits=teacher_hidden @ teacher_weight^T,
+    ...).
 
     Args:
         hidden: ``[..., H]`` float32, bfloat16 or float16, the same on every rank; with sequence_parallel this rank's
@@ -71,6 +75,7 @@ def qtarget_linear_cross_entropy(
         sparse_teacher: in their place, its largest probabilities, ``[..., K]`` of the whole sequence.
         teacher_vocab_size: columns from it on have no mass under the second model (its true vocabulary, where it is the
             smaller one). Default: all that vocab_size leaves.
+        logit_scale: of the first model's logits, not of the teacher's. A finite number above 0.
         sequence_parallel: hidden and teacher_hidden are sharded over group along their first dimension.
         chunk_size: tokens whose logits exist at a time.
         others: as in qtarget_cross_entropy.
@@ -86,7 +91,7 @@ def qtarget_linear_cross_entropy(
     all-reduce of dHidden [n, H] for the n supervised tokens; with sequence_parallel instead one all-gather of hidden
     (and of teacher_hidden) in forward and one reduce-scatter of dHidden in backward.
 
-    Raises ValueError as qtarget_cross_entropy does, and for a chunk_size below 1.
+    Raises ValueError as qtarget_cross_entropy does, for a chunk_size below 1 and for a logit_scale that is none.
     """
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must come from qtarget_megatron.objectives, got {type(objective).__name__}")
@@ -101,6 +106,9 @@ def qtarget_linear_cross_entropy(
     if not objective.needs_teacher:
         teacher_hidden = teacher_weight = sparse_teacher = None
     _check(hidden, weight, labels, teacher_hidden, teacher_weight, group, sequence_parallel, chunk_size)
+    in_range("logit_scale", logit_scale, 0, math.inf, open_low=True)
+    if logit_scale != 1:
+        hidden = hidden * logit_scale
     local_vocab = weight.shape[0]
     vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
     check_labels(labels, vocab_size, ignore_index)

@@ -43,7 +43,7 @@ def run(case, hidden, weight, labels, teacher_hidden, teacher_weight, upstream, 
     teacher = {}
     if case.objective.needs_teacher:
         teacher = dict(teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
-    logits = hidden.detach().double() @ weight.detach().double().t()
+    logits = hidden.detach().double() @ weight.detach().double().t() * keywords.get("logit_scale", 1)
     loss = qtarget_linear_cross_entropy(
         hidden,
         weight,
@@ -80,6 +80,21 @@ def assert_close(found, expected, **tolerance):
 def test_loss_and_gradients_are_the_definition(case):
     drawn = draw()
     assert_close(run(case, *drawn, chunk_size=5), definition(case, *drawn), **FLOAT32)
+
+
+@every_case
+def test_the_logits_are_scaled_and_the_teachers_are_not(case):
+    hidden, weight, *rest = draw(dtype=torch.float64)
+    found = run(case, hidden, weight, *rest, chunk_size=5, logit_scale=0.3)
+    loss, d_hidden, d_scaled = definition(case, hidden, 0.3 * weight, *rest)
+    assert_close(found, (loss, d_hidden, 0.3 * d_scaled), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, math.inf, math.nan, "2"])
+def test_a_scale_that_is_none_is_refused(scale):
+    hidden, weight, labels, *_ = draw()
+    with pytest.raises(ValueError, match="logit_scale must be a number in"):
+        qtarget_linear_cross_entropy(hidden, weight, labels, objective=objectives.sft(), logit_scale=scale)
 
 
 @every_case
