@@ -206,8 +206,8 @@ def _hidden_states(*, hidden_states, **unused):
 
 
 def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
+    from qtarget_megatron.megatron.output_head import OutputHead
     from qtarget_megatron.megatron.step import LossContext, LossSettings, output_processor
-    from qtarget_megatron.megatron.teacher import OutputHead
     from qtarget_megatron.sparse_teacher import SparseTeacher
     from tools.benchmarking.measure import Subject, memory
 
@@ -248,6 +248,7 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
                 labels=labels,
                 context=context,
                 scale_logits=lambda logits: logits,
+                config=model.config,
             )
             loss.sum().backward()
 

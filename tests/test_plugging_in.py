@@ -109,6 +109,8 @@ def test_side_inputs_and_masks():
 
 def processor_differences():
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer import TransformerConfig
 
     from qtarget_megatron.megatron.output_processor import OutputProcessor
 
@@ -116,19 +118,17 @@ def processor_differences():
     torch.manual_seed(3)
     hidden, weight = torch.randn(5, 2, 8), torch.randn(11, 8)
 
-    class Output(torch.nn.Module):
-        tp_group, sequence_parallel = parallel_state.get_tensor_model_parallel_group(), False
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(weight)
-
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, use_cpu_initialization=True, perform_initialization=False
+    )
+    output = ColumnParallelLinear(8, 11, config=config, init_method=None, bias=False)
+    output.weight.data.copy_(weight)
     labels, mask = torch.randint(9, (2, 5)), torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 1, 1]])
     scale = torch.rand(2, 5)
     processor = OutputProcessor("iw-sft", vocab_size=9)
     found = processor(
-        hidden_states=hidden, output_layer=Output(), output_weight=None, labels=labels, loss_mask=mask,
-        scale_logits=lambda x: x, context={"weight": scale}, config=None,
+        hidden_states=hidden, output_layer=output, output_weight=None, labels=labels, loss_mask=mask,
+        scale_logits=lambda x: x, context={"weight": scale}, config=config,
     )  # fmt: skip
     log_p = (hidden @ weight.T)[..., :9].transpose(0, 1).log_softmax(-1)
     expected = -log_p.gather(-1, labels[..., None])[..., 0] * mask * scale

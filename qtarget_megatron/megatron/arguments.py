@@ -217,7 +217,9 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
         "--moe-router-dtype",
         "--moe-router-bias-update-rate",
     }
-    fixed |= layer_flags()
+    # No Hugging Face model has these scales of logits, scores and embeddings, nor heads that would keep Megatron's own
+    # cross-entropy.
+    fixed |= layer_flags() | {"--use-mup", "--mtp-num-layers"}
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
     if given:
         raise ValueError(f"{', '.join(given)} follow(s) from the model's config.json and cannot be given: drop it")
@@ -318,7 +320,7 @@ def check_head(args: argparse.Namespace) -> None:
         raise ValueError(f"--qtarget-chunk-size must be a number of tokens, 1 or more, got {args.qtarget_chunk_size}")
     if args.qtarget_materialize_logits:
         return
-    for key in ("use_megatron_fsdp", "use_torch_fsdp2", "defer_embedding_wgrad_compute", "use_mup"):
+    for key in ("use_megatron_fsdp", "use_torch_fsdp2", "defer_embedding_wgrad_compute"):
         if getattr(args, key, False):
             raise ValueError(
                 f"--{key.replace('_', '-')} needs Megatron's own output layer: give --qtarget-materialize-logits"

@@ -28,7 +28,7 @@ from qtarget_megatron.teacher_cache import (
 )
 
 if TYPE_CHECKING:
-    from qtarget_megatron.megatron.teacher import OutputHead
+    from qtarget_megatron.megatron.output_head import OutputHead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from qtarget_megatron.megatron.saved_model import checkpoint_directory
 from qtarget_megatron.resumable import directory_digest
 
 if TYPE_CHECKING:
-    from qtarget_megatron.megatron.teacher import OutputHead
+    from qtarget_megatron.megatron.output_head import OutputHead
 
 # Micro-batches between two writes, for each pipeline stage: enough to keep the stages busy.
 _MICRO_BATCHES = 16
@@ -306,7 +306,7 @@ class _Context:
 
 def _process(*, hidden_states, output_layer, output_weight, labels, context: _Context, **unused) -> Tensor:
     """Output processor: hidden states to a result, which does not go through Megatron."""
-    from qtarget_megatron.megatron.teacher import OutputHead
+    from qtarget_megatron.megatron.output_head import OutputHead
 
     heads = [OutputHead(hidden_states, output_layer, output_weight), context.teacher]
     context.results.append(context.compute([head for head in heads if head is not None], labels))

@@ -27,6 +27,11 @@ class OutputProcessor:
     Megatron's own output layer make all of them.
     statistics: of the last micro-batch, `[s, b]` (probability, entropy, masses of each token), for logs.
     Collectives: those of `qtarget_linear_cross_entropy`, over the output layer's tensor-parallel group.
+
+    The model's own scale of its logits (MuP) is kept. Each call raises ValueError for a model with heads that predict
+    several tokens, which Megatron trains with its own cross-entropy, and, unless chunk_size is None, for an output
+    layer that is not Megatron's plain one (adapters, a bias, FSDP, defer_embedding_wgrad_compute) or another rule for
+    logits.
     """
 
     def __init__(

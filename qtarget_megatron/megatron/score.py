@@ -24,7 +24,7 @@ from qtarget_megatron.resumable import ResumableLines, directory_digest, file_di
 from qtarget_megatron.side_inputs import check_weight_options, importance_weight
 
 if TYPE_CHECKING:
-    from qtarget_megatron.megatron.teacher import OutputHead
+    from qtarget_megatron.megatron.output_head import OutputHead
 
 
 @dataclass(frozen=True, kw_only=True)

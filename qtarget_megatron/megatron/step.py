@@ -19,7 +19,7 @@ from qtarget_megatron.data import IGNORE_INDEX
 from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.loss import qtarget_cross_entropy
 from qtarget_megatron.megatron.faults import ON_NAN, NotFinite
-from qtarget_megatron.megatron.teacher import OutputHead
+from qtarget_megatron.megatron.output_head import OutputHead, check_head, logit_scale
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.side_inputs import batch_key
@@ -74,17 +74,22 @@ def output_processor(
     **unused,
 ) -> Tensor:
     """Replaces Megatron's output layer and cross-entropy on the last stage: hidden states to per-token loss
+    config,
     ``[b, s]`` float32.
 
     labels: ``[b, s]``. By default logits exist a chunk at a time. With chunk_size None Megatron's own output layer
     makes all of them (its backward makes the tensor- and sequence-parallel reductions), and the gradient overwrites
-    them.
+    them. scale_logits, config: the model's own rule for its logits (MuP), which both follow, and its config.
+
+    Raises ValueError for a model whose head cannot be served, see check_head and OutputHead.matrix.
     """
-    settings = context.settings
+    settings, scale = context.settings, logit_scale(scale_logits)
+    check_head(config, scale, settings.chunk_size)
     student = OutputHead(hidden_states, output_layer, output_weight)
     teacher = context.teacher if settings.objective.needs_teacher else None
 
     def like_hidden(values: Tensor) -> Tensor:
+    matrix = None if settings.chunk_size is None else student.matrix()
         return values.transpose(0, 1).contiguous()
 
     cached = context.sparse_teacher
@@ -105,14 +110,16 @@ def output_processor(
         with torch.no_grad():
             teacher_logits = (
                 None if teacher is None else _known_logits(teacher.logits(), settings, output_layer.tp_group)
+        # Another rule than a factor may need its result once more in backward.
+        inplace = logits.requires_grad and scale is not None
             )
         loss, context.statistics = qtarget_cross_entropy(
-            logits, like_hidden(labels), teacher_logits=teacher_logits, inplace=logits.requires_grad, **shared
+            logits, like_hidden(labels), teacher_logits=teacher_logits, inplace=inplace, **shared
         )
     else:
         loss, context.statistics = qtarget_linear_cross_entropy(
             student.hidden,
-            student.matrix(),
+            matrix,
             like_hidden(labels),
             teacher_hidden=None if teacher is None else teacher.hidden,
             teacher_weight=None if teacher is None else teacher.matrix(),
@@ -120,6 +127,7 @@ def output_processor(
             sequence_parallel=output_layer.sequence_parallel,
             chunk_size=settings.chunk_size,
             **shared,
+            logit_scale=scale,
         )
     return loss.t().contiguous()
 

@@ -16,34 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
 
+from qtarget_megatron.megatron.output_head import OutputHead
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
-
-
-@dataclass
-class OutputHead:
-    """What a last stage makes logits from: hidden states [s, b, h] (sequence-sharded under sequence parallelism), the
-    output layer, and the weight it takes where embeddings are tied (else None)."""
-
-    hidden: Tensor
-    layer: torch.nn.Module
-    weight: Tensor | None
-
-    def logits(self) -> Tensor:
-        """[s, b, V_local], this tensor-parallel rank's vocabulary shard."""
-        return self.layer(self.hidden, weight=self.weight)[0]
-
-    def matrix(self) -> Tensor:
-        """[V_local, h], what hidden states are multiplied by, ready for use outside of the layer's own forward."""
-        # Megatron gathers overlapped parameters in a hook before the forward of the module that owns them.
-        for hook in self.layer._forward_pre_hooks.values():
-            hook(self.layer, (self.hidden,))
-        return self.layer.weight if self.weight is None else self.weight
 
 
 class StackedGPTModel(GPTModel):
