@@ -35,6 +35,7 @@ from qtarget_megatron.megatron.arguments import (
     add_arguments,
     apply_nan_choice,
     check_backend,
+    check_balance,
     check_data_flags,
     check_experts,
     check_flags,
@@ -189,6 +190,7 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
     check_experts(args, student, "student")
     if not args.skip_train:
         check_trained(args, student)
+        check_balance(args, student, objective)
     check_whole_stages(args, student, "student")
     check_head(args)
     check_data_flags(args)

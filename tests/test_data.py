@@ -37,7 +37,8 @@ def test_labels_are_the_next_tokens_where_supervised(tmp_path):
     assert item["labels"].tolist() == [-100, -100, x, y, end, -100, -100, -100]
     assert item["position_ids"].tolist() == list(range(8))
     assert item["sample"].shape == () and item["sample"] == 0
-    assert {value.dtype for value in item.values()} == {torch.int64}
+    assert item["padding"].dtype == torch.bool and item["padding"].tolist() == [False] * 6 + [True] * 2
+    assert {value.dtype for name, value in item.items() if name != "padding"} == {torch.int64}
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,21 @@ def test_what_experts_cannot_do_is_refused_before_anything_is_built(workspace, t
         "too few": (ep(2), "expected a multiple of 2 processes"),
         "a flag": (["--num-experts", 8], "--num-experts follow(s) from the model's config.json"),
         "a router": (["--moe-router-pre-softmax"], "--moe-router-pre-softmax follow(s) from"),
+        "scales": (["--use-mup"], "--use-mup follow(s) from"),
+        "heads": (["--mtp-num-layers", 1], "--mtp-num-layers follow(s) from"),
+        "sinkhorn": (["--moe-router-load-balancing-type", "sinkhorn"], "sinkhorn would balance padding as well"),
+        "quantiles": (
+            ["--moe-router-load-balancing-type", "aux_loss", "quantile_balancing", "--moe-aux-loss-coeff", 0.1, 0],
+            "quantile_balancing would balance padding as well",
+        ),
+        "room": (
+            ["--moe-expert-capacity-factor", 1.0, "--moe-pad-expert-input-to-capacity", *ALLTOALL],
+            "--moe-pad-expert-input-to-capacity would give padding room of the experts",
+        ),
+        "count": (
+            ["--objective", "profit", "--objective-args", "denominator=kept", "--moe-z-loss-coeff", 0.1],
+            "divides by a number of tokens that is known after all losses",
+        ),
         "tokens": ([*tp(2), *ep(1, 1)], "give --sequence-parallel with --tensor-model-parallel-size 2"),
         "latent": (
             ["--hf-model", workspace / "latent", *tp(2), *ep(1, 1), *SEQUENCE_PARALLEL],

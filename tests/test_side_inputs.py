@@ -57,7 +57,14 @@ def test_values_stand_where_their_tokens_are_labels(tmp_path, seq_length, expect
     assert item[batch_key("critical")].tolist() == [float(value > 0) for value in expected]
     assert {item[batch_key(name)].dtype for name in ("weight", "critical")} == {torch.float64}
     assert torch.equal(item["labels"] != -100, item[batch_key("weight")] != 0)
-    assert set(item) == {"tokens", "labels", "position_ids", "sample", *map(batch_key, ("weight", "critical"))}
+    assert set(item) == {
+        "tokens",
+        "labels",
+        "position_ids",
+        "padding",
+        "sample",
+        *map(batch_key, ("weight", "critical")),
+    }
 
 
 def test_values_run_on_over_the_answers_of_a_conversation():
@@ -266,11 +273,11 @@ def slices(path):
     cpu_platform.activate()
     from megatron.core import parallel_state
 
-    from qtarget_megatron.megatron.step import next_batch
+    from qtarget_megatron.megatron.batches import on_this_rank
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
     data = dataset(JsonlFile(path), byte_tokenizer(CHATML), 32, ("weight", "mine"))
-    found = next_batch(iter([default_collate([data[0], data[1]])]))
+    found = on_this_rank(default_collate([data[0], data[1]]))
     return {name: tensor.numpy() for name, tensor in found.items()}
 
 
@@ -287,7 +294,7 @@ def test_context_parallel_ranks_cut_side_inputs_where_they_cut_labels(tmp_path):
     whole = {name: value.numpy() for name, value in default_collate([data[0], data[1]]).items()}
     parts = run_ranks(2, slices, (str(path),), timeout=120)
     assert sorted(np.concatenate([part["position_ids"][0] for part in parts])) == list(range(32))
-    for name in ("tokens", "labels", batch_key("weight"), batch_key("mine")):
+    for name in ("tokens", "labels", "padding", batch_key("weight"), batch_key("mine")):
         assert [part[name].shape for part in parts] == [(2, 16), (2, 16)]
         for part in parts:
             assert part[name].dtype == whole[name].dtype

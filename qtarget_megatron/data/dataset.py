@@ -48,11 +48,12 @@ class SupervisedDataset(torch.utils.data.Dataset):
 
     Item i belongs to epoch i // n_kept. Every epoch holds each kept record once, in an order that
     (seed, epoch) alone decide, or in the file's order without ``shuffle``. An item is a dict of
-    int64 tensors: ``tokens`` [S]; ``labels`` [S], where ``labels[t]`` is the token behind
-    ``tokens[t]`` and -100 where that is no target or padding; ``position_ids`` [S] = 0..S-1;
-    ``sample`` [], the record's index in the file. Besides, one float64 tensor [S] for each of
-    ``token_inputs``, under its batch_key(), aligned with ``labels`` and 0 where those are -100.
-    Records are encoded when they are asked for.
+    tensors, int64 unless said otherwise: ``tokens`` [S]; ``labels`` [S], where ``labels[t]`` is the
+    token behind ``tokens[t]`` and -100 where that is no target or padding; ``position_ids`` [S] = 0..S-1;
+    ``padding`` [S], bool, True where ``tokens[t]`` is none of the record's; ``sample`` [], the
+    record's index in the file. Besides, one float64 tensor [S] for each of ``token_inputs``, under
+    its batch_key(), aligned with ``labels`` and 0 where those are -100. Records are encoded when
+    they are asked for.
 
     Raises ValueError when no record is kept or ``status`` does not fit the file.
     """
@@ -106,8 +107,8 @@ class SupervisedDataset(torch.utils.data.Dataset):
 def training_item(sample: EncodedSample, length: int, pad_id: int) -> dict[str, torch.Tensor]:
     """What a model reads of a sample of at most ``length + 1`` tokens, all tensors [length].
 
-    ``tokens``, ``labels`` and ``position_ids`` (int64) and the side inputs (float64), as
-    SupervisedDataset describes them; padded with ``pad_id``, -100 and 0.
+    ``tokens``, ``labels`` and ``position_ids`` (int64), ``padding`` (bool) and the side inputs
+    (float64), as SupervisedDataset describes them; padded with ``pad_id``, -100 and 0.
     """
     ids, behind = sample.input_ids, max(len(sample.input_ids) - 1, 0)
     tokens = np.full(length, pad_id, dtype=np.int64)
@@ -118,6 +119,7 @@ def training_item(sample: EncodedSample, length: int, pad_id: int) -> dict[str, 
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),
         "position_ids": torch.arange(length),
+        "padding": torch.arange(length) >= len(ids),
     }
     for name, values in sample.inputs.items():
         aligned = item[batch_key(name)] = torch.zeros(length, dtype=torch.float64)

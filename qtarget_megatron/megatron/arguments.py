@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Hugging Face directory of the student: architecture from config.json, initial weights from its "
         "safetensors, tokenizer. Each rank reads only its slices; nothing is converted beforehand. Experts are spread "
         "by --expert-model-parallel-size and --expert-tensor-parallel-size; their balance is left as it is, whatever "
-        "router_aux_loss_coef says, unless --moe-aux-loss-coeff or --moe-router-bias-update-rate says otherwise.",
+        "router_aux_loss_coef says, unless --moe-aux-loss-coeff or --moe-router-bias-update-rate says otherwise. A "
+        "coefficient c adds c times the mean of Megatron's balance loss (or z-loss) over the micro-batches to the mean "
+        "loss of a supervised token; both, and the update, are over the tokens of the data, padding left out.",
     )
     group.add_argument(
         "--objective",
@@ -253,6 +255,28 @@ def check_experts(args: argparse.Namespace, arch: Architecture, who: str) -> Non
     """Refuse expert parallelism that this model's experts cannot be cut into. Raises ValueError."""
     for problem in expert_problems(arch, who, world_size=args.world_size, **layout_of_experts(args)):
         raise ValueError(problem)
+    if arch.experts is None:
+        return
+    balanced = args.moe_router_load_balancing_type
+    for kind in ("sinkhorn", "quantile_balancing"):
+        if kind in ([balanced] if isinstance(balanced, str) else balanced):
+            raise ValueError(
+                f"--moe-router-load-balancing-type {kind} would balance padding as well: choose aux_loss, seq_aux_loss "
+                "or global_aux_loss"
+            )
+    if args.moe_pad_expert_input_to_capacity:
+        raise ValueError("--moe-pad-expert-input-to-capacity would give padding room of the experts: drop it")
+
+
+def check_balance(args: argparse.Namespace, arch: Architecture, objective: objectives.Objective) -> None:
+    """Refuse a balance loss whose scale a step knows too late. Raises ValueError."""
+    coefficients = args.moe_aux_loss_coeff if isinstance(args.moe_aux_loss_coeff, list) else [args.moe_aux_loss_coeff]
+    if arch.experts is not None and objective.needs_losses_to_count and any([*coefficients, args.moe_z_loss_coeff]):
+        raise ValueError(
+            f"objective {objective} divides by a number of tokens that is known after all losses, but "
+            "--moe-aux-loss-coeff and --moe-z-loss-coeff are scaled by it before: give another denominator or no "
+            "coefficient"
+        )
 
 
 def layout_of_experts(args: argparse.Namespace) -> dict[str, int]:

@@ -136,7 +136,8 @@ class DatasetRun:
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._has_last_stage = any(chunk.post_process for chunk in model.chunks)
-        self._reads = self._has_last_stage or any(chunk.pre_process for chunk in model.chunks)
+        # Padding takes no room of experts whose capacity is limited, on any stage.
+        self._reads = self._has_last_stage or any(chunk.pre_process or chunk.routers for chunk in model.chunks)
         # One rank of each last stage has the results, the first rank of all writes them.
         self._is_source = self._has_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
         sources = [None] * dist.get_world_size()
@@ -263,8 +264,8 @@ def forward(
 ) -> list[Any]:
     """What compute makes of each micro-batch, on ranks of the last stage; nothing on other stages.
 
-    batches: tokens, labels and position_ids, all [b, length]; None on stages between the first and the last. Runs
-    Megatron's forward-only schedule for the layout.
+    batches: tokens, labels, position_ids and padding, all [b, length]; None on stages that need none. Runs Megatron's
+    forward-only schedule for the layout.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_attr_wrapped_model
@@ -272,11 +273,11 @@ def forward(
     results = []
 
     def forward_step(data_iterator, chunk):
-        batch = next(data_iterator) or dict.fromkeys(("tokens", "position_ids", "labels"))
-        extra = {}
+        batch = next(data_iterator) or dict.fromkeys(("tokens", "position_ids", "labels", "padding"))
+        extra = {"padding_mask": batch["padding"]} if get_attr_wrapped_model(chunk, "routers") else {}
         if get_attr_wrapped_model(chunk, "post_process"):
             context = _Context(compute, results)
-            extra = dict(labels=batch["labels"], output_processor=_process, output_processor_context=context)
+            extra |= dict(labels=batch["labels"], output_processor=_process, output_processor_context=context)
         # No loss function: the schedule keeps the last stage's output, which says nothing.
         return chunk(batch["tokens"], batch["position_ids"], None, **extra), None
 

@@ -15,7 +15,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -23,6 +22,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.checkpoint import Architecture, HFReader
 from qtarget_megatron.megatron.hf_weights import check_complete, load_hf_weights
+from qtarget_megatron.megatron.router import Router
 from qtarget_megatron.megatron.saved_model import SavedModel
 from qtarget_megatron.megatron.shape import describe_layers, has_qk_norm, padded_vocab_size, value_channels
 from qtarget_megatron.megatron.teacher import StackedGPTModel
@@ -56,17 +56,6 @@ class LatentCoreAttention(DotProductAttention):
 
     def __init__(self, *args, k_channels: int | None = None, v_channels: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-
-
-class Router(TopKRouter):
-    """Megatron's router, whose correction of the scores stays float32 where the model becomes 16-bit."""
-
-    def _apply(self, fn, recurse=True):
-        correction = self.expert_bias
-        super()._apply(fn, recurse)
-        if correction is not None:
-            self.expert_bias = correction.to(self.expert_bias.device)
-        return self
 
 
 # Names in checkpoints of Transformer Engine's layers, whose norms are parts of the linear layer behind them.

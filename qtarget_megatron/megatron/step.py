@@ -11,13 +11,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 from torch import Tensor
 
 from qtarget_megatron.data import IGNORE_INDEX
 from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.loss import qtarget_cross_entropy
+from qtarget_megatron.megatron.batches import Batches
 from qtarget_megatron.megatron.faults import ON_NAN, NotFinite
 from qtarget_megatron.megatron.output_head import OutputHead, check_head, logit_scale
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
@@ -33,7 +34,8 @@ class LossSettings:
 
     vocab_size, teacher_vocab_size: of the true vocabularies (the teacher's only where it is the smaller one).
     backend: of the kernels. chunk_size: tokens whose logits exist at a time; None makes those of a whole micro-batch.
-    teacher_tail: the rule for the mass that a cached teacher does not keep. teacher_cost: of a live teacher.
+    teacher_tail: the rule for the mass that a cached teacher does not keep. teacher_cost: of a live teacher. batches:
+    where micro-batches come from.
     """
 
     objective: Objective
@@ -43,6 +45,7 @@ class LossSettings:
     teacher_vocab_size: int | None = None
     teacher_tail: str = "uniform"
     teacher_cost: TeacherCost = field(default_factory=TeacherCost)
+    batches: Batches = field(default_factory=Batches)
 
 
 @dataclass
@@ -71,10 +74,10 @@ def output_processor(
     labels,
     context: LossContext,
     scale_logits,
+    config,
     **unused,
 ) -> Tensor:
     """Replaces Megatron's output layer and cross-entropy on the last stage: hidden states to per-token loss
-    config,
     ``[b, s]`` float32.
 
     labels: ``[b, s]``. By default logits exist a chunk at a time. With chunk_size None Megatron's own output layer
@@ -86,10 +89,10 @@ def output_processor(
     settings, scale = context.settings, logit_scale(scale_logits)
     check_head(config, scale, settings.chunk_size)
     student = OutputHead(hidden_states, output_layer, output_weight)
+    matrix = None if settings.chunk_size is None else student.matrix()
     teacher = context.teacher if settings.objective.needs_teacher else None
 
     def like_hidden(values: Tensor) -> Tensor:
-    matrix = None if settings.chunk_size is None else student.matrix()
         return values.transpose(0, 1).contiguous()
 
     cached = context.sparse_teacher
@@ -107,11 +110,11 @@ def output_processor(
     )
     if settings.chunk_size is None:
         logits = scale_logits(student.logits())
+        # Another rule than a factor may need its result once more in backward.
+        inplace = logits.requires_grad and scale is not None
         with torch.no_grad():
             teacher_logits = (
                 None if teacher is None else _known_logits(teacher.logits(), settings, output_layer.tp_group)
-        # Another rule than a factor may need its result once more in backward.
-        inplace = logits.requires_grad and scale is not None
             )
         loss, context.statistics = qtarget_cross_entropy(
             logits, like_hidden(labels), teacher_logits=teacher_logits, inplace=inplace, **shared
@@ -124,10 +127,10 @@ def output_processor(
             teacher_hidden=None if teacher is None else teacher.hidden,
             teacher_weight=None if teacher is None else teacher.matrix(),
             teacher_vocab_size=settings.teacher_vocab_size,
+            logit_scale=scale,
             sequence_parallel=output_layer.sequence_parallel,
             chunk_size=settings.chunk_size,
             **shared,
-            logit_scale=scale,
         )
     return loss.t().contiguous()
 
@@ -145,8 +148,11 @@ def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iter
 
     on_nan: see check_loss.
     """
-    is_first, is_last = (get_attr_wrapped_model(model, key) for key in ("pre_process", "post_process"))
-    batch = next_batch(data_iterator) if is_first or is_last else dict.fromkeys(("tokens", "labels", "position_ids"))
+    is_last, routers = get_attr_wrapped_model(model, "post_process"), get_attr_wrapped_model(model, "routers")
+    if is_last or routers or get_attr_wrapped_model(model, "pre_process"):
+        batch = settings.batches.take(data_iterator, model, routers, settings.objective, is_last=is_last)
+    else:
+        batch = dict.fromkeys(("tokens", "labels", "position_ids"))
     context = LossContext(settings)
     if is_last:
         context.samples = batch["sample"]
@@ -160,24 +166,11 @@ def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iter
         batch["position_ids"],
         None,
         labels=batch["labels"] if is_last else None,
+        padding_mask=batch["padding"] if routers else None,
         output_processor=output_processor if is_last else None,
         output_processor_context=context if is_last else None,
     )
     return output, partial(sum_loss, context, batch["labels"], on_nan, in_training=model.training)
-
-
-def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
-    """The next micro-batch of this data-parallel rank, cut for context parallelism.
-
-    Every rank that needs it reads it by sample index, so there is nothing to broadcast. "sample" stays on the CPU.
-    """
-    read = next(data_iterator)
-    batch = {key: value if key == "sample" else value.cuda(non_blocking=True) for key, value in read.items()}
-    cp_group = parallel_state.get_context_parallel_group()
-    if cp_group.size() > 1:
-        per_token = {key: value for key, value in batch.items() if value.dim() > 1}
-        batch |= get_batch_on_this_cp_rank(per_token, is_hybrid_cp=False, cp_group=cp_group)
-    return batch
 
 
 def sum_loss(

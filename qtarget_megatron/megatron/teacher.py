@@ -21,6 +21,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from qtarget_megatron.megatron.output_head import OutputHead
+from qtarget_megatron.megatron.router import Router
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 
 
@@ -33,6 +34,9 @@ class StackedGPTModel(GPTModel):
         self.__dict__["teacher"] = teacher
         self._teacher_cost = teacher_cost or TeacherCost()
         self._student_width = self.config.hidden_size
+        # Of the layers with experts, the teacher's included.
+        models = [self] if teacher is None else [self, teacher]
+        self.routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
         if teacher is not None:
             self._teacher_cost.add_weights(teacher.parameters())
             # The schedule sizes the pipeline's tensors by this config; the layers keep the original one.
@@ -48,7 +52,11 @@ class StackedGPTModel(GPTModel):
         super().set_input_tensor(student)
         self.teacher.set_input_tensor(teacher.detach().contiguous())
 
-    def forward(self, input_ids, position_ids, attention_mask, *, output_processor_context=None, **kwargs):
+    def forward(
+        self, input_ids, position_ids, attention_mask, *, padding_mask=None, output_processor_context=None, **kwargs
+    ):
+        """padding_mask: bool [b, s] of the whole sequence on every stage, True where there is padding."""
+        kwargs["padding_mask"] = self._own_part(padding_mask)
         if self.teacher is None:
             return super().forward(
                 input_ids,
@@ -60,7 +68,13 @@ class StackedGPTModel(GPTModel):
         # An evaluation's forwards are not the next step's.
         measured = self._teacher_cost if self.training else contextlib.nullcontext()
         with torch.no_grad(), measured:
-            taught = self.teacher(input_ids, position_ids, attention_mask, output_processor=_output_head)
+            taught = self.teacher(
+                input_ids,
+                position_ids,
+                attention_mask,
+                output_processor=_output_head,
+                padding_mask=kwargs["padding_mask"],
+            )
         if self.post_process and output_processor_context is not None:
             output_processor_context.teacher = taught
         hidden = super().forward(
@@ -71,6 +85,13 @@ class StackedGPTModel(GPTModel):
             **kwargs,
         )
         return hidden if self.post_process else torch.cat([hidden, taught], dim=-1)
+
+    def _own_part(self, padding_mask):
+        """Megatron cuts the mask for sequence parallelism where it embeds tokens, and on no later stage."""
+        if padding_mask is None or self.pre_process or not self.config.sequence_parallel:
+            return padding_mask
+        group = self.pg_collection.tp
+        return padding_mask.chunk(group.size(), dim=1)[group.rank()]
 
 
 def _output_head(*, hidden_states, output_layer, output_weight, **unused) -> OutputHead:

@@ -72,6 +72,11 @@ class Objective:
         """True where some residual reads the second model's logits (b != 0)."""
         return any(b != 0 for _, b in self.residuals)
 
+    @property
+    def needs_losses_to_count(self) -> bool:
+        """Whether num_tokens needs the label masses, which are known with the losses."""
+        return self.denominator == _LABEL_MASS
+
     def num_tokens(self, supervised: Tensor, token_inputs: Mapping[str, Tensor], label_mass: Tensor) -> Tensor:
         """How many tokens the mean loss is divided by, int64 []: the supervised ones, or those of the denominator.
 
