@@ -83,7 +83,7 @@ def workspace(tmp_path_factory):
     good = folder / "untied"
     variant(good, folder / "other-weights", tensors=lambda w: [t.mul_(0.5) for t in w.values()])
     variant(good, folder / "swapped", tensors=swap_gate_and_up)
-    variant(good, folder / "with-nan", tensors=lambda w: w["model.norm.weight"].fill_(torch.nan))
+    variant(good, folder / "overflow", tensors=lambda w: w["model.norm.weight"].fill_(3e38))
     rope = {"rope_type": "default", "rope_theta": 20000.0}
     variant(good, folder / "wrong-theta", rope_parameters=rope)
     variant(good, folder / "wrong-eps", rms_norm_eps=1e-4)
@@ -195,7 +195,7 @@ def one(workspace):
     good, ckpt = workspace / "untied", workspace / "ckpt-untied"
     jobs["check"] = ("convert", "check", "--hf-model", good)
     jobs["check load"] = ("convert", "check", "--hf-model", good, "--load", ckpt)
-    for name in ("wrong-theta", "wrong-eps", "swapped", "with-nan"):
+    for name in ("wrong-theta", "wrong-eps", "swapped", "overflow"):
         words = ["check", "--hf-model", workspace / name, "--reference", good]
         jobs[f"check {name}"] = ("convert", *words)
     experts = ("convert", "check", "--reference", workspace / "experts", "--hf-model")
@@ -410,7 +410,7 @@ def test_layers_with_a_state_of_their_own_need_the_strictness_that_the_help_name
         ("check wrong-theta", 1),
         ("check wrong-eps", 1),
         ("check swapped", 1),
-        ("check with-nan", 1),
+        ("check overflow", 1),
         ("check load swapped", 1),
         ("check experts", 0),
         ("check swapped-experts", 1),

@@ -58,7 +58,8 @@ def workspace(tmp_path_factory):
     (folder / "stale.jsonl").write_text("".join(json.dumps(stale | {"completion": c}) + "\n" for c in ("b", " ")))
     (folder / "no-json.jsonl").write_text(lines[1] + "\n{'role': 1}\n")
     (folder / "empty.jsonl").write_text("\n")
-    variant(folder / "untied", folder / "with-nan", tensors=lambda w: w["model.norm.weight"].fill_(torch.nan))
+    variant(folder / "untied", folder / "broken", tensors=lambda w: w["model.norm.weight"].fill_(torch.nan))
+    variant(folder / "untied", folder / "overflow", tensors=lambda w: w["model.norm.weight"].fill_(3e38))
     shutil.copytree(folder / "teacher", folder / "larger-vocabulary")
     edit_json(folder / "larger-vocabulary" / "config.json", vocab_size=400)
     shutil.copytree(folder / "teacher", folder / "other-tokenizer")
@@ -137,8 +138,9 @@ BAD = {
     "weight limit": (["o.jsonl", *REFERENCE, "--max-weight", 0], "above 0, got 0.0"),
     "temperature": (["o.jsonl", *REFERENCE, "--temp", "nan"], "expected a finite number, got nan"),
     "temperature without reference": (["o.jsonl", "--temp", 2], "--temp belongs to the weight"),
-    "nan": (["nan.jsonl", "--hf-model", "with-nan"], "log p of supervised token 0 is nan under --hf-model with-nan"),
-    "reference nan": (["nan2.jsonl", "--reference-hf", "with-nan"], "is nan under --reference-hf with-nan"),
+    "broken weights": (["o.jsonl", "--hf-model", "broken"], "got NaN or infinity in model.norm.weight"),
+    "nan": (["nan.jsonl", "--hf-model", "overflow"], "log p of supervised token 0 is nan under --hf-model overflow"),
+    "reference nan": (["nan2.jsonl", "--reference-hf", "overflow"], "is nan under --reference-hf overflow"),
 }  # fmt: skip
 
 
@@ -154,7 +156,7 @@ def one(workspace):
             "options": job("options.jsonl", *REFERENCE, "--temp", -3, "--max-weight", 1.25, "--micro-batch-size", 7),
             "tied": job("tied.jsonl", "--micro-batch-size", 4, model="tied"),
             "import": ["convert", "import", "--hf-model", "untied", "--save", "ckpt"],
-            "load": job("load.jsonl", "--load", "ckpt", model="with-nan"),
+            "load": job("load.jsonl", "--load", "ckpt", model="overflow"),
             "bf16": job("bf16.jsonl", "--bf16", *REFERENCE),
             "overwrite": job("stale-out.jsonl", "--overwrite", *REFERENCE, data="stale.jsonl"),
             "keep": job("stale-kept.jsonl", "--overwrite", data="stale.jsonl"),
@@ -177,7 +179,7 @@ def two(workspace):
             "pp2-vpp2": job("pp2-vpp2.jsonl", *PP2, *VPP2, "--micro-batch-size", 2),
             "tied": job("tied-pp2.jsonl", *PP2, model="tied"),
             "import": ["convert", "import", "--hf-model", "untied", "--save", "ckpt2", *PP2],
-            "load": job("load2.jsonl", "--load", "ckpt2", *TP2, *REFERENCE, model="with-nan"),
+            "load": job("load2.jsonl", "--load", "ckpt2", *TP2, *REFERENCE, model="overflow"),
             "bad field": job("never.jsonl", data="has-field.jsonl"),
             "odd length": job("never.jsonl", *TP2, "--sequence-parallel", "--seq-length", 33),
         },

@@ -6,9 +6,15 @@ from qtarget_megatron.checkpoint.architecture import Architecture
 from qtarget_megatron.checkpoint.config_file import read_config
 from qtarget_megatron.checkpoint.experts import Experts, Groups
 from qtarget_megatron.checkpoint.family import CORRECTION
-from qtarget_megatron.checkpoint.hf_reader import HFReader
+from qtarget_megatron.checkpoint.hf_reader import HFReader, is_finite
 from qtarget_megatron.checkpoint.hf_tensors import check_tensors, hf_tensor_shapes, tensor_dtype
-from qtarget_megatron.checkpoint.hf_writer import HFExport, ShardPlan, plan_shards
+from qtarget_megatron.checkpoint.hf_writer import (
+    HFExport,
+    ShardPlan,
+    copied_files,
+    export_bytes,
+    plan_shards,
+)
 from qtarget_megatron.checkpoint.hidden_states import Place, recorded
 from qtarget_megatron.checkpoint.latent import LatentAttention
 from qtarget_megatron.checkpoint.layout import (
@@ -39,9 +45,12 @@ __all__ = [
     "StateAgreement",
     "TokenAgreement",
     "check_tensors",
+    "copied_files",
+    "export_bytes",
     "hf_names",
     "hf_tensor_shapes",
     "is_expert",
+    "is_finite",
     "load_parameter",
     "merge_parameter",
     "merge_rows",

@@ -22,13 +22,17 @@ from qtarget_megatron.checkpoint.config_file import (
     positive_number,
     read_config,
     rule,
+    shown,
     token_ids,
 )
 from qtarget_megatron.checkpoint.experts import Experts, read_experts
 from qtarget_megatron.checkpoint.family import Family
 from qtarget_megatron.checkpoint.latent import LatentAttention, read_latent
 from qtarget_megatron.checkpoint.layers import read_unrotated_layers, read_windows
-from qtarget_megatron.checkpoint.rope import RopeScaling, inverse_frequencies, read_rope
+from qtarget_megatron.checkpoint.rope import RopeScaling, check_frequencies, inverse_frequencies, read_rope
+
+# Nothing comes near: models have up to some hundred layers, and heads of some hundred numbers.
+_MOST_LAYERS, _MOST_HEAD_DIM = 10_000, 2**16
 
 # A null means "absent", except where null is itself the meaning (no window, no such token).
 _NULLABLE = ("sliding_window", "bos_token_id", "eos_token_id", "num_key_value_heads", "head_dim", "q_lora_rank")
@@ -97,7 +101,7 @@ class Architecture:
         _refuse(config)
         heads = positive_int(config, "num_attention_heads")
         hidden = positive_int(config, "hidden_size")
-        layers = positive_int(config, "num_hidden_layers")
+        layers = positive_int(config, "num_hidden_layers", _MOST_LAYERS)
         positions = positive_int(config, "max_position_embeddings")
         groups = heads
         if config.get("num_key_value_heads") is not None:
@@ -112,6 +116,7 @@ class Architecture:
         window, window_layers = read_windows(config, family.window, layers, unrotated)
         latent = read_latent(config) if family.latent else None
         head_dim = _head_dim(config, hidden, heads) if latent is None else latent.plain_dim + latent.rotary_dim
+        check_frequencies(head_dim if latent is None else latent.rotary_dim, rope_base, rope_scaling)
         return cls(
             family=family.name,
             num_layers=layers,
@@ -177,7 +182,7 @@ def _refuse(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(
-            f"config.json: expected hidden_act 'silu' (a gated SiLU MLP), got {activation!r}; "
+            f"config.json: expected hidden_act 'silu' (a gated SiLU MLP), got {shown(activation)}; "
             "this activation is not supported"
         )
 
@@ -192,6 +197,8 @@ def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
         )
     else:
         head_dim = hidden // heads
+    if head_dim > _MOST_HEAD_DIM:
+        raise ValueError(f"config.json: expected head_dim of at most {_MOST_HEAD_DIM}, got {head_dim}")
     if head_dim % 2:
         raise ValueError(f"config.json: expected an even head_dim for rotary pairs, got {head_dim}")
     return head_dim

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget_megatron.checkpoint.config_file import positive_int, positive_number, rule
+from qtarget_megatron.checkpoint.config_file import positive_int, positive_number, rule, shown
 from qtarget_megatron.checkpoint.family import ExpertRules
+
+# Of all layers together: ten times what the largest models have.
+_MOST_EXPERTS = 250_000
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def read_experts(config: Mapping[str, Any], rules: ExpertRules | None, num_layer
     layers = _layers(config, rules, num_layers)
     if not any(layers):
         return None
-    count, per_token = positive_int(config, rules.count), positive_int(config, rules.per_token)
+    most = max(_MOST_EXPERTS // sum(layers), 1)
+    count, per_token = positive_int(config, rules.count, most), positive_int(config, rules.per_token)
     if per_token > count:
         raise ValueError(f"config.json: expected {rules.per_token} of at most {rules.count} ({count}), got {per_token}")
     width = positive_int(config, rules.width)
@@ -85,9 +89,10 @@ def _groups(config: Mapping[str, Any], rules: ExpertRules, count: int, per_token
 def _layers(config: Mapping[str, Any], rules: ExpertRules, num_layers: int) -> tuple[bool, ...]:
     dense = config.get(rules.dense_layers) or []
     if not isinstance(dense, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in dense):
-        raise ValueError(f"config.json: expected {rules.dense_layers} to be a list of layers, got {dense!r}")
+        raise ValueError(f"config.json: expected {rules.dense_layers} to be a list of layers, got {shown(dense)}")
     step = 1 if rules.sparse_step is None else positive_int(config, rules.sparse_step)
     first = 0
     if rules.first_sparse is not None and config.get(rules.first_sparse) != 0:
         first = positive_int(config, rules.first_sparse)
+    dense = set(dense)
     return tuple(i >= first and i not in dense and (i + 1) % step == 0 for i in range(num_layers))

@@ -6,6 +6,7 @@ and nothing else; tensors are read slice by slice on request.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import BinaryIO
 
 import torch
 
-from qtarget_megatron.checkpoint.config_file import read_config, read_json_object
+from qtarget_megatron.checkpoint.config_file import read_config, read_json_object, shown
 from qtarget_megatron.checkpoint.model_files import model_file
 
 SINGLE_FILE = "model.safetensors"
@@ -82,8 +83,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if tensor.begin != end:
                 raise ValueError(f"a tensor begins at byte {tensor.begin}, the one before it ends at {end}")
             end += tensor.nbytes
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: expected a safetensors header, got {error!r}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: expected a safetensors header, got JSON nested too deep to read") from None
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path}: expected a safetensors header, got {shown(error)}") from None
     if end != size:
         raise ValueError(
             f"{path}: expected {end} bytes by its header, got {size}; the file is truncated or damaged: fetch it again"
@@ -111,6 +114,18 @@ def _entry(file: str, entry: dict, data: int) -> TensorEntry:
     return TensorEntry(file=file, shape=shape, dtype=dtype, begin=data + begin)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; one pass without a copy, True for integers and 8-bit floats."""
+    if tensor.numel() == 0 or not tensor.is_floating_point() or tensor.itemsize == 1:
+        return True
+    return all(bound.isfinite().item() for bound in torch.aminmax(tensor))  # both are NaN where one number is
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    advice = "raise ulimit -n" if error.errno in (errno.EMFILE, errno.ENFILE) else "make it readable"
+    return ValueError(f"{path}: {error.strerror}; {advice}")
+
+
 class HFReader:
     """Lazy access to the tensors of the checkpoint in ``directory``.
 
@@ -134,7 +149,11 @@ class HFReader:
                 raise ValueError(
                     f"{self.directory}: expected the shard {file} that {INDEX_FILE} names, found none; fetch it"
                 )
-            for name, entry in read_header(path).items():
+            try:
+                entries = read_header(path)
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            for name, entry in entries.items():
                 if name in self._entries:
                     raise ValueError(
                         f"{self.directory}: expected each tensor once, got {name} in both "
@@ -171,11 +190,11 @@ class HFReader:
             )
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: expected a weight_map of tensor names to files, got {weight_map!r}")
+            raise ValueError(f"{index}: expected a weight_map of tensor names to files, got {shown(weight_map)}")
         for file in weight_map.values():
             # The index is data from elsewhere: it may not point outside the checkpoint.
             if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != ".safetensors":
-                raise ValueError(f"{index}: expected plain .safetensors file names, got {file!r}")
+                raise ValueError(f"{index}: expected plain .safetensors file names, got {shown(file)}")
         return weight_map
 
     @property
@@ -202,7 +221,7 @@ class HFReader:
         ``rows``: range of the first dimension, ``cols``: of the second. Only the bytes of that part
         are read.
 
-        Raises ValueError for an unknown name or a range outside the tensor.
+        Raises ValueError for an unknown name or a range outside the tensor, and for a weight that is NaN or infinite.
         """
         entry = self._entry_of(name)
         shape = list(entry.shape)
@@ -223,17 +242,25 @@ class HFReader:
         begin = entry.begin + (rows[0] if rows else 0) * per_row
         if cols is None:
             self._read_into(entry.file, target, begin)
-            return tensor
-        begin += cols[0] * (per_row // entry.shape[1])
-        taken = len(target) // shape[0]
-        for row in range(shape[0]):
-            self._read_into(entry.file, target[row * taken : (row + 1) * taken], begin + row * per_row)
+        else:
+            begin += cols[0] * (per_row // entry.shape[1])
+            taken = len(target) // shape[0]
+            for row in range(shape[0]):
+                self._read_into(entry.file, target[row * taken : (row + 1) * taken], begin + row * per_row)
+        if not is_finite(tensor):
+            raise ValueError(
+                f"{self.directory / entry.file}: expected finite weights, got NaN or infinity in {name}: the file is "
+                "damaged, or of a training that diverged: fetch it again, or take another"
+            )
         return tensor
 
     def _read_into(self, file: str, target: memoryview, position: int) -> None:
         """Fill target from this position of the file on."""
         if file not in self._open:
-            self._open[file] = open(self.directory / file, "rb", buffering=0)
+            try:
+                self._open[file] = open(self.directory / file, "rb", buffering=0)
+            except OSError as error:
+                raise _unreadable(self.directory / file, error) from error
         descriptor, done = self._open[file].fileno(), 0
         while done < len(target):
             try:

@@ -97,6 +97,7 @@ def check_tensors(reader: HFReader, arch: Architecture) -> None:
     also hold a head, if it is equal to the embedding (only then are both read).
     """
     family = families.by_name(arch.family)
+    _check_fused(reader, arch)
     head, embedding = family.tensor("head"), family.tensor("embedding")
     expected = hf_tensor_shapes(arch)
     present = {name for name in reader.names if not name.endswith("rotary_emb.inv_freq")}
@@ -131,6 +132,16 @@ def check_tensors(reader: HFReader, arch: Architecture) -> None:
             f"{reader.directory}: expected {head} equal to {embedding} (tie_word_embeddings is "
             "true), got other values; set tie_word_embeddings to false if the head is meant to be "
             "its own"
+        )
+
+
+def _check_fused(reader: HFReader, arch: Architecture) -> None:
+    """ValueError where the experts of a layer lie in one tensor, as transformers has them in memory."""
+    fused = [name for name in reader.names if name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))]
+    if arch.experts is not None and fused:
+        raise ValueError(
+            f"{reader.directory}: expected tensors of each expert, got {fused[0]} of all experts of a layer: the model "
+            "was saved with save_original_format=False; load it with transformers and save it without that"
         )
 
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qtarget_megatron.checkpoint.architecture import Architecture
 from qtarget_megatron.checkpoint.config_file import declared_dtype, dtype_name, read_config
-from qtarget_megatron.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE
+from qtarget_megatron.checkpoint.hf_reader import INDEX_FILE, SINGLE_FILE, is_finite
 from qtarget_megatron.checkpoint.hf_tensors import hf_tensor_shapes, tensor_dtype
 from qtarget_megatron.checkpoint.model_files import model_file
 from qtarget_megatron.checkpoint.safetensors_file import PlannedTensor, SafetensorsFile, file_bytes
@@ -82,6 +82,35 @@ def plan_shards(
     return [(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
+def copied_files(source_dir: str | Path) -> list[Path]:
+    """The files that an export carries over besides config.json, relative to the directory that they lie in.
+
+    ValueError where one is a link out of it, or cannot be read: worth calling before hours of training.
+    """
+    source_dir, found = Path(source_dir), []
+    for pattern in _COPIED:
+        for source in sorted(source_dir.glob(pattern)):
+            relative = source.relative_to(source_dir)
+            if source.is_dir() or source.name == "config.json" or ".index." in source.name:
+                continue
+            path = model_file(source_dir, relative)
+            try:
+                with path.open("rb") as file:
+                    file.read(1)
+            except OSError as error:
+                raise ValueError(
+                    f"{path}: expected a file to copy into the export, got: {error.strerror}; make it readable, or "
+                    "remove it"
+                ) from error
+            found.append(relative)
+    return found
+
+
+def export_bytes(arch: Architecture, dtype: torch.dtype) -> int:
+    """Bytes of the tensors of an export, at least what it takes on a disk."""
+    return sum(math.prod(shape) * tensor_dtype(name, dtype).itemsize for name, shape in hf_tensor_shapes(arch).items())
+
+
 class HFExport:
     """An export into ``out_dir`` that becomes visible only when it is complete.
 
@@ -104,6 +133,7 @@ class HFExport:
     ) -> None:
         self.source_dir = Path(source_dir)
         read_config(self.source_dir)
+        copied_files(self.source_dir)
         self._dtype = dtype or arch.dtype
         self._plan = {file: list(names) for file, names in plan}
         self._shapes = hf_tensor_shapes(arch)
@@ -132,14 +162,23 @@ class HFExport:
         """Write one planned file; one tensor is in memory at a time if tensors and their pieces are made on the way.
 
         tensors: (name, pieces along the first dimension), in any order, on any device, in the export dtype. ValueError
-        for a file that is not planned, or tensors that differ from the plan in names, shapes or dtype.
+        for a file that is not planned, tensors that differ from the plan in names, shapes or dtype, or are not finite.
         """
         path = self.directory.folder / file
         with SafetensorsFile(path, self._planned(file)) as shard:
             for name, pieces in tensors:
-                shard.write(name, pieces)
+                shard.write(name, self._finite(name, pieces))
             shard.check_complete()
         self.directory.record(file)
+
+    def _finite(self, name: str, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        for piece in pieces:
+            if not is_finite(piece):
+                raise ValueError(
+                    f"{self.directory.path}: expected finite weights to export, got NaN or infinity in {name}: the "
+                    f"training has diverged, or {self._dtype} does not hold its numbers"
+                )
+            yield piece
 
     def _planned(self, file: str) -> dict[str, PlannedTensor]:
         if file not in self._plan:
@@ -162,11 +201,8 @@ class HFExport:
                 )
         if list(self._plan) != [SINGLE_FILE]:
             self._write(INDEX_FILE, _json_bytes(self._index()))
-        for pattern in _COPIED:
-            for source in sorted(self.source_dir.glob(pattern)):
-                relative = source.relative_to(self.source_dir)
-                if source.is_file() and source.name != "config.json" and ".index." not in source.name:
-                    self._write(relative, model_file(self.source_dir, relative).read_bytes())
+        for relative in copied_files(self.source_dir):
+            self._write(relative, (self.source_dir / relative).read_bytes())
         # The last: without it the folder is no model.
         self._write("config.json", self._config_bytes())
         digests = self.directory.digests()

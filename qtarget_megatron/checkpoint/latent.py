@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qtarget_megatron.checkpoint.config_file import boolean, positive_int, positive_number
+from qtarget_megatron.checkpoint.config_file import boolean, positive_int, positive_number, shown
 
 # What transformers gives the norms of the latents, whatever rms_norm_eps says.
 _NORM_EPSILON = 1e-6
@@ -32,7 +32,7 @@ def read_latent(config: Mapping[str, Any]) -> LatentAttention:
     if config.get("num_key_value_heads") not in (None, config.get("num_attention_heads")):
         raise ValueError(
             "config.json: expected num_key_value_heads to be num_attention_heads (latent attention), got "
-            f"{config['num_key_value_heads']!r}"
+            f"{shown(config['num_key_value_heads'])}"
         )
     if boolean(config, "attention_bias"):
         raise ValueError("config.json: expected attention_bias false: Megatron's latent attention has no biases")
@@ -48,7 +48,7 @@ def read_latent(config: Mapping[str, Any]) -> LatentAttention:
             "config.json: expected q_lora_rank to be a number, got null: Megatron adds a norm to queries that are made "
             "without a latent"
         )
-    rotary = positive_int(config, "qk_rope_head_dim")
+    rotary = positive_int(config, "qk_rope_head_dim", most=2**16)
     if rotary % 2:
         raise ValueError(f"config.json: expected an even qk_rope_head_dim for rotary pairs, got {rotary}")
     return LatentAttention(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qtarget_megatron.checkpoint.config_file import boolean, positive_int
+from qtarget_megatron.checkpoint.config_file import boolean, positive_int, shown
 from qtarget_megatron.checkpoint.family import Family, WindowRules
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -22,7 +22,7 @@ def read_unrotated_layers(config: Mapping[str, Any], family: Family, num_layers:
     if not isinstance(rotated, list) or len(rotated) < num_layers or any(value not in (0, 1) for value in rotated):
         raise ValueError(
             f"config.json: expected no_rope_layers to be 1 (rotary) or 0 (none) for each of {num_layers} layers, got "
-            f"{rotated!r}"
+            f"{shown(rotated)}"
         )
     unrotated = tuple(value == 0 for value in rotated[:num_layers])
     return unrotated if any(unrotated) else ()
@@ -45,10 +45,10 @@ def _window_layers(
     kinds = config.get("layer_types") if rules.listed else None
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != num_layers:
-            raise ValueError(f"config.json: expected layer_types to list {num_layers} layers, got {kinds!r}")
+            raise ValueError(f"config.json: expected layer_types to list {num_layers} layers, got {shown(kinds)}")
         if unknown := [kind for kind in kinds if kind not in (_FULL, _SLIDING)]:
             raise ValueError(
-                f"config.json: expected layer_types of {_FULL} and {_SLIDING}, got {unknown[0]!r}: not supported"
+                f"config.json: expected layer_types of {_FULL} and {_SLIDING}, got {shown(unknown[0])}: not supported"
             )
         return tuple(kind == _SLIDING for kind in kinds)
     if rules.unrotated:

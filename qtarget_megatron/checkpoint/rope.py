@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qtarget_megatron.checkpoint.config_file import positive_int, positive_number
+from qtarget_megatron.checkpoint.config_file import positive_int, positive_number, shown
 
 _FIELDS = {
     "default": (),
@@ -49,17 +49,17 @@ def read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeSca
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"config.json: expected one flat set of rotary parameters for all layers, got {rope!r}")
+        raise ValueError(f"config.json: expected one flat set of rotary parameters for all layers, got {shown(rope)}")
     rope = {"rope_theta": config.get("rope_theta", 10000.0)} | rope
     base = positive_number(rope, "rope_theta")
     for partial in (rope.get("partial_rotary_factor"), config.get("partial_rotary_factor")):
         if partial not in (None, 1, 1.0):
             raise ValueError(
-                f"config.json: expected partial_rotary_factor 1 (rotary over the whole head), got {partial!r}"
+                f"config.json: expected partial_rotary_factor 1 (rotary over the whole head), got {shown(partial)}"
             )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in tuple(_FIELDS):
-        raise ValueError(f"config.json: expected rope_type to be one of {tuple(_FIELDS)}, got {kind!r}")
+        raise ValueError(f"config.json: expected rope_type to be one of {tuple(_FIELDS)}, got {shown(kind)}")
     if kind == "default":
         return base, None
     values = {name: positive_number(rope, name) for name in _FIELDS[kind]}
@@ -84,7 +84,7 @@ def _yarn(rope: Mapping[str, Any], default_factor: float) -> dict[str, Any]:
     factor = positive_number(rope, "factor") if rope.get("factor") is not None else default_factor
     truncate = rope.get("truncate", True)
     if not isinstance(truncate, bool):
-        raise ValueError(f"config.json: expected truncate to be true or false, got {truncate!r}")
+        raise ValueError(f"config.json: expected truncate to be true or false, got {shown(truncate)}")
     # As in transformers, null and 0 are absent; the two scales count only together.
     scale, score_scale = (positive_number(rope, k) if rope.get(k) else 0.0 for k in ("mscale", "mscale_all_dim"))
     if rope.get("attention_factor") is not None:
@@ -107,6 +107,17 @@ def _yarn(rope: Mapping[str, Any], default_factor: float) -> dict[str, Any]:
 def yarn_scale(factor: float, scale: float = 1.0) -> float:
     """1 + scale / 10 * ln(factor), for contexts that are longer than the original one."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def check_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> None:
+    """ValueError where the parameters of the rotary embedding give frequencies that are not finite numbers."""
+    try:
+        finite = torch.isfinite(inverse_frequencies(dim, base, scaling)).all()
+    except (ArithmeticError, ValueError):
+        finite = False
+    if not finite:
+        given = f"rope_theta {base:g}" + ("" if scaling is None else f" with {scaling}")
+        raise ValueError(f"config.json: expected rotary frequencies that are finite numbers, got none from {given}")
 
 
 def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> torch.Tensor:

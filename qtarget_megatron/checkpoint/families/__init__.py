@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from functools import lru_cache
 
+from qtarget_megatron.checkpoint.config_file import shown
 from qtarget_megatron.checkpoint.family import Family
 
 
@@ -46,5 +47,5 @@ def by_architecture(architectures: object) -> Family:
             return family
     known = ", ".join(family.architecture for family in all_families() if family.refused is None)
     raise ValueError(
-        f"expected architectures to hold one of {known}, got {architectures!r}; others cannot be converted"
+        f"expected architectures to hold one of {known}, got {shown(architectures)}; others cannot be converted"
     )
