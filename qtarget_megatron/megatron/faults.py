@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import re
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from qtarget_megatron.megatron.limits import what_ran_out
 from qtarget_megatron.megatron.saved_files import advice
 from qtarget_megatron.megatron.watchdog import Watchdog
 
 ON_NAN = "give --qtarget-on-nan skip to go on without such steps"
 _COURTESY = 2.0  # seconds
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LOST = re.compile(r"gloo/transport|Connection (closed|reset) by peer")  # NCCL has a class of its own
 # Megatron's own count of iterations starts anew with each start.
 _REJECTED = re.compile(r"Rank \d+, node (\S+), device \d+, iteration \d+: ")
@@ -54,13 +54,16 @@ def _explain(error: BaseException) -> tuple[str | None, bool]:
         action = {"write": "written", "read": "read"}.get(error.args[0], "exchanged")
         if not ranks:
             return f"a checkpoint could not be {action} on another rank", True
-        return f"a checkpoint could not be {action} on rank(s) {ranks} (disk full? the reason stands above)", False
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        return f"{error.filename or 'a file'} could not be written: {error.strerror}", False
-    if isinstance(error, ValueError) and isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SPACE:
-        return f"the export could not be written: {error}", False
+        found = (_reason(failure) for failure in error.failures.values())
+        reason = next(filter(None, found), "disk full? the reason stands above")
+        return f"a checkpoint could not be {action} on rank(s) {ranks} ({reason})", False
+    if isinstance(error, ValueError):
+        is_export = isinstance(error.__cause__, OSError) and what_ran_out(error.__cause__) is not None
+        return (f"the export could not be written: {error}", False) if is_export else (None, False)
     if isinstance(error, NotFinite):
         return str(error), False
+    if (line := what_ran_out(error)) is not None:
+        return line, False
     if isinstance(error, RuntimeError):
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name == "rerun_state_machine.py":
             return f"{_REJECTED.sub('', str(error))}: {ON_NAN}", False
@@ -69,3 +72,11 @@ def _explain(error: BaseException) -> tuple[str | None, bool]:
             reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
             return f"another rank has ended, or does not answer ({reason[:200]})", True
     return None, False
+
+
+def _reason(failure: Any) -> str | None:
+    """What a rank's failure to save or load was, as torch passes it on: (exception, stack), or an exception."""
+    error = failure[0] if isinstance(failure, tuple) else failure
+    if not isinstance(error, BaseException):
+        return None
+    return what_ran_out(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
