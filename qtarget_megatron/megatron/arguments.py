@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 from pathlib import Path
 
 import torch
@@ -147,6 +148,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--use-distributed-optimizer (default: stop; steps that overflow under --fp16 are always skipped)",
     )
     group.add_argument(
+        "--qtarget-max-skips",
+        type=int,
+        default=20,
+        metavar="N",
+        help="end the training when so many steps in a row were skipped; under --fp16 as many more as the loss scale "
+        "needs to come down (default: 20)",
+    )
+    group.add_argument(
         "--no-exit-signal-handler",
         action="store_false",
         dest="exit_signal_handler",
@@ -196,6 +205,8 @@ def apply_nan_choice(args: argparse.Namespace) -> None:
     With a loss scale, here 1, its optimizers look for inf and NaN in the gradients over all ranks that share the model,
     and step on all of them or on none.
     """
+    if args.qtarget_max_skips < 1:
+        raise ValueError(f"--qtarget-max-skips: expected a number of steps, 1 or more, got {args.qtarget_max_skips}")
     if args.qtarget_on_nan != "skip":
         return
     if not (args.bf16 or args.fp16 or args.use_distributed_optimizer):
@@ -232,6 +243,26 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
     ):
         if flag in argv:
             raise ValueError(f"{flag} is Megatron's own data path, this program reads {instead}: drop {flag}")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers of steps, samples and tokens that are none, and batches that ranks cannot share, in the user's
+    words: Megatron takes a 0 for a flag that was not given, or fails later. Raises ValueError."""
+    keys = ("train_iters", "train_samples", "micro_batch_size", "global_batch_size", "seq_length", "save_interval")
+    for key in (*keys, "eval_interval", "log_interval"):
+        value = getattr(args, key)
+        if value is not None and value < 1:
+            more = "; to evaluate or export only, give --skip-train" if key.startswith("train") else ""
+            raise ValueError(f"--{key.replace('_', '-')}: expected 1 or more, got {value}{more}")
+    if args.lr is not None and not 0 <= args.lr < math.inf:
+        raise ValueError(f"--lr: expected a number of 0 or more, got {args.lr}")
+    size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    replicas, micro = args.world_size // size, args.micro_batch_size or 1
+    if args.global_batch_size is not None and replicas and args.global_batch_size % (micro * replicas):
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size}: expected a multiple of {micro * replicas}, of "
+            f"--micro-batch-size {micro} on each of {replicas} data-parallel rank{'s' * (replicas > 1)}"
+        )
 
 
 def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from qtarget_megatron.checkpoint import Architecture
+from qtarget_megatron.checkpoint import Architecture, is_finite
 from qtarget_megatron.megatron import launch
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ class SavedModel:
             )
 
     def load_into(self, chunks: list[GPTModel]) -> None:
-        """Fill the chunks of this rank where they are, in their dtype; collective over all ranks.
+        """Fill the chunks of this rank where they are, in their dtype; collective over all ranks. ValueError where a
+        weight is missing, NaN or infinite.
 
         Beside the chunks, memory is needed for one tensor as it was saved, that of one tensor-parallel rank.
         """
@@ -115,6 +116,13 @@ class SavedModel:
             if missing := [name for number, name in expected.items() if number not in loaded]:
                 raise ValueError(
                     f"{self.flag} {self.directory} did not give {missing[0]}: the checkpoint is incomplete"
+                )
+        for tensor in mine:
+            if tensor.data is not None and not is_finite(tensor.data):
+                name = tensor.key + (f" of layer {tensor.global_offset[0]}" if tensor.prepend_axis_num else "")
+                raise ValueError(
+                    f"{self.flag} {self.directory}: expected finite weights, got NaN or infinity in {name}: take an "
+                    "earlier iteration (--ckpt-step)"
                 )
 
     def _tensors(self, chunk: GPTModel) -> list:
