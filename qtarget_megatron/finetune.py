@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from qtarget_megatron import objectives
+from qtarget_megatron import objectives, output_lock
 from qtarget_megatron._version import versions
 from qtarget_megatron.checkpoint import (
     Architecture,
@@ -30,7 +30,7 @@ from qtarget_megatron.checkpoint import (
     check_tensors,
 )
 from qtarget_megatron.data import JsonlFile
-from qtarget_megatron.megatron import cpu_platform, launch, start
+from qtarget_megatron.megatron import cpu_platform, launch, outputs, start
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
     apply_nan_choice,
@@ -41,6 +41,7 @@ from qtarget_megatron.megatron.arguments import (
     check_flags,
     check_head,
     check_layout,
+    check_numbers,
     check_trained,
     check_whole_stages,
     fault_flags,
@@ -49,13 +50,14 @@ from qtarget_megatron.megatron.arguments import (
 from qtarget_megatron.megatron.commands import print_error
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
 from qtarget_megatron.megatron.faults import Fault, explained
+from qtarget_megatron.megatron.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.saved_files import newest_complete, prepare_start
 from qtarget_megatron.megatron.saved_model import SavedModel, check_resumed_experts
 from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.megatron.watchdog import Watchdog
-from qtarget_megatron.resumable import ResumableDirectory, file_digest
+from qtarget_megatron.resumable import file_digest
 from qtarget_megatron.sparse_teacher import check_residuals
 from qtarget_megatron.teacher_cache import TeacherCache
 from qtarget_megatron.verification import try_evaluate
@@ -76,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         if not fault.told:
             print(f"finetune: error on rank {os.environ.get('RANK', '0')}: {fault}", file=sys.stderr, flush=True)
         return 1
+    finally:
+        output_lock.release_all()
     return 0
 
 
@@ -109,6 +113,8 @@ def run(argv: list[str]) -> None:
     check_flags(argv, arch_flags)
     flags = [*arch_flags, *implementation_flags(on_cpu=on_cpu), *fault_flags(), *argv]
     args = launch.parse_arguments(flags, add_arguments)
+    check_gpu_flags(argv, args, on_cpu=on_cpu)
+    check_numbers(args)
     objective = objectives.from_arguments(args.objective, args.objective_args)
     if ours.objective_file is not None:
         try_evaluate(objective)
@@ -124,7 +130,11 @@ def run(argv: list[str]) -> None:
     record_architecture(args, student)
     store = start.open_store(args)
     keys = start.for_this_run(store) if store is not None and args.world_size > 1 else None
-    iteration = _agree(args, argv, keys)
+    if args.rank == args.world_size - 1:
+        outputs.check_board(args)
+    iteration, done = _agree(args, argv, student, keys)
+    if done:
+        return
     launch.initialize(args)
     _skip_what_is_done(args, iteration)
     if args.save is not None and args.exit_signal_handler and not args.skip_train:
@@ -139,14 +149,25 @@ def run(argv: list[str]) -> None:
             raise fault from error
 
 
-def _agree(args: argparse.Namespace, argv: list[str], store: dist.Store | None) -> int | None:
-    """Compare what all ranks have been started with; the iteration that the training continues from, if any."""
+def _agree(
+    args: argparse.Namespace, argv: list[str], student: Architecture, store: dist.Store | None
+) -> tuple[int | None, bool]:
+    """Compare what all ranks have been started with; the iteration that the training continues from, if any, and
+    whether nothing is left to do."""
 
-    def lead() -> int | None:
+    def lead() -> tuple[int | None, bool]:
+        outputs.reserve(args)
         found = prepare_start(args)
         for line in found.messages:
             print(f"qtarget_megatron: {line}", flush=True)
-        return found.iteration
+        done = outputs.check_outputs(args, student, found.iteration)
+        if done:
+            print(
+                f"qtarget_megatron: all {outputs.steps_of(args)} steps have been trained, and {args.save_hf} holds the "
+                "exported model: nothing is left to do",
+                flush=True,
+            )
+        return found.iteration, done
 
     if store is None:
         return lead()
@@ -156,7 +177,7 @@ def _agree(args: argparse.Namespace, argv: list[str], store: dist.Store | None) 
 def _skip_what_is_done(args: argparse.Namespace, iteration: int | None) -> None:
     """A training that was complete when its end, as the export, was cut short: Megatron would find no samples left, or
     write the last checkpoint over itself, where a second end could ruin it."""
-    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    steps = outputs.steps_of(args)
     if iteration is not None and 0 < steps <= iteration and not (args.finetune or args.skip_train):
         args.skip_train = True
         if args.rank == 0:
@@ -199,8 +220,6 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
     for path in (args.sft_train, args.sft_valid):
         if path is not None:
             JsonlFile(path)
-    if args.save_hf is not None:
-        ResumableDirectory(args.save_hf).check()
     resumes = None not in (args.load, args.save) and Path(args.load).absolute() == Path(args.save).absolute()
     if not resumes and launch.has_checkpoint(args.save):
         raise ValueError(
@@ -280,6 +299,7 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     from qtarget_megatron.megatron.datasets import DatasetProvider
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
     from qtarget_megatron.megatron.model import ModelProvider
+    from qtarget_megatron.megatron.soundness import Soundness
     from qtarget_megatron.megatron.step import LossSettings, forward_step
 
     from_checkpoint, teacher_cost = launch.has_checkpoint(args.load), TeacherCost()
@@ -308,21 +328,24 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
         teacher_cost=teacher_cost,
     )
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
+    soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint)
     launch.run_pretrain(
         args,
         datasets=DatasetProvider(args, tokenizer, objective, caches),
         model_provider=models,
-        forward_step=watchdog.watched(partial(forward_step, settings, on_nan)),
+        forward_step=watchdog.watched(soundness.watched(partial(forward_step, settings, on_nan))),
         store=None if dist.is_initialized() else store,
     )
+    soundness.finish()
     if args.save_hf is not None:
         dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
 
         def progress(total: int):
             return Progress("qtarget_megatron: writing", total, unit="GB", scale=1e9).add
 
-        save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype, progress=progress)
+        digests = save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype, progress=progress)
         if args.rank == 0:
+            outputs.record_export(args, digests)
             print(f"qtarget_megatron: exported the model to {args.save_hf}", flush=True)
     _report_peak_memory(args.rank)
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qtarget_megatron import output_lock
+
 _CHUNK = 1 << 22
 
 
@@ -24,6 +26,7 @@ class ResumableLines:
         self.path, self.made_from = Path(path), dict(made_from)
         self._partial = self.path.with_name(f"{self.path.name}.partial")
         self._header = self.path.with_name(f"{self.path.name}.partial.json")
+        self._lock = self.path.with_name(f".{self.path.name}.lock")
         self._file = None
 
     def check(self, *, overwrite: bool, inputs: Sequence[Path]) -> None:
@@ -35,16 +38,23 @@ class ResumableLines:
             for target in (self.path, self._partial, self._header):
                 if _same_file(source, target):
                     raise ValueError(f"{target} is the input, which would be lost: choose another output")
-        if not self.path.parent.is_dir():
+        if not os.path.isdir(self.path.parent):
             raise ValueError(f"{self.path}: there is no directory {self.path.parent}: create it")
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             raise ValueError(f"{self.path} is a directory: expected the name of a file to write")
-        if self.path.exists() and not overwrite:
+        if os.path.exists(self.path) and not overwrite:
             raise ValueError(f"{self.path} exists already: give --overwrite to replace it, or choose another output")
-        if not self._partial.exists():
+        if not os.path.exists(self._partial):
             return
         begun = self._begun()
         _check_same(self._partial, begun, self.made_from, begun.keys() | self.made_from.keys())
+
+    def reserve(self) -> None:
+        """Keep other processes from writing it until finish() or the end of this one. Call after check().
+
+        ValueError where another process writes it, or the folder cannot be written to.
+        """
+        output_lock.claim(self._lock, str(self.path))
 
     def _begun(self) -> dict[str, Any]:
         try:
@@ -57,6 +67,7 @@ class ResumableLines:
 
     def open(self) -> int:
         """How many complete lines are there already; an incomplete last one is dropped. Call after check()."""
+        self.reserve()
         try:
             if not self._partial.exists():
                 # The header first: lines without one could not be trusted.
@@ -88,6 +99,7 @@ class ResumableLines:
         self._file.close()
         os.replace(self._partial, self.path)
         self._header.unlink(missing_ok=True)
+        output_lock.release(self._lock)
 
 
 class ResumableDirectory:
@@ -102,6 +114,7 @@ class ResumableDirectory:
         self.folder = self.path.with_name(f".{self.path.name}.incomplete")
         self._records = self.folder / ".complete"
         self._header = self._records / "made-from.json"
+        self._lock = self.path.with_name(f".{self.path.name}.lock")
 
     def check(self) -> None:
         """ValueError where the directory cannot be written, or the folder holds what is not ours to delete, or was made
@@ -109,10 +122,17 @@ class ResumableDirectory:
 
         Of what the folder was made from only what this run names is compared: it may know more later.
         """
-        check_output_directory(self.path)
-        begun = self._begun()
+        try:
+            check_output_directory(self.path)
+            begun = self._begun()
+        except OSError as error:
+            raise ValueError(f"{self.path}: {error.strerror}: choose another output") from error
         if begun is not None and self._made_from is not None:
             _check_same(self.folder, begun, self._made_from, self._made_from.keys())
+
+    def reserve(self) -> None:
+        """As of ResumableLines; one process."""
+        output_lock.claim(self._lock, str(self.path))
 
     def _begun(self) -> dict[str, Any] | None:
         """What the folder was made from; None where nothing was begun."""
@@ -131,6 +151,7 @@ class ResumableDirectory:
     def open(self) -> bool:
         """Make the folder; True where files of an earlier run are in it. One process, before any other writes."""
         self.check()
+        self.reserve()
         try:
             if self._made_from is not None and self._begun() is not None:
                 return True
@@ -179,6 +200,7 @@ class ResumableDirectory:
         # Now: a folder without records is not ours to go on with, a whole directory with them is whole.
         shutil.rmtree(self.path / self._records.name)
         sync(self.path.parent)
+        output_lock.release(self._lock)
 
 
 def check_output_directory(path: str | Path) -> None:

@@ -10,6 +10,8 @@ from finetune_runs import COMMON, run_all, write_data, write_models
 from launching import REPOSITORY, run_ranks
 from small_tokenizers import CHATML, SPECIAL, byte_tokenizer
 
+from qtarget_megatron import output_lock
+
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
@@ -39,10 +41,15 @@ def workspace(tmp_path_factory):
     variant(folder, "larger-vocabulary", source="teacher", vocab_size=400)
     shard = folder / variant(folder, "truncated") / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
+    tokenizer = folder / variant(folder, "linked") / "tokenizer.json"
+    tokenizer.rename(folder / "elsewhere.json")
+    tokenizer.symlink_to(folder / "elsewhere.json")
+    output_lock.claim(folder / "in-use" / ".lock", "it")
     (folder / variant(folder, "no-weights") / "model.safetensors").unlink()
     shutil.copytree(folder / "teacher", folder / "other-tokenizer")
     byte_tokenizer(CHATML, eos="<|im_end|>", special=SPECIAL[::-1]).save_pretrained(folder / "other-tokenizer")
-    return folder
+    yield folder
+    output_lock.release_all()
 
 
 def write_records(path, records):
@@ -154,6 +161,11 @@ CASES = {
     ),
     "output directory not empty": ({"--save-hf": "full"}, ["full", "empty"]),
     "checkpoint in the way": ({"--save": "used"}, ["--save", "used", "--load", "another"]),
+    "checkpoints into a file": ({"--save": "train.jsonl"}, ["--save", "train.jsonl", "got a file"]),
+    "checkpoints below a file": ({"--save": "train.jsonl/checkpoints"}, ["--save", "Not a directory"]),
+    "checkpoints of another process": ({"--save": "in-use"}, ["--save", "in-use", "is being written by process"]),
+    "export where nothing can be written": ({"--save-hf": "/proc/exported"}, ["/proc/exported", "cannot be written"]),
+    "tokenizer that lies elsewhere": ({"--hf-model": "linked"}, ["tokenizer.json", "link to", "cp -rL"]),
     "tokenizer of another model": ({"--hf-model": "small-vocabulary"}, ["tokenizer", "200"]),
     "checkpoint absent": ({"--load": "absent"}, ["--load", "absent", "drop"]),
 }

@@ -23,7 +23,8 @@ ALLOWED = {
     "_version": set(),
     "statistics": set(),
     "collectives": set(),
-    "resumable": set(),
+    "output_lock": set(),
+    "resumable": {"output_lock"},
     "side_inputs": set(),
     "objectives": {"objectives", "statistics"},
     "kernels": {"statistics", "kernels", "_C", "_source_tree"},
@@ -35,7 +36,7 @@ ALLOWED = {
     "inspection": {"objectives", "statistics", "loss"},
     "verification": {"objectives", "loss", "linear_loss", "sparse_teacher", "collectives"},
     "data": {"data", "side_inputs"},
-    "teacher_cache": {"teacher_cache", "data"},
+    "teacher_cache": {"teacher_cache", "data", "output_lock"},
     "checkpoint": {"checkpoint", "resumable"},
     "planning": {"checkpoint"},
     "__init__": {
@@ -44,15 +45,15 @@ ALLOWED = {
     "megatron": {
         "_version", "megatron", "loss", "linear_loss", "objectives", "statistics", "kernels", "data", "side_inputs",
         "resumable", "checkpoint", "collectives", "linear_top_k", "sparse_teacher", "teacher_cache", "planning",
-        "verification",
+        "verification", "output_lock",
     },
     "commands": {
         "_version", "commands", "megatron", "objectives", "checkpoint", "data", "inspection", "teacher_cache",
         "verification",
     },
     "finetune": {
-        "_version", "objectives", "data", "checkpoint", "megatron", "resumable", "sparse_teacher", "teacher_cache",
-        "verification",
+        "_version", "objectives", "data", "checkpoint", "megatron", "output_lock", "resumable", "sparse_teacher",
+        "teacher_cache", "verification",
     },
 }  # fmt: skip
 TORCH_ONLY = {

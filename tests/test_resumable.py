@@ -6,9 +6,16 @@ import os
 
 import pytest
 
+from qtarget_megatron import output_lock
 from qtarget_megatron.resumable import ResumableLines, directory_digest, file_digest
 
 MADE_FROM = {"--data": "abc", "--seq-length": 8, "precision": ["--bf16"]}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held():
+    yield
+    output_lock.release_all()
 
 
 def begin(path, lines, made_from=MADE_FROM):
@@ -31,7 +38,7 @@ def test_the_file_appears_under_its_name_only_when_complete(tmp_path):
     assert file.open() == 0
     file.append(["one", "zwei ü"])
     assert (tmp_path / "out.jsonl.partial").read_text(encoding="utf-8") == "one\nzwei ü\n"  # on disk before the end
-    assert names(tmp_path) == ["out.jsonl.partial", "out.jsonl.partial.json"]
+    assert names(tmp_path) == [".out.jsonl.lock", "out.jsonl.partial", "out.jsonl.partial.json"]
     file.append([])
     file.append(["three"])
     file.finish()

@@ -15,6 +15,7 @@ import torch
 from cache_files import LENGTHS, TOKENIZER, contents, entries, header, read_all, write
 from launching import REPOSITORY
 
+from qtarget_megatron import output_lock
 from qtarget_megatron.teacher_cache import CacheWriter, TeacherCache, writer
 
 
@@ -147,6 +148,7 @@ def test_a_run_that_fails_at_any_write_can_be_gone_on_with(tmp_path, small_parts
     while True:
         failing, calls[0] = failing + 1, 0
         directory = tmp_path / f"cache-{failing}"
+        output_lock.claim(directory / writer.LOCK_FILE, "it")
         with monkeypatch.context() as patch:
             patch.setattr(writer.os, call, fails_once)
             try:
@@ -154,6 +156,7 @@ def test_a_run_that_fails_at_any_write_can_be_gone_on_with(tmp_path, small_parts
             except ValueError as error:
                 assert str(error) == f"{directory}: No space left on device; run again to go on from here"
                 failures += 1
+        output_lock.release_all()  # as at the end of the process
         if calls[0] < failing:
             break
         if not (directory / "cache.json").exists() or b'"complete": false' in (directory / "cache.json").read_bytes():

@@ -14,10 +14,10 @@ from qtarget_megatron.collectives import gather_sequence
 from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, compare_tokenizers
 from qtarget_megatron.linear_top_k import TopTokens, linear_top_k
 from qtarget_megatron.megatron import cpu_platform, launch
-from qtarget_megatron.megatron.commands import print_once
+from qtarget_megatron.megatron.commands import is_first_rank, on_first_rank, print_once
 from qtarget_megatron.megatron.convert import load_model_tokenizer
 from qtarget_megatron.megatron.dataset_run import DatasetRun, RunOptions, precision_flags
-from qtarget_megatron.resumable import file_digest
+from qtarget_megatron.resumable import check_space, file_digest
 from qtarget_megatron.teacher_cache import (
     CacheHeader,
     CacheWriter,
@@ -86,6 +86,8 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
     if writer.check():
         print_once(f"cache_teacher: {options.out} is complete already, made from the same inputs")
         return
+    if is_first_rank():
+        writer.reserve()
 
     run = DatasetRun("cache_teacher", options, words, tokenizer=tokenizer, file=file, cpu=cpu)
     num_tokens = run.inspect()
@@ -94,6 +96,10 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
         f"cache_teacher: {num_tokens} supervised tokens of {most}{header.bytes_per_token} bytes: {most}"
         f"{num_tokens * header.bytes_per_token / 1e6:,.1f} MB"
     )
+    if options.top_p is None:
+        # Of top_p that is the most there could be.
+        size = num_tokens * header.bytes_per_token
+        on_first_rank(lambda: check_space(options.out, size - sum(p.stat().st_size for p in options.out.iterdir())))
     run.complete(_Caching(options, header, file, writer))
 
 

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from qtarget_megatron import output_lock
 from qtarget_megatron.megatron.launch import is_bad_input
+from qtarget_megatron.megatron.limits import what_ran_out
 
 
 def exit_code(name: str, command: Callable[[], int]) -> int:
-    """What command() returns; 2 where it raises the ValueError of bad input, which becomes one line on stderr."""
+    """What command() returns; 2 where it raises the ValueError of bad input, 1 where something has run out (memory,
+    files, ...): either becomes one line on stderr."""
     try:
         return command()
     except ValueError as error:
@@ -23,6 +26,13 @@ def exit_code(name: str, command: Callable[[], int]) -> int:
             raise
         print_error(name, error)
         return 2
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (line := what_ran_out(error)) is None:
+            raise
+        print(f"{name}: error on rank {os.environ.get('RANK', '0')}: {line}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        output_lock.release_all()
 
 
 def print_error(name: str, error: ValueError) -> None:
@@ -56,9 +66,14 @@ def on_first_rank(function: Callable[[], Any]) -> Any:
     return value
 
 
+def is_first_rank() -> bool:
+    """Whether this is the first rank, by what the launcher says: a process group need not exist yet."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def print_once(line: str, file=None) -> None:
     """Print on the first rank."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_rank():
         print(line, file=file, flush=True)
 
 

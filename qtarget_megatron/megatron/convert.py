@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from qtarget_megatron import output_lock
 from qtarget_megatron.checkpoint import (
     CORRECTION,
     Architecture,
     HFReader,
     check_tensors,
+    copied_files,
     hf_tensor_shapes,
     read_config,
 )
@@ -34,7 +36,8 @@ from qtarget_megatron.megatron.arguments import (
     check_whole_stages,
     implementation_flags,
 )
-from qtarget_megatron.megatron.commands import on_first_rank
+from qtarget_megatron.megatron.commands import is_first_rank, on_first_rank
+from qtarget_megatron.megatron.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.saved_model import SavedModel, checkpoint_directory
 from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
@@ -69,6 +72,11 @@ def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False
     directory = ResumableDirectory(save)
     directory.check()
     dtype = widest_dtype(hf_model)
+    if is_first_rank():
+        directory.reserve()
+        element = 2 if {"--bf16", "--fp16"}.intersection(words) else dtype.itemsize
+        numbers = sum(math.prod(shape) for shape in hf_tensor_shapes(Architecture.from_hf(hf_model)).values())
+        check_space(Path(save).absolute().parent, numbers * element)
     model = open_model(hf_model, words, save=directory.folder, dtype=dtype, cpu=cpu, progress="convert_hf: reading")
     from megatron.training.checkpointing import save_checkpoint
 
@@ -115,7 +123,13 @@ def export_hf(
         raise ValueError(f"--checksums {checksums}: there is no directory {checksums.parent}: create it")
     read_config(hf_model)
     made_from = {"--hf-model": directory_digest(hf_model)}
-    ResumableDirectory(save_hf, made_from).check()
+    copied_files(hf_model)
+    directory = ResumableDirectory(save_hf, made_from)
+    directory.check()
+    if is_first_rank():
+        directory.reserve()
+        if checksums is not None:
+            output_lock.probe(checksums.absolute().parent, f"--checksums {checksums}")
     model = open_model(hf_model, words, load=load, cpu=cpu)
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
 
@@ -169,6 +183,7 @@ def open_model(
     # Every parameter is filled afterwards, so Megatron need not draw random ones.
     flags = [*arch_flags, *implementation_flags(on_cpu=on_cpu), "--no-initialization", *words]
     args = launch.parse_arguments(flags, lambda parser: parser)
+    check_gpu_flags(words, args, on_cpu=on_cpu)
     saved = None
     if load is not None:
         args.load, args.finetune, args.exit_on_missing_checkpoint = str(load), True, True

@@ -72,6 +72,12 @@ def newest_complete(directory: str | Path, *, but: str | None = None) -> int | N
     return next((n for n in numbers if find_damage(_folder(Path(directory), str(n))) is None), None)
 
 
+def newest_iteration(save: str | Path) -> int | None:
+    """The iteration that the tracker file of a checkpoint directory names; None without one."""
+    named, _ = _tracked(Path(save))
+    return None if named in (None, _RELEASE) else int(named)
+
+
 def advice(args: argparse.Namespace) -> str:
     """How to go on after a training has ended early."""
     if args.save is None:
@@ -97,7 +103,7 @@ def find_damage(folder: Path) -> str | None:
             return None
     except FileNotFoundError:
         return f"{folder.name}/metadata.json is missing: it was not written to its end"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{folder.name}/metadata.json is damaged"
     try:
         sizes, holds_common = _stored_sizes((folder / ".metadata").read_bytes())

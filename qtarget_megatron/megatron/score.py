@@ -17,7 +17,7 @@ from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile
 from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.megatron import cpu_platform, launch
-from qtarget_megatron.megatron.commands import print_once
+from qtarget_megatron.megatron.commands import is_first_rank, print_once
 from qtarget_megatron.megatron.convert import load_model_tokenizer
 from qtarget_megatron.megatron.dataset_run import DatasetRun, RunOptions, precision_flags
 from qtarget_megatron.resumable import ResumableLines, directory_digest, file_digest
@@ -80,6 +80,8 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
     options.check(arch)
     lines = ResumableLines(options.out, _made_from(options, words))
     lines.check(overwrite=options.overwrite, inputs=[options.data])
+    if is_first_rank():
+        lines.reserve()
 
     if options.compares_with_itself:
         print_once(

@@ -1,12 +1,13 @@
 """Before a training: are all ranks started alike? Compared over the launcher's key-value store.
 
 That works before any process group exists, whose making already hangs where ranks disagree about the layout. For n
-ranks: n writes and one read of all by rank 0, then one read by each.
+ranks: n writes and one read of all by rank 0, then one read and one write by each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -55,7 +56,10 @@ def _contents_digest(directory: Path) -> str:
         if path.is_file() and not path.name.startswith("."):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             if path.suffix in _TEXTS:
-                digest.update(path.read_bytes())
+                try:
+                    digest.update(path.read_bytes())
+                except OSError as error:
+                    raise ValueError(f"{path}: {error.strerror}: make it readable, or remove it") from error
     return digest.hexdigest()
 
 
@@ -124,6 +128,12 @@ def agree(store: dist.Store, rank: int, world_size: int, mine: Mapping[str, str]
     except dist.DistStoreError as error:
         seconds = store.timeout.total_seconds()
         raise ValueError(f"rank 0 has not answered within {seconds:g} s: see the output there") from error
+    store.set(f"told-{rank}", "")
+    if rank == 0:
+        # It may host the store, and be about to end: not before the others have read from it.
+        with contextlib.suppress(dist.DistStoreError):
+            there = [number for number, key in enumerate(keys) if store.check([key])]
+            store.wait([f"told-{number}" for number in there], timedelta(seconds=20))
     if verdict["error"] is not None:
         raise ValueError(verdict["error"])
     return verdict["value"]

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qtarget_megatron import output_lock
 from qtarget_megatron.teacher_cache.header import CacheHeader, vocabulary_bytes
 from qtarget_megatron.teacher_cache.index import INDEX_FILE, VOCABULARY_FILE, Index, read_index
 from qtarget_megatron.teacher_cache.parts import PATTERN, Arrays, Part, SampleEntries, encoded, packed, scan
 from qtarget_megatron.teacher_cache.reader import TeacherCache
 
+LOCK_FILE = ".lock"
 _PART_SAMPLES, _PART_BYTES = 512, 32 << 20
 
 
@@ -24,6 +26,7 @@ class CacheWriter:
 
     def __init__(self, directory: Path, header: CacheHeader, tokenizer: Any):
         self.directory, self.header = Path(directory), header
+        self._lock = self.directory / LOCK_FILE
         self._vocabulary = vocabulary_bytes(tokenizer)
         self._parts: list[Part] = []
         self._next = 0
@@ -36,7 +39,7 @@ class CacheWriter:
         ValueError where the directory is no place for the cache: it holds something else, a cache of other inputs, or
         a complete one with files missing.
         """
-        if not self.directory.exists():
+        if not os.path.exists(self.directory):
             if not self.directory.parent.is_dir():
                 raise ValueError(f"{self.directory}: there is no directory {self.directory.parent}: create it")
             return False
@@ -44,7 +47,7 @@ class CacheWriter:
             raise ValueError(f"{self.directory} is a file: expected a directory to write, new or empty")
         if not (self.directory / INDEX_FILE).exists():
             # What open() writes before the index.
-            begun = {VOCABULARY_FILE, f"{VOCABULARY_FILE}.new", f"{INDEX_FILE}.new"}
+            begun = {VOCABULARY_FILE, f"{VOCABULARY_FILE}.new", f"{INDEX_FILE}.new", LOCK_FILE}
             if foreign := sorted({entry.name for entry in self.directory.iterdir()} - begun):
                 raise ValueError(
                     f"{self.directory} holds {foreign[0]!r} and no teacher cache: expected a directory that is new or "
@@ -61,8 +64,16 @@ class CacheWriter:
             TeacherCache(self.directory)
         return index.complete
 
+    def reserve(self) -> None:
+        """Keep other processes from writing it until finish() or the end of this one. Call after check().
+
+        ValueError where another process writes it, or the directory cannot be written to.
+        """
+        output_lock.claim(self._lock, str(self.directory))
+
     def open(self) -> int:
         """How many samples are there already. Call after check()."""
+        self.reserve()
         try:
             self.directory.mkdir(exist_ok=True)
             if not (self.directory / INDEX_FILE).exists():
@@ -103,6 +114,7 @@ class CacheWriter:
             _write(self.directory / INDEX_FILE, Index(self.header, True, self._parts).to_json())
         except OSError as error:
             raise _failed(self.directory, error) from error
+        output_lock.release(self._lock)
 
     def _write_part(self) -> None:
         part, data = packed(self.header, self._next, self._buffer)
