@@ -343,3 +343,38 @@ def test_values_that_leave_nothing_but_sft_are_warned_of_at_the_start(tmp_path):
         text = first[str(tmp_path / f"{name}.jsonl")]
         assert "3 samples" in text and ("WARNING" in text) == (warning is not None), text
         assert warning is None or re.search(warning, text), text
+
+
+def test_a_model_scored_against_itself_is_known_before_it_is_scored(tmp_path):
+    from qtarget_megatron.megatron.score import ScoreOptions
+
+    for name, content in (("model", b"one"), ("other", b"two"), ("more", b"one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+    (tmp_path / "more" / "second.safetensors").write_bytes(b"")
+    (tmp_path / "link").symlink_to("model")
+    (tmp_path / "linked-file").mkdir()
+    (tmp_path / "linked-file" / "model.safetensors").symlink_to("../model/model.safetensors")
+
+    def is_itself(reference, load=None):
+        options = dict(hf_model=tmp_path / "model", data=tmp_path / "d.jsonl", out=tmp_path / "o.jsonl", seq_length=8)
+        return ScoreOptions(**options, load=load, reference=reference).compares_with_itself
+
+    for same in ("model", "link", "linked-file"):
+        assert is_itself(tmp_path / same)
+        assert not is_itself(tmp_path / same, load=tmp_path / "checkpoint"), "its weights are others"
+    for other in ("other", "more"):
+        assert not is_itself(tmp_path / other)
+    assert not is_itself(None)
+
+
+@pytest.mark.parametrize(("name", "said"), [("psft", "beyond 1.28 times .* renews them"), ("iw-sft", "in each step")])
+def test_methods_that_are_more_than_their_loss_say_so_when_training_starts(name, said):
+    assert re.search(said, objectives.get(name).note) and "\n" not in objectives.get(name).note
+    help_text = objectives.describe()
+    begin = help_text.index(f"\n{name} ")
+    assert "The released method takes it anew" in help_text[begin : begin + 1500]
+
+
+def test_no_other_objective_has_anything_to_say():
+    assert {n for n in objectives.names() if objectives.example(n).note} == {"psft", "iw-sft"}
