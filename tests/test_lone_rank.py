@@ -14,7 +14,7 @@ from test_plugging_in import FLAGS
 
 from qtarget_megatron.megatron import launch
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TEXT = (REPOSITORY / "README.md").read_text()
 
@@ -52,7 +52,7 @@ def test_the_commands_of_the_readme(workspace):
     }
     for words in found:
         shutil.rmtree(workspace / "OUT", ignore_errors=True)  # each of them starts with none
-        done = run_alone(words, timeout=120, folder=workspace)
+        done = run_alone(words, timeout=300, folder=workspace)
         assert done.returncode == 0, f"{words}:\n{done.stdout[-3000:]}"
 
 
@@ -62,22 +62,22 @@ def test_it_saves_resumes_and_exports(workspace, tmp_path):
     words += ["--seq-length", 32, "--micro-batch-size", 1, "--global-batch-size", 2, "--train-iters", 4, "--lr", 1e-3]
     words += ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable", "--async-save", "--log-interval", 1]
     words += ["--save", tmp_path / "saved", "--load", tmp_path / "saved", "--save-hf", tmp_path / "hf"]
-    done = run_alone([*words, "--exit-interval", 2], timeout=120, folder=tmp_path)
+    done = run_alone([*words, "--exit-interval", 2], timeout=300, folder=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     assert not (tmp_path / "hf").exists()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         half = dict(WORLD_SIZE="1", MASTER_ADDR="nowhere.invalid", MASTER_PORT=str(taken.getsockname()[1]))
-        done = run_alone(words, timeout=120, folder=tmp_path, env=half)
+        done = run_alone(words, timeout=300, folder=tmp_path, env=half)
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.findall(r"iteration +(\d+)/", done.stdout) == ["3", "4"]
     assert (tmp_path / "hf" / "config.json").exists()
 
 
 def test_the_examples(tmp_path):
-    done = run_alone(["examples.plugging_in.core_loop", "--steps", 2], timeout=120, folder=tmp_path)
+    done = run_alone(["examples.plugging_in.core_loop", "--steps", 2], timeout=300, folder=tmp_path)
     assert done.returncode == 0 and "step   2  loss" in done.stdout, done.stdout[-3000:]
     env = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "WORLD_SIZE": "1", "MASTER_PORT": "1"}
-    done = run_alone(["examples.plugging_in.pretrain_script", *FLAGS], timeout=120, folder=tmp_path, env=env)
+    done = run_alone(["examples.plugging_in.pretrain_script", *FLAGS], timeout=300, folder=tmp_path, env=env)
     assert done.returncode == 0 and "iteration        4/" in done.stdout, done.stdout[-3000:]
 
 

@@ -14,6 +14,9 @@ from qtarget_megatron.kernels import native
 from qtarget_megatron.megatron import cpu_platform, dataset_run
 from qtarget_megatron.megatron.arguments import check_backend
 
+# A start takes seconds, and minutes where many others are made on the machine.
+pytestmark = pytest.mark.timeout(600)
+
 PACKAGE = "qtarget_megatron"
 # The environment's own editable installation is taken away, so that only the folders of a test are found.
 START = f"""
@@ -68,7 +71,7 @@ def test_missing_kernels_are_named_before_a_model_is_read(monkeypatch):
 def run(program, folder, *path, **environment):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(
-        [sys.executable, "-c", START + program], cwd=folder, env=env, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", START + program], cwd=folder, env=env, capture_output=True, text=True, timeout=500
     )
 
 
@@ -120,7 +123,7 @@ def places(tree, site, **environment):
     (tree / "where.py").write_text(START + WHERE)
     env = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"} | environment
     words = [sys.executable, "-m", "where"]
-    done = subprocess.run(words, cwd=tree, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(words, cwd=tree, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), done.stderr
 
