@@ -30,7 +30,7 @@ from qtarget_megatron.checkpoint import (
     check_tensors,
 )
 from qtarget_megatron.data import JsonlFile
-from qtarget_megatron.megatron import cpu_platform, launch, outputs, start
+from qtarget_megatron.megatron import cpu_platform, launch, outputs, start, wheel_repairs
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
     apply_nan_choice,
@@ -125,7 +125,7 @@ def run(argv: list[str]) -> None:
     tokenizer, teacher, teacher_weights = _check_models(args, student)
     caches = _open_caches(args, student, tokenizer)
 
-    cpu_platform.repair_megatron_wheel()
+    wheel_repairs.repair_megatron_wheel()
     args.calculate_per_token_loss = True
     record_architecture(args, student)
     store = start.open_store(args)

@@ -84,7 +84,7 @@ def measure(words: list[str]) -> dict:
     allocator; sent: the collectives of the fused loss. Without pipeline saved: what is kept for backward by the layers,
     the embedding and the final norm; without a teacher step: peak of forward, loss and backward.
     """
-    from qtarget_megatron.megatron import cpu_platform, launch
+    from qtarget_megatron.megatron import cpu_platform, launch, wheel_repairs
     from qtarget_megatron.megatron.arguments import add_arguments, implementation_flags
     from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 
@@ -101,7 +101,7 @@ def measure(words: list[str]) -> dict:
     args.save_interval = args.eval_interval = 1
     args.calculate_per_token_loss = True
     record_architecture(args, student)
-    cpu_platform.repair_megatron_wheel()
+    wheel_repairs.repair_megatron_wheel()
     launch.initialize(args)
     teacher = None if args.teacher_hf is None else Architecture.from_hf(args.teacher_hf)
 

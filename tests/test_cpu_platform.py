@@ -7,7 +7,7 @@ import pytest
 import torch
 from launching import REPOSITORY
 
-from qtarget_megatron.megatron.cpu_platform import GroupStepAdam
+from qtarget_megatron.megatron.wheel_repairs import GroupStepAdam
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the platform never activates where CUDA is present")
 

@@ -14,7 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "qtarget_megatron"
-CPU_PLATFORM = f"{PACKAGE}/megatron/cpu_platform.py"
+REPLACERS = tuple(f"{PACKAGE}/megatron/{name}.py" for name in ("cpu_platform", "wheel_repairs"))
 MEGATRON = f"{PACKAGE}.megatron"
 
 # Part of the package -> the parts of the package it may import. A part is a module or a folder.
@@ -175,7 +175,7 @@ def _dotted(node: ast.AST) -> str | None:
 
 def _patches(name: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Assignments into torch or Megatron, by statement, setattr/delattr or mock.patch."""
-    if name == CPU_PLATFORM:
+    if name in REPLACERS:
         return
     foreign = {
         alias.asname or alias.name.split(".")[0]
@@ -194,7 +194,7 @@ def _patches(name: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
             called = (_dotted(node.func) or "").split(".")
             if called[-1] in ("setattr", "delattr", "__setattr__") and node.args:
                 if _root(node.args[0]) in foreign:
-                    yield node.lineno, f"only {CPU_PLATFORM} changes torch or Megatron"
+                    yield node.lineno, f"only {' and '.join(REPLACERS)} changes torch or Megatron"
             if "patch" in called:
                 yield node.lineno, "mock.patch has no place outside of the tests"
         for target in targets:
@@ -202,7 +202,7 @@ def _patches(name: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
                 stored = isinstance(getattr(part, "ctx", None), ast.Store | ast.Del)
                 if stored and isinstance(part, ast.Attribute | ast.Subscript):
                     if _root(part) in foreign:
-                        yield node.lineno, f"only {CPU_PLATFORM} changes torch or Megatron"
+                        yield node.lineno, f"only {' and '.join(REPLACERS)} changes torch or Megatron"
 
 
 def _is_foreign(node: ast.Import | ast.ImportFrom, alias: ast.alias) -> bool:

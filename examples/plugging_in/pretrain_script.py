@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from qtarget_megatron.megatron import cpu_platform
+from qtarget_megatron.megatron import cpu_platform, wheel_repairs
 
 ON_CPU = cpu_platform.activate()  # before Megatron, and only where there is no GPU
 
@@ -96,7 +96,7 @@ def main() -> None:
         args.distributed_backend = "gloo"
     validate_args(args)
     set_global_variables(args)
-    cpu_platform.repair_megatron_wheel()  # where Megatron is the package of 0.19 and not its repository
+    wheel_repairs.repair_megatron_wheel()  # where Megatron is the package of 0.19 and not its repository
     pretrain(
         pretrain_cfg_container_from_args(args),
         datasets,

@@ -28,7 +28,7 @@ from qtarget_megatron.checkpoint import (
     read_config,
 )
 from qtarget_megatron.data import compare_tokenizers, load_tokenizer
-from qtarget_megatron.megatron import cpu_platform, launch
+from qtarget_megatron.megatron import cpu_platform, launch, wheel_repairs
 from qtarget_megatron.megatron.arguments import (
     check_experts,
     check_flags,
@@ -202,7 +202,7 @@ def open_model(
             )
         args.teacher_hf = str(reference)
 
-    cpu_platform.repair_megatron_wheel()
+    wheel_repairs.repair_megatron_wheel()
     launch.initialize(args)
     return _build(args, arch, second, saved, progress)
 

@@ -1,12 +1,9 @@
 """Megatron on a machine without a GPU, over gloo, for tests, demonstrations and checking a layout before renting it.
 
 Megatron-Core and megatron.training address CUDA throughout, all through ``torch.cuda.*`` and ``device="cuda"``. This
-is the one module of the package that replaces anything in torch or Megatron: it answers those calls on the CPU, so
-that both run unmodified. It must be activated before the first import of megatron, never activates where CUDA is
-present, and says in one line that it is on.
-
-``repair_megatron_wheel`` mends two faults of the megatron-core 0.19 wheel that GPU users meet as well; it is applied on
-every platform.
+module answers those calls on the CPU, so that both run unmodified; beside it only ``wheel_repairs`` replaces anything
+in torch or Megatron. It must be activated before the first import of megatron, never activates where CUDA is present,
+and says in one line that it is on.
 """
 
 from __future__ import annotations
@@ -286,62 +283,3 @@ def _compile_nothing(model=None, **kwargs):
 
 def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def repair_megatron_wheel() -> None:
-    """Mend the megatron-core 0.19 wheel, on every platform; call before pretrain().
-
-    compile_helpers runs make on a Makefile that the wheel does not ship, then exits. The compiled helper is in the
-    wheel, and this package's data set does not use it.
-
-    Without Transformer Engine and Apex, the distributed optimizer takes torch's Adam but cannot load a checkpoint of
-    it: it expects the step in the parameter group, as their FusedAdam has it. It gets an Adam that keeps it there.
-    """
-    import megatron.core.datasets.utils as dataset_utils
-
-    makefile = os.path.join(os.path.dirname(dataset_utils.__file__), "Makefile")
-    if not os.path.exists(makefile):
-        dataset_utils.compile_helpers = lambda: None
-
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
-
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = GroupStepAdam, False
-        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
-
-
-class GroupStepAdam(torch.optim.Adam):
-    """torch's Adam with the interface of FusedAdam: one step count per parameter group, none per parameter.
-
-    adam_w_mode: decoupled weight decay (AdamW) instead of L2.
-    """
-
-    def __init__(self, params, *args, adam_w_mode: bool = True, **kwargs):
-        super().__init__(params, *args, decoupled_weight_decay=adam_w_mode, **kwargs)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        with self._step_per_parameter():
-            loss = super().step(closure)
-        for group in self.param_groups:
-            if group["params"]:
-                group["step"] = group.get("step", 0) + 1
-        return loss
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        with self._step_per_parameter():
-            super().__setstate__({})
-
-    @contextlib.contextmanager
-    def _step_per_parameter(self):
-        """Torch's layout for as long as torch's code runs: a step tensor for each parameter, counted up in place."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if self.state.get(parameter):
-                    self.state[parameter]["step"] = torch.tensor(float(group.get("step", 0)))
-        yield
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state.get(parameter, {}).pop("step", None)
