@@ -52,6 +52,7 @@ from qtarget_megatron.megatron.convert import check_second_model, load_model_tok
 from qtarget_megatron.megatron.faults import Fault, explained
 from qtarget_megatron.megatron.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.progress import Progress
+from qtarget_megatron.megatron.resume_flags import ResumedFlags, check_schedule, read_saved
 from qtarget_megatron.megatron.saved_files import newest_complete, prepare_start
 from qtarget_megatron.megatron.saved_model import SavedModel, check_resumed_experts
 from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
@@ -137,11 +138,12 @@ def run(argv: list[str]) -> None:
         return
     launch.initialize(args)
     _skip_what_is_done(args, iteration)
+    flags = _resumed_flags(args)
     if args.save is not None and args.exit_signal_handler and not args.skip_train:
         launch.start_save_process()
     with Watchdog(args, keys, args.rank, args.world_size) as watchdog:
         try:
-            _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, store, watchdog)
+            _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, flags, store, watchdog)
         except BaseException as error:
             fault = explained(error, args, watchdog)
             if fault is None:
@@ -184,6 +186,14 @@ def _skip_what_is_done(args: argparse.Namespace, iteration: int | None) -> None:
             print(f"qtarget_megatron: all {steps} steps have been trained: going on with what follows", flush=True)
 
 
+def _resumed_flags(args: argparse.Namespace) -> ResumedFlags:
+    """What changes with the flags in a training that resumes, said on the first rank."""
+    flags = ResumedFlags(args, read_saved(args))
+    for line in flags.lines if args.rank == 0 else ():
+        print(f"qtarget_megatron: {line}", flush=True)
+    return flags
+
+
 def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
     """Values that Megatron insists on, where the user left them out."""
     for key in () if args.skip_train else ("train_iters", "lr"):
@@ -215,6 +225,7 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
     check_whole_stages(args, student, "student")
     check_head(args)
     check_data_flags(args)
+    check_schedule(args)
     if args.sft_train is None and not args.skip_train:
         raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
     for path in (args.sft_train, args.sft_valid):
@@ -294,9 +305,10 @@ def _check_models(args: argparse.Namespace, student: Architecture):
     return tokenizer, teacher, saved
 
 
-def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, store, watchdog) -> None:
+def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, flags, store, watchdog) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
     from qtarget_megatron.megatron.datasets import DatasetProvider
+    from qtarget_megatron.megatron.fingerprint import watch_checkpoints
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
     from qtarget_megatron.megatron.model import ModelProvider
     from qtarget_megatron.megatron.soundness import Soundness
@@ -329,6 +341,7 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     )
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint)
+    watch_checkpoints(args, student, models.built, flags)
     launch.run_pretrain(
         args,
         datasets=DatasetProvider(args, tokenizer, objective, caches),

@@ -21,6 +21,7 @@ from qtarget_megatron.data import (
     SupervisedDataset,
     inspect_samples,
 )
+from qtarget_megatron.megatron.resume_flags import samples_to_train
 from qtarget_megatron.objectives import Objective, multiple_of_sft
 from qtarget_megatron.teacher_cache import TeacherCache
 
@@ -80,7 +81,11 @@ class DatasetProvider:
         args = self.args
         train = valid = None
         if args.sft_train is not None and not args.skip_train:
-            train = self._dataset(args.sft_train, num_samples[0], Split.train, shuffle=True)
+            count = num_samples[0]
+            if args.train_iters and args.rampup_batch_size is None:
+                # Megatron counts all steps at today's batch size, also those before a resume.
+                count = max(count, samples_to_train(args))
+            train = self._dataset(args.sft_train, count, Split.train, shuffle=True)
         if args.sft_valid is not None:
             held_out = None if args.full_validation else args.eval_iters * args.eval_global_batch_size
             valid = self._dataset(args.sft_valid, num_samples[1], Split.valid, shuffle=False, first=held_out)

@@ -45,12 +45,12 @@ def load_hf_weights(
     counterpart there or another shape.
     """
     for name, parameter in weights(model):
-        rank, size = _share(model, arch, name, parameter)
+        rank, size = tensor_share(model, arch, name, parameter)
         pieces = parameter_pieces(
             reader,
             arch,
             name,
-            **_offsets(model, arch),
+            **first_indices(model, arch),
             tp_rank=rank,
             tp_size=size,
             padded_vocab_size=model.vocab_size,
@@ -164,12 +164,12 @@ def _parameters(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dty
             # A tied head on a stage of its own is exported to nothing.
             tensor_dtype(names[0], dtype) if names else dtype,
             _shard_group(model, name),
-            _share(model, arch, name, parameter)[1],
+            tensor_share(model, arch, name, parameter)[1],
             parallel_state.get_expert_data_parallel_rank() if is_expert(name) else dense,
             replicas,
         )
         for model in models
-        for offsets in [_offsets(model, arch)]
+        for offsets in [first_indices(model, arch)]
         for name, parameter in weights(model)
         for names in [hf_names(arch, name, **offsets)]
     ]
@@ -267,7 +267,7 @@ def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
         for model in models
         for name, _ in weights(model)
         if is_first or is_expert(name)
-        for hf_name in hf_names(arch, name, **_offsets(model, arch))
+        for hf_name in hf_names(arch, name, **first_indices(model, arch))
     ]
 
 
@@ -284,9 +284,9 @@ def weights(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".router.expert_bias"))
 
 
-def _share(model: GPTModel, arch: Architecture, name: str, parameter: Tensor) -> tuple[int, int]:
+def tensor_share(model: GPTModel, arch: Architecture, name: str, parameter: Tensor) -> tuple[int, int]:
     """(which, of how many) shares of the tensors this rank has; (0, 1) where it has all of them."""
-    sources = hf_names(arch, name, **_offsets(model, arch))
+    sources = hf_names(arch, name, **first_indices(model, arch))
     if partition_dim(name) is None:
         return 0, 1
     if len(sources) == 1 and hf_tensor_shapes(arch)[sources[0]] == tuple(parameter.shape):
@@ -301,7 +301,7 @@ def _shard_group(model: GPTModel, name: str) -> ProcessGroup:
     return model.pg_collection.expt_tp if is_expert(name) else model.pg_collection.tp
 
 
-def _offsets(model: GPTModel, arch: Architecture) -> dict[str, int]:
+def first_indices(model: GPTModel, arch: Architecture) -> dict[str, int]:
     """Global index of the first layer and of the first expert that this rank has."""
     layers, group = model.decoder.layers, model.pg_collection.ep
     first_expert = 0 if arch.experts is None else group.rank() * (arch.experts.count // group.size())

@@ -1,8 +1,9 @@
 """Which iteration a training continues from, and whether its files are all there.
 
-Checked are presence and sizes, not contents: metadata.json, which Megatron writes when everything else is written, must
-be JSON of its format; .metadata must be a whole pickle, and every .distcp file as long as the pieces that it says lie
-in it. It is read opcode by opcode: nothing is unpickled. Nothing here imports Megatron.
+Checked are presence and sizes, not contents (which fingerprint.py compares once they are loaded): metadata.json, which
+Megatron writes when everything else is written, must be JSON of its format; .metadata must be a whole pickle, and every
+.distcp file as long as the pieces that it says lie in it. It is read opcode by opcode: nothing is unpickled. Nothing
+here imports Megatron.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Faults of the megatron-core 0.19 wheel that are mended here, on every platform: beside ``cpu_platform`` the only code
-that replaces anything in torch or Megatron."""
+"""Faults of the megatron-core 0.19 wheel that are mended here, on every platform, and where this package is called in
+between: beside ``cpu_platform`` the only code that replaces anything in torch or Megatron."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -65,6 +66,26 @@ def _keeping_padding(sharded_state):
                 owner.numel_unpadded = length
 
     return replacement
+
+
+def around_checkpoints(save: Callable, load: Callable) -> None:
+    """Have Megatron's loop save and load checkpoints through this package, until the next call.
+
+    save(proceed, optimizer) and load(proceed, optimizer, scheduler) call proceed() for Megatron's own function and
+    return what it returns.
+    """
+    from megatron.training import checkpointing, training
+
+    def save_checkpoint(iteration, model, optimizer, *args, **kwargs):
+        return save(lambda: checkpointing.save_checkpoint(iteration, model, optimizer, *args, **kwargs), optimizer)
+
+    def load_checkpoint(model, optimizer, scheduler, *args, **kwargs):
+        def proceed():
+            return checkpointing.load_checkpoint(model, optimizer, scheduler, *args, **kwargs)
+
+        return load(proceed, optimizer, scheduler)
+
+    training.save_checkpoint, training.load_checkpoint = save_checkpoint, load_checkpoint
 
 
 class GroupStepAdam(torch.optim.Adam):

@@ -1,0 +1,334 @@
+"""Whether a training resumes from the state that it was saved with.
+
+A fingerprint has the number of elements and the sum of bits (see bit_sums) of each parameter of the whole model, of its
+master weights and of its moments. It is exact and the same at any layout, so nothing needs a tolerance. Rows of the
+vocabulary that are padding do not count: each tensor-parallel size has its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from qtarget_megatron.checkpoint import Architecture, is_expert, partition_dim
+from qtarget_megatron.megatron.bit_sums import INTEGERS, bit_sum, wrapped
+from qtarget_megatron.megatron.commands import on_first_rank, print_once
+from qtarget_megatron.megatron.hf_weights import first_indices, tensor_share, weights
+from qtarget_megatron.megatron.resume_flags import ResumedFlags
+from qtarget_megatron.megatron.saved_files import newest_complete
+from qtarget_megatron.megatron.wheel_repairs import around_checkpoints
+
+ATTRIBUTE = "qtarget_fingerprint"
+_WEIGHTS, _MASTER, _ROUNDED = "weights", "master weights", "rounded master weights"
+_PARTS = (_WEIGHTS, _MASTER, "exp_avg", "exp_avg_sq", "momentum_buffer", _ROUNDED)
+_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+def watch_checkpoints(
+    args: argparse.Namespace, arch: Architecture, chunks: Sequence[GPTModel], flags: ResumedFlags
+) -> None:
+    """Have every checkpoint of the training saved with its fingerprint, and compared with it when it is loaded.
+
+    chunks: of this rank, without wrappers; the list is filled before Megatron loads. flags: what they change in what is
+    loaded.
+    """
+    prints = Fingerprints(args, arch)
+    known = args.ckpt_format == "torch_dist" and not (args.use_megatron_fsdp or args.use_torch_fsdp2)
+
+    def save(proceed, optimizer):
+        if known:
+            prints.record(chunks, optimizer)
+        return proceed()
+
+    def load(proceed, optimizer, scheduler):
+        flags.before_load(optimizer)
+        try:
+            iteration, operations = proceed()
+        except AssertionError as error:
+            if "per_bucket_numel" not in str(error) and "elements in each bucket" not in str(error):
+                raise
+            raise ValueError(
+                f"--load {args.load} was saved without --dist-ckpt-optim-fully-reshardable: its optimizer states load "
+                "at their own number of data-parallel ranks only: start as many, or take the weights alone with "
+                "--no-load-optim"
+            ) from error
+        flags.after_load(optimizer, scheduler, iteration)
+        directory = Path(args.load) / f"iter_{iteration:07d}"
+        if args.finetune or args.no_load_optim or not directory.is_dir():
+            return iteration, operations
+        if known:
+            prints.compare(chunks, optimizer, str(directory))
+        return iteration, operations
+
+    around_checkpoints(save, load)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some consecutive elements of a parameter's part that this rank has.
+
+    start: place of the first one in the rank's whole parameter. counts: whether this is the one copy of them that the
+    fingerprint of the model counts.
+    """
+
+    name: str
+    part: str
+    values: Tensor
+    start: int
+    counts: bool
+
+
+class Fingerprints:
+    """Makes the fingerprint that a checkpoint is saved with, and compares that of a loaded one.
+
+    Both read every element once; they communicate the parameters' names at first, and one all-reduce of four integers
+    for each part of each parameter of the whole model.
+    """
+
+    def __init__(self, args: argparse.Namespace, arch: Architecture):
+        self._args, self._arch = args, arch
+        self._rows: dict[str, int] | None = None
+
+    def record(self, chunks: Sequence[GPTModel], optimizer) -> None:
+        """Put the fingerprint into args, which Megatron saves with every checkpoint. Collective over all ranks.
+
+        chunks: of this rank, without wrappers. optimizer: Megatron's, or None.
+        """
+        args = self._args
+        optimizer = None if args.no_save_optim else optimizer
+        pieces = (piece for piece in self._pieces(chunks, optimizer) if piece.counts)
+        table = self._sums(chunks, pieces)
+        found: dict[str, dict[str, list[int]]] = {}
+        for name, row in self._rows.items():
+            of_parts = zip(_PARTS, table[row].tolist(), strict=True)
+            found[name] = {part: numbers[:2] for part, numbers in of_parts if numbers[0] > 0}
+        setattr(args, ATTRIBUTE, {"dtype": str(args.params_dtype), "step": _step(optimizer), "parameters": found})
+
+    def compare(self, chunks: Sequence[GPTModel], optimizer, directory: str) -> None:
+        """ValueError on every rank where the loaded state is not what was saved in the directory of an iteration.
+
+        Collective over all ranks. Where the checkpoint has no fingerprint, as those of earlier versions, copies of one
+        thing are compared with each other: data-parallel replicas, and the master weights with the model's.
+        """
+        saved, saved_optimizer = on_first_rank(lambda: _saved(directory))
+        if not saved_optimizer:
+            optimizer = None
+        pieces = self._pieces(chunks, optimizer, rounded=saved is None)
+        table = self._sums(chunks, pieces).tolist()
+        rows = {name: dict(zip(_PARTS, table[row], strict=True)) for name, row in self._rows.items()}
+        if saved is None:
+            self._compare_copies(rows, directory)
+            print_once(
+                f"qtarget_megatron: {directory} has no fingerprint of its state: its copies were compared with each "
+                "other, nothing with what was saved"
+            )
+            return
+        problems, compared = [], 0
+        for name, parts in rows.items():
+            stored = saved["parameters"].get(name, {})
+            for part, (_, _, count, total) in parts.items():
+                if (
+                    part not in stored
+                    or count == 0
+                    or (part == _WEIGHTS and saved["dtype"] != str(self._args.params_dtype))
+                ):
+                    continue
+                compared += 1
+                elements, expected = stored[part]
+                # Every replica has been added up.
+                replicas, rest = divmod(count, elements)
+                if rest or replicas == 0 or wrapped(replicas * expected) != total:
+                    problems.append((part, name))
+        if problems:
+            raise ValueError(self._refusal(directory, problems, compared))
+        step, expected = _step(optimizer), saved["step"]
+        if step != expected and None not in (step, expected):
+            raise ValueError(f"{directory}: the optimizer has made {step} steps, {expected} when it was saved")
+        print_once(f"qtarget_megatron: the state that was loaded is what was saved, bit for bit ({compared} tensors)")
+
+    def _refusal(self, directory: str, problems: list[tuple[str, str]], compared: int) -> str:
+        part, name = problems[0]
+        others = f", nor are {len(problems) - 1} more of {compared} tensors" if len(problems) > 1 else ""
+        load, number = Path(directory).parent, str(int(Path(directory).name.removeprefix("iter_")))
+        earlier = newest_complete(load, but=number)
+        advice = [] if earlier is None else [f"--ckpt-step {earlier}"]
+        if all(part != _WEIGHTS for part, _ in problems):
+            advice.append("--no-load-optim for the weights alone")
+        advice.append("the layout that it was saved at")
+        return (
+            f"{directory}: {part} of {name} are not what was saved{others}: a file is damaged, or not restored as it "
+            f"was saved; give {', '.join(advice[:-1])}{' or ' if len(advice) > 1 else ''}{advice[-1]}"
+        )
+
+    def _compare_copies(self, rows: dict, directory: str) -> None:
+        """ValueError where copies of one thing in a loaded state differ."""
+        for name, parts in rows.items():
+            for part, (count, total, all_count, all_total) in parts.items():
+                if count and (all_count % count or wrapped(all_count // count * total) != all_total):
+                    raise ValueError(
+                        f"{directory}: {part} of {name} differ between ranks that hold the same; {_OLD_STATE}"
+                    )
+            if parts[_ROUNDED][0] == parts[_WEIGHTS][0] and parts[_ROUNDED][1] != parts[_WEIGHTS][1]:
+                raise ValueError(
+                    f"{directory}: the optimizer's {_MASTER} of {name} are not the model's weights; {_OLD_STATE}"
+                )
+
+    # ---- what this rank has
+
+    def _pieces(self, chunks: Sequence[GPTModel], optimizer, *, rounded: bool = False) -> Iterator[_Piece]:
+        """All parts of all parameters of this rank. rounded: also the master weights in the model's dtype."""
+        names: dict[int, tuple[str, bool]] = {}
+        for chunk in chunks:
+            tied = chunk.share_embeddings_and_output_weights
+            for name, parameter in weights(chunk):
+                is_copy = tied and name == _HEAD
+                names[id(parameter)] = self._key(chunk, name), self._is_first_shard(chunk, name, parameter)
+                if type(parameter) in (Tensor, torch.nn.Parameter):
+                    counts = names[id(parameter)][1] and _replica(name) == 0
+                    values = self._known_rows(chunk, name, parameter.detach().reshape(-1), 0, parameter.shape)
+                    yield _Piece(names[id(parameter)][0], _WEIGHTS, values, 0, counts and not is_copy)
+                if is_copy:
+                    # Its moments are a second copy that not every format of checkpoints restores from the first.
+                    del names[id(parameter)]
+        chunk_of = {id(parameter): (chunk, name) for chunk in chunks for name, parameter in weights(chunk)}
+        for parameter, start, tensors, replica in _states(optimizer):
+            if id(parameter) not in names:
+                continue
+            (key, first_shard), (chunk, name) = names[id(parameter)], chunk_of[id(parameter)]
+            replica = _replica(name) if replica is None else replica
+            if rounded and _MASTER in tensors and parameter.dtype != torch.float32:
+                tensors = tensors | {_ROUNDED: tensors[_MASTER].to(parameter.dtype)}
+            for part, values in tensors.items():
+                if part in _PARTS and values.element_size() in INTEGERS:
+                    values = self._known_rows(chunk, name, values.detach().reshape(-1), start, parameter.shape)
+                    yield _Piece(key, part, values, start, first_shard and replica == 0)
+
+    def _key(self, chunk: GPTModel, name: str) -> str:
+        """The parameter's name in the whole model."""
+        if chunk.share_embeddings_and_output_weights and name == _HEAD:
+            return _EMBEDDING
+        first = first_indices(chunk, self._arch)
+        name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda found: str(int(found[0]) + first["layer_offset"]), name)
+        number = r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$"
+        return re.sub(number, lambda found: str(int(found[0]) + first["expert_offset"]), name)
+
+    def _is_first_shard(self, chunk: GPTModel, name: str, parameter: Tensor) -> bool:
+        """Whether the rank counts among those that tensor parallelism cuts the parameter over: each, or the first."""
+        _, size = tensor_share(chunk, self._arch, name, parameter)
+        group = chunk.pg_collection.expt_tp if is_expert(name) else chunk.pg_collection.tp
+        return size > 1 or group.rank() == 0
+
+    def _known_rows(self, chunk: GPTModel, name: str, flat: Tensor, start: int, shape: torch.Size) -> Tensor:
+        """Elements from start on, without those of padded rows of the vocabulary."""
+        if name not in (_EMBEDDING, _HEAD):
+            return flat
+        known = max(self._arch.vocab_size - chunk.pg_collection.tp.rank() * shape[0], 0) * shape[1]
+        return flat[: max(known - start, 0)]
+
+    # ---- sums over all ranks
+
+    def _sums(self, chunks: Sequence[GPTModel], pieces: Iterator[_Piece]) -> Tensor:
+        """[parameters, parts, 4] int64 on the CPU: elements and h of the copy that counts, of all copies together."""
+        shapes = {self._key(chunk, name): tensor.shape for chunk in chunks for name, tensor in weights(chunk)}
+        if self._rows is None:
+            names = {name for names in _everyone(sorted(shapes)) for name in names}
+            self._rows = {name: row for row, name in enumerate(sorted(names))}
+        device = torch.device("cuda", torch.cuda.current_device())
+        table = torch.zeros(len(self._rows), len(_PARTS), 4, dtype=torch.int64, device=device)
+        for piece in pieces:
+            total = bit_sum(piece.values, piece.start, shapes[piece.name], partition_dim(piece.name))
+            cell = table[self._rows[piece.name], _PARTS.index(piece.part)]
+            added = torch.stack([torch.full_like(total, piece.values.numel()), total]).to(device)
+            cell[2:] += added
+            if piece.counts:
+                cell[:2] += added
+        dist.all_reduce(table)
+        return table.cpu()
+
+
+def _states(optimizer) -> Iterator[tuple[Tensor, int, dict[str, Tensor], int | None]]:
+    """Each parameter that an optimizer of this rank updates, where its share of it starts, the share's tensors by part,
+    and which replica of it this is; None where the whole parameter is there: that of the parameter then."""
+    for one in getattr(optimizer, "chained_optimizers", [] if optimizer is None else [optimizer]):
+        if getattr(one, "is_stub_optimizer", False):
+            continue
+        if hasattr(one, "gbuf_ranges"):
+            for of_dtypes in one.gbuf_ranges:
+                for buckets in of_dtypes.values():
+                    for bucket in buckets:
+                        for parameter, ranges in bucket["param_map"].items():
+                            tensors = dict(one._get_main_param_and_optimizer_states(parameter))
+                            tensors[_MASTER] = tensors.pop("param")
+                            replica = one.distributed_optimizer_instance_id
+                            yield parameter, ranges["param"].start, _of_one_length(tensors), replica
+            continue
+        pairs = [(p, p) for group in one.optimizer.param_groups for p in group["params"]]
+        if hasattr(one, "float16_groups"):
+            groups = zip(one.float16_groups, one.fp32_from_float16_groups, strict=True)
+            pairs = [pair for models, mains in groups for pair in zip(models, mains, strict=True)]
+            pairs += [(p, p) for group in one.fp32_from_fp32_groups for p in group]
+        for parameter, main in pairs:
+            tensors = {} if main is parameter else {_MASTER: main}
+            yield parameter, 0, _of_one_length(tensors | dict(one.optimizer.state.get(main, {})), main), None
+
+
+def _of_one_length(tensors: dict[str, Any], like: Tensor | None = None) -> dict[str, Tensor]:
+    """Those that have a value for each element."""
+    length = (tensors[_MASTER] if like is None else like).numel()
+    return {key: t for key, t in tensors.items() if isinstance(t, Tensor) and t.numel() == length and t.dim() > 0}
+
+
+def _step(optimizer) -> int | None:
+    """Steps that the optimizer says it has made; None where it does not."""
+    steps = []
+    for one in getattr(optimizer, "chained_optimizers", [] if optimizer is None else [optimizer]):
+        for group in [] if getattr(one, "is_stub_optimizer", False) else one.optimizer.param_groups:
+            if group["params"] and "step" in group:
+                steps.append(int(group["step"]))
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, max(steps, default=None))
+    return max((step for step in everyone if step is not None), default=None)
+
+
+def _replica(name: str) -> int:
+    """Which of the data-parallel replicas of a parameter this rank has."""
+    if is_expert(name):
+        return parallel_state.get_expert_data_parallel_rank()
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+
+def _everyone(value) -> list:
+    """What the ranks of all pipeline stages and all groups of experts have."""
+    groups = (parallel_state.get_expert_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group())
+    values = [value]
+    for group in groups:
+        gathered = [None] * group.size()
+        dist.all_gather_object(gathered, values, group=group)
+        values = [one for found in gathered for one in found]
+    return values
+
+
+def _saved(directory: str) -> tuple[dict | None, bool]:
+    """The fingerprint of a checkpoint, if any, and whether it has the optimizer's state."""
+    from megatron.core import dist_checkpointing
+
+    if not dist_checkpointing.check_is_distributed_checkpoint(directory):
+        return None, True
+    saved = dist_checkpointing.load_common_state_dict(directory).get("args")
+    return getattr(saved, ATTRIBUTE, None), not getattr(saved, "no_save_optim", False)
+
+
+_OLD_STATE = (
+    "the checkpoint was saved so, as versions without a fingerprint did with several gradient buckets: give "
+    "--no-load-optim for the weights alone"
+)
