@@ -21,7 +21,8 @@ def repair_megatron_wheel() -> None:
     it: it expects the step in the parameter group, as their FusedAdam has it. It gets an Adam that keeps it there.
 
     The fully reshardable state of the distributed optimizer is wrong from the second gradient bucket on, see
-    _keeping_padding.
+    _keeping_padding. The other one, of a training in float32, is copied into views of parameters, which autograd
+    refuses: loading it is no computation to differentiate.
     """
     import megatron.core.datasets.utils as dataset_utils
 
@@ -36,9 +37,13 @@ def repair_megatron_wheel() -> None:
         optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = GroupStepAdam, False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
-    sharded = distrib_optimizer.DistributedOptimizer.sharded_param_state_fully_reshardable
+    distributed = distrib_optimizer.DistributedOptimizer
+    sharded = distributed.sharded_param_state_fully_reshardable
     if not hasattr(sharded, "__wrapped__"):
-        distrib_optimizer.DistributedOptimizer.sharded_param_state_fully_reshardable = _keeping_padding(sharded)
+        distributed.sharded_param_state_fully_reshardable = _keeping_padding(sharded)
+    load = distributed.load_parameter_state_from_dp_reshardable
+    if not hasattr(load, "__wrapped__"):
+        distributed.load_parameter_state_from_dp_reshardable = torch.no_grad()(load)
 
 
 def _keeping_padding(sharded_state):
