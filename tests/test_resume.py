@@ -55,11 +55,13 @@ def train_and_read(runs, folder, saved):
 
 
 def launch(world_size, runs, workspace, saved=None, timeout=240):
-    """Results of the last rank, which has the scalars, and the optimizer's tensors of saved checkpoints."""
+    """Results, scalars of the last rank and output of the first, and the optimizer's tensors of saved checkpoints."""
     runs = {name: [str(word) for word in words] for name, words in runs.items()}
     arguments = (runs, str(workspace), saved or {})
-    results, states = run_ranks(world_size, train_and_read, arguments, timeout, megatron=True)[-1]
+    first, *others = run_ranks(world_size, train_and_read, arguments, timeout, megatron=True)
+    results, states = others[-1] if others else first
     for name, result in results.items():
+        result["printed"] = first[0][name]["printed"]
         result["errors"] = [line for line in result["printed"].splitlines() if line.startswith("finetune: error:")]
         assert result["code"] == 0 or result["errors"], f"{name}: {result['printed'][-3000:]}"
     return results, states
@@ -86,7 +88,7 @@ def test_gradient_buckets_with_padding_resume_at_any_layout(workspace):
         save = workspace / f"dp2-{kind}"
         saved[kind] = save / iteration
         runs[f"{kind} stopped"] = command(workspace, kind, *flags, "--save", save, *STOP)
-        layouts = {"DP2": BUCKETS, "TP2": [*TP2, *BUCKETS]} | ({"PP2": PP2} if kind == "tied" else {})
+        layouts = {"DP2": BUCKETS, "TP2": [*TP2, *BUCKETS]} if kind == "odd" else {"PP2": PP2}
         for layout, more in layouts.items():
             runs[f"{kind} at {layout}"] = command(workspace, kind, *RESHARDABLE, *more, "--load", save)
     two, states = launch(2, runs, workspace, saved)
@@ -125,10 +127,9 @@ def test_every_kind_of_optimizer_resumes_with_the_state_that_was_saved(workspace
     ep2 = ["--expert-model-parallel-size", 2]
     bound = ["--use-distributed-optimizer", *BUCKETS]
     kinds = {
-        "plain": ("untied", [], [TP2, PP2]),
-        "plain in bf16": ("tied", bf16, [[], PP2]),
-        "distributed in bf16": ("odd", [*bf16, *RESHARDABLE, *BUCKETS], [[], TP2]),
-        "interleaved": ("untied", [*RESHARDABLE, *interleaved], [[]]),
+        "plain": ("untied", [], [TP2]),
+        "plain in bf16": ("tied", bf16, [PP2]),
+        "distributed in bf16": ("odd", [*bf16, *RESHARDABLE, *BUCKETS], [TP2]),
         "to be interleaved": ("untied", RESHARDABLE, [interleaved]),
         "bound to its layout": ("untied", bound, [[]]),
         "experts": ("experts", [*ep2, *RESHARDABLE, *BUCKETS], [[]]),
@@ -187,7 +188,7 @@ def flip_a_bit(directory, key):
     from megatron.core import dist_checkpointing
 
     values = dist_checkpointing.load_plain_tensors(str(directory))[key]
-    wanted = values.flatten()[:16].numpy().tobytes()
+    wanted = values.flatten()[:16].view(torch.uint8).numpy().tobytes()
     for file in directory.glob("*.distcp"):
         contents = bytearray(file.read_bytes())
         place = contents.find(wanted)
@@ -215,7 +216,9 @@ def damage_and_resume(groups, flips, resumed, folder):
 def test_a_state_that_is_not_what_was_saved_ends_the_run(workspace, tmp_path):
     """One bit in a file, and Megatron's own fault; of checkpoints from before, what can be seen."""
     flags = [*RESHARDABLE, *BUCKETS]
-    texts = {"good": ([], dict(unrepaired=False, without=False)), "old": ([], dict(unrepaired=False, without=True))}
+    # In bfloat16 no two kinds of tensors hold the same bytes.
+    texts = {"good": (["--bf16"], dict(unrepaired=False, without=False))}
+    texts["old"] = ([], dict(unrepaired=False, without=True))
     texts["faulty"] = ([], dict(unrepaired=True, without=False))
     texts["old faulty"] = ([], dict(unrepaired=True, without=True))
     texts["old faulty in bf16"] = (["--bf16"], dict(unrepaired=True, without=True))
@@ -237,7 +240,7 @@ def test_a_state_that_is_not_what_was_saved_ends_the_run(workspace, tmp_path):
     for kind, key in kinds.items():
         copy = tmp_path / f"flipped-{kind.replace(' ', '-')}"
         flips.append((tmp_path / "good", copy, key))
-        resumed[kind] = words(command(workspace, "odd", *flags, "--load", copy))
+        resumed[kind] = words(command(workspace, "odd", *flags, "--bf16", "--load", copy))
     resumed["no optimizer"] = [*resumed["exp_avg"], "--no-load-optim"]
     arguments = (groups, flips, resumed, str(workspace))
     results = run_ranks(2, damage_and_resume, arguments, 400, megatron=True)[0]
@@ -256,6 +259,7 @@ def test_a_state_that_is_not_what_was_saved_ends_the_run(workspace, tmp_path):
         assert f"{kind} of {where} are not what was saved:" in error(kind)
     assert ": a file is damaged" in error("weights") and "--no-load-optim" not in error("weights")
     assert "--no-load-optim for the weights alone" in error("exp_avg")
+    assert "nor are" not in error("master weights")
     assert "are not what was saved, nor are" in error("faulty")
     assert "differ between ranks that hold the same" in error("old faulty")
     assert "master weights of" in error("old faulty in bf16")
@@ -301,7 +305,7 @@ def test_flags_that_change_on_the_way_mean_what_they_say(workspace, tmp_path):
     for name in ("smaller batch", "larger batch"):
         # The schedule counts steps.
         assert rates[name] == pytest.approx(expected["learning-rate"][2:])
-    assert rates["whole cosine"][2] > rates["whole cosine"][3] > 1e-4
+    assert rates["whole cosine"][2] > 2 * rates["whole cosine"][3]
     # Two steps of two have been made: the old schedule is at its end.
     assert rates["kept"] == pytest.approx([1e-4, 1e-4])
     for name in ("other rate", "other rate, distributed"):

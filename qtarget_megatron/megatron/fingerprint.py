@@ -157,6 +157,9 @@ class Fingerprints:
         print_once(f"qtarget_megatron: the state that was loaded is what was saved, bit for bit ({compared} tensors)")
 
     def _refusal(self, directory: str, problems: list[tuple[str, str]], compared: int) -> str:
+        # In float32 the master weights are loaded into the model's.
+        masters = {name for part, name in problems if part == _MASTER}
+        problems = [(part, name) for part, name in problems if part != _WEIGHTS or name not in masters]
         part, name = problems[0]
         others = f", nor are {len(problems) - 1} more of {compared} tensors" if len(problems) > 1 else ""
         load, number = Path(directory).parent, str(int(Path(directory).name.removeprefix("iter_")))
