@@ -23,6 +23,7 @@ from small_tokenizers import (
 from tokenizers import AddedToken
 
 from qtarget_megatron.data import encode
+from qtarget_megatron.data.template import ChatTemplate
 
 
 def supervised_runs(tokenizer, record, seq_length=4096):
@@ -101,10 +102,13 @@ def test_thinking_template_supervises_what_it_writes_in_each_turn():
     # the answer is quoted in its own thinking: the span must reach the real one
     assert supervised_runs(tokenizer, chat("u:1+1", f"a:{thought}Two")) == [thought + "Two<|im_end|>"]
     several = chat("u:1+1", "a:<think>hm</think>Two", "u:sure?", "a:<think>yes</think>Yes")
-    assert supervised_runs(tokenizer, several) == [
-        "Two<|im_end|>",
-        "<think>\nyes\n</think>\n\nYes<|im_end|>",
-    ]
+    # the first would be trained without its thinking, right behind the prompt that the second thinks behind
+    assert (
+        "message 1: this chat template leaves out the reasoning of this answer: use one answer per record"
+        in refusal(tokenizer, several)
+    )
+    several["messages"][1]["weight"] = 0
+    assert supervised_runs(tokenizer, several) == ["<think>\nyes\n</think>\n\nYes<|im_end|>"]
     separate = chat("u:1+1", "a:Two")
     separate["messages"][1]["reasoning_content"] = "Two? Two."
     assert supervised_runs(tokenizer, separate) == [thought + "Two<|im_end|>"]
@@ -199,11 +203,12 @@ def test_tools_of_a_record_reach_the_template():
 def test_long_conversations_are_not_rendered_once_per_answer(monkeypatch):
     tokenizer = byte_tokenizer(CHATML)
     calls = []
-    original = tokenizer.apply_chat_template
-    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = ChatTemplate.render_blocks
+    monkeypatch.setattr(ChatTemplate, "render_blocks", lambda *a, **k: calls.append(1) or original(*a, **k))
     record = chat(*[turn for i in range(50) for turn in (f"u:Q{i}", f"a:A{i}")])
     assert supervised_runs(tokenizer, record) == [f"A{i}<|im_end|>" for i in range(50)]
-    assert len(calls) <= 4
+    # two of the five look once at how the template begins a turn
+    assert 2 <= len(calls) <= 5
 
 
 plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=12)
@@ -298,7 +303,7 @@ def test_unusable_templates_and_conversations_are_refused():
     assert "user message first" in refusal(byte_tokenizer(CHATML), chat("a:Hi", "u:Hi"))
     calling = chat("u:Hi", "a:")
     calling["messages"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": {}}}]
-    assert "tool_calls" in refusal(byte_tokenizer(CHATML), calling)
+    assert "message 1: this chat template does not write its tool calls" in refusal(byte_tokenizer(CHATML), calling)
     with pytest.raises(ValueError, match="seq_length: expected at least 1, got 0"):
         encode(byte_tokenizer(CHATML), talk, 0)
 

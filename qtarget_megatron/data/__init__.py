@@ -9,13 +9,16 @@ record, the tokenizer and the seed only, so every parallel layout sees the same 
 
 from qtarget_megatron.data.dataset import (
     IGNORE_INDEX,
+    SampleNotes,
     SampleStatus,
     SupervisedDataset,
     inspect_samples,
     training_item,
 )
-from qtarget_megatron.data.jsonl import ROLES, JsonlFile
+from qtarget_megatron.data.jsonl import JsonlFile
+from qtarget_megatron.data.messages import ROLES
 from qtarget_megatron.data.supervision import EncodedSample, encode, encode_at
+from qtarget_megatron.data.template import writes_date
 from qtarget_megatron.data.tokenizer import compare_tokenizers, load_tokenizer
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "ROLES",
     "EncodedSample",
     "JsonlFile",
+    "SampleNotes",
     "SampleStatus",
     "SupervisedDataset",
     "compare_tokenizers",
@@ -31,4 +35,5 @@ __all__ = [
     "inspect_samples",
     "load_tokenizer",
     "training_item",
+    "writes_date",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -24,6 +26,41 @@ class SampleStatus(IntEnum):
     SKIPPED = 2
 
 
+@dataclass
+class SampleNotes:
+    """What is to be said of samples, counted: answers that are targets; of these, without an end of turn among the
+    targets; samples of a template that asks for the date."""
+
+    answers: int = 0
+    unended: int = 0
+    dated: int = 0
+
+    def add(self, sample: EncodedSample) -> None:
+        """Count a sample."""
+        self.answers += sample.answers
+        self.unended += sample.unended
+        self.dated += sample.dated
+
+    def __add__(self, other: SampleNotes) -> SampleNotes:
+        """The counts of both."""
+        return SampleNotes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def lines(self, date: datetime.date | None) -> list[str]:
+        """For the user, without those that there is nothing to say for. date: of templates that ask for it."""
+        found = []
+        if self.dated:
+            found.append(
+                f"the chat template writes the date of the day: {date} for all samples (--data-date sets another)"
+            )
+        if self.unended:
+            found.append(
+                f"WARNING: no end of turn is trained in {self.unended} of {self.answers} answers, as the chat template "
+                "writes none behind them (or leaves it out of its {% generation %} blocks): the model may not learn to "
+                "stop"
+            )
+        return found
+
+
 def inspect_samples(
     file: JsonlFile,
     tokenizer: Any,
@@ -31,11 +68,12 @@ def inspect_samples(
     indices: Iterable[int],
     token_inputs: Sequence[str] = (),
     check: Callable[[int, EncodedSample], None] | None = None,
+    date: datetime.date | None = None,
 ) -> np.ndarray:
     """SampleStatus of the records at ``indices``, uint8; ValueError names the first bad line, or is check's."""
     statuses = []
     for index in indices:
-        sample = encode_at(file, tokenizer, seq_length, index, token_inputs)
+        sample = encode_at(file, tokenizer, seq_length, index, token_inputs, date)
         if check is not None:
             check(int(index), sample)
         status = SampleStatus.TRUNCATED if sample.truncated else SampleStatus.OK
@@ -53,7 +91,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
     ``padding`` [S], bool, True where ``tokens[t]`` is none of the record's; ``sample`` [], the
     record's index in the file. Besides, one float64 tensor [S] for each of ``token_inputs``, under
     its batch_key(), aligned with ``labels`` and 0 where those are -100. Records are encoded when
-    they are asked for.
+    they are asked for. ``date``: of templates that write it; None: that of the day, which may change.
 
     Raises ValueError when no record is kept or ``status`` does not fit the file.
     """
@@ -70,6 +108,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         pad_id: int,
         shuffle: bool = True,
         token_inputs: Sequence[str] = (),
+        date: datetime.date | None = None,
     ):
         if len(file) == 0:
             raise ValueError(f"data file {file.path!r} holds no records")
@@ -86,7 +125,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         self._file, self._tokenizer = file, tokenizer
         self._seq_length, self._num_samples = seq_length, num_samples
         self._seed, self._shuffle, self._pad_id = seed, shuffle, pad_id
-        self._token_inputs = tuple(token_inputs)
+        self._token_inputs, self._date = tuple(token_inputs), date
         self._epoch, self._order = -1, self._kept
 
     def __len__(self) -> int:
@@ -100,7 +139,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
             generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
             self._epoch, self._order = epoch, generator.permutation(self._kept)
         index = int(self._order[position])
-        sample = encode_at(self._file, self._tokenizer, self._seq_length, index, self._token_inputs)
+        sample = encode_at(self._file, self._tokenizer, self._seq_length, index, self._token_inputs, self._date)
         return {**training_item(sample, self._seq_length, self._pad_id), "sample": torch.tensor(index)}
 
 

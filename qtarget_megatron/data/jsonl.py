@@ -2,53 +2,78 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import zlib
 from array import array
 from typing import Any
 
 import numpy as np
 
-ROLES = ("system", "user", "assistant", "tool")
+from qtarget_megatron.data.messages import check_messages, expect
 
-
-def _expect(kind: type, value: Any, name: str) -> None:
-    if not isinstance(value, kind):
-        words = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
-        came = words.get(type(value)) or json.dumps(value, default=str)
-        raise ValueError(f"{name}: expected {words[kind]}, got {came}")
+_CHUNK = 1 << 22
+_PANDAS = (
+    "convert it: python -c \"import pandas as p; p.{}('FILE').to_json('data.jsonl', orient='records', lines=True)\""
+)
+_DATASETS = "convert it: python -c \"import datasets as d; d.Dataset.from_file('FILE').to_json('data.jsonl')\""
+# First bytes -> what the file is, and what makes JSON lines of it.
+_BINARY = {
+    b"\x1f\x8b": ("gzip", "unpack it: gunzip -k FILE"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unpack it: zstd -d FILE"),
+    b"BZh": ("bzip2", "unpack it: bunzip2 -k FILE"),
+    b"\xfd7zXZ\x00": ("xz", "unpack it: xz -dk FILE"),
+    b"PK\x03\x04": ("a zip archive", "unpack it: unzip FILE"),
+    b"PAR1": ("parquet", _PANDAS.format("read_parquet")),
+    b"ARROW1": ("arrow", _PANDAS.format("read_feather")),
+    b"\xff\xff\xff\xff": ("an arrow stream", _DATASETS),
+    b"\xff\xfe\x00\x00": ("UTF-32 text", "convert it: iconv -f UTF-32 -t UTF-8 FILE > data.jsonl"),
+    b"\xff\xfe": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 FILE > data.jsonl"),
+    b"\xfe\xff": ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 FILE > data.jsonl"),
+    b"SQLite format 3": ("an SQLite database", "export its rows as JSON lines"),
+}  # fmt: skip
+_LINES = "jq -c '.[]' FILE > data.jsonl"
+_SHAREGPT = (
+    'jq -c \'{messages: [.conversations[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), '
+    "content: .value}]}' FILE > data.jsonl"
+)
+_ALPACA = (
+    'jq -c \'{messages: [{role: "user", content: (.instruction + (if (.input // "") == "" then "" else "\\n\\n" + '
+    '.input end))}, {role: "assistant", content: .output}]}\' FILE > data.jsonl'
+)
 
 
 def check_record(record: Any) -> None:
     """Raise ValueError unless the record has one of the two forms."""
-    _expect(dict, record, "record")
+    expect(dict, record, "record")
     if "messages" not in record:
         for key in ("prompt", "completion"):
             if key not in record:
                 found = ", ".join(f'"{k}"' for k in list(record)[:8]) or "no keys"
                 wanted = '"messages", or "prompt" and "completion"'
-                raise ValueError(f"record: expected {wanted}, got {found}")
-            _expect(str, record[key], f'"{key}"')
+                raise ValueError(f"record: expected {wanted}, got {found}{_recipe(record)}")
+            expect(str, record[key], f'"{key}"')
         return
     if "prompt" in record or "completion" in record:
         raise ValueError('record: expected "messages" or "prompt" and "completion", got both')
-    messages, tools = record["messages"], record.get("tools")
-    _expect(list, messages, '"messages"')
-    if not messages:
-        raise ValueError('"messages": expected at least one message, got none')
-    for i, message in enumerate(messages):
-        _expect(dict, message, f"message {i}")
-        for key in ("role", "content"):
-            if key not in message:
-                raise ValueError(f'message {i}: expected "role" and "content", got no "{key}"')
-            _expect(str, message[key], f'message {i}, "{key}"')
-        if message["role"] not in ROLES:
-            roles = ", ".join(ROLES)
-            raise ValueError(f"message {i}: expected role {roles}; got {message['role']!r}")
-    if tools is not None:
-        _expect(list, tools, '"tools"')
+    check_messages(record["messages"])
+    if (tools := record.get("tools")) is not None:
+        expect(list, tools, '"tools"')
         for i, tool in enumerate(tools):
-            _expect(dict, tool, f"tool {i}")
+            expect(dict, tool, f"tool {i}")
+
+
+def _recipe(record: dict[str, Any]) -> str:
+    """How a record of another program's form is converted."""
+    if isinstance(record.get("conversations"), list):
+        first = next(iter(record["conversations"]), None)
+        if isinstance(first, dict) and "role" in first:
+            return ": rename the field: jq -c '.messages = .conversations | del(.conversations)' FILE > data.jsonl"
+        return f" (ShareGPT's form): convert it: {_SHAREGPT}"
+    if "instruction" in record and "output" in record:
+        return f" (Alpaca's form): convert it: {_ALPACA}"
+    return ""
 
 
 class JsonlFile:
@@ -56,22 +81,55 @@ class JsonlFile:
 
     Keeps 24 bytes per record (start, length, line number) and never the text; forked and spawned
     worker processes may read it. Records count from 0, the lines in error messages from 1.
+
+    Raises ValueError, when it is opened, for a file of another format, one without records, or one
+    whose first record has neither of the two forms; and when it is read, once its contents have
+    changed. That is looked for at each record, by size and time.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = str(path)
         self._handle = None
-        index = array("q")
-        self._size = 0
         try:
             with open(self.path, "rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if not line.isspace():
-                        index.extend((self._size, len(line), number))
-                    self._size += len(line)
+                self._state = _state(file.fileno())
+                self._check_format(file.read(16))
+            self._index, self._digest = _indexed(os.path.abspath(self.path), self._state)
         except OSError as error:
             raise ValueError(f"data file {self.path!r}: {error.strerror}") from error
-        self._index = np.array(index, dtype=np.int64).reshape(-1, 3)
+        if len(self._index) == 0:
+            raise ValueError(f"data file {self.path!r} holds no records: expected a record of JSON in each line")
+        self._check_first()
+
+    def _check_format(self, head: bytes) -> None:
+        for magic, (kind, advice) in _BINARY.items():
+            if head.startswith(magic):
+                advice = advice.replace("FILE", self.path)
+                raise ValueError(f"data file {self.path!r} is {kind}, expected JSON lines in UTF-8: {advice}")
+        if b"\x00" in head and head.strip(b"\x00"):
+            raise ValueError(
+                f"data file {self.path!r} holds zero bytes, as UTF-16 or a binary format does, expected JSON lines in "
+                "UTF-8: convert it"
+            )
+
+    def _check_first(self) -> None:
+        try:
+            self.record(0)
+        except ValueError as error:
+            where, line = self.where(0), self.text(0).strip()
+            if isinstance(error.__cause__, RecursionError):
+                raise
+            several = f"data file {where}: expected one record in each line, got"
+            if line.startswith("[") and line.lstrip("[ {")[:1] in ('"', ""):
+                advice = _LINES.replace("FILE", self.path)
+                raise ValueError(f"{several} a JSON array: write its entries as lines: {advice}") from error
+            if line.startswith("{") and not line.endswith("}") and _is_spread(line):
+                advice = f"jq -c . {self.path} > data.jsonl"
+                raise ValueError(f"{several} JSON spread over lines: write each record in one: {advice}") from error
+            if not line.startswith(("{", "[", '"')) and ("," in line or "\t" in line):
+                advice = _PANDAS.format("read_csv").replace("FILE", self.path)
+                raise ValueError(f"{several} what looks like CSV ({line[:40]!r}): {advice}") from error
+            raise ValueError(str(error).replace("FILE >", f"{self.path} >")) from error
 
     def __len__(self) -> int:
         return len(self._index)
@@ -92,6 +150,8 @@ class JsonlFile:
         except json.JSONDecodeError as error:
             came = f"{error.msg} at column {error.colno}"
             raise ValueError(f"{self.where(index)}: expected JSON, got {came}") from error
+        except RecursionError as error:
+            raise ValueError(f"{self.where(index)}: expected a record, got JSON nested too deep to read") from error
         except ValueError as error:
             raise ValueError(f"{self.where(index)}: {error}") from error
         return record
@@ -101,11 +161,12 @@ class JsonlFile:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.path}")
         if self._handle is None:
-            handle = open(self.path, "rb", buffering=0)
-            if (size := os.fstat(handle.fileno()).st_size) != self._size:
-                handle.close()
-                raise ValueError(f"data file {self.path!r} changed: it had {self._size} bytes, now {size}")
-            self._handle = handle
+            try:
+                self._handle = open(self.path, "rb", buffering=0)
+            except OSError as error:
+                raise ValueError(f"data file {self.path!r}: {error.strerror}") from error
+        if (state := _state(self._handle.fileno())) != self._state:
+            self._check_contents(state)
         start, length, _ = self._index[index].tolist()
         # pread, not seek and read: forked workers share one file position.
         raw = os.pread(self._handle.fileno(), length, start)
@@ -113,3 +174,42 @@ class JsonlFile:
             return raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.where(index)}: expected UTF-8, got {error.reason}") from error
+
+    def _check_contents(self, state: tuple[int, ...]) -> None:
+        """Of a file that was touched, replaced or moved: its contents may still be the same."""
+        before, now = self._state[0], state[0]
+        what = f"it had {before} bytes, now {now}" if before != now else "it has other contents of the same size"
+        digest = 0
+        if before == now:
+            with open(self.path, "rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest = zlib.crc32(chunk, digest)
+        if before != now or digest != self._digest:
+            self._handle.close()
+            self._handle = None
+            raise ValueError(f"data file {self.path!r} changed: {what}: start again from data that stays as it is")
+        self._state = state
+
+
+def _state(descriptor: int) -> tuple[int, ...]:
+    """What changes when a file is written: size first."""
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+
+
+@functools.lru_cache(maxsize=4)
+def _indexed(path: str, state: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    """(start, length, line number) of each record, int64 [n, 3], and the CRC-32 of the file: read once in a process."""
+    index, position, digest = array("q"), 0, 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                index.extend((position, len(line), number))
+            position += len(line)
+            digest = zlib.crc32(line, digest)
+    return np.array(index, dtype=np.int64).reshape(-1, 3), digest
+
+
+def _is_spread(line: str) -> bool:
+    """Whether a line of JSON breaks off between values, as a first line of JSON that is printed for reading does."""
+    return line == "{" or line.endswith((",", "[", "{", ":"))
