@@ -14,6 +14,7 @@ schedules, checkpoints and logs. The shape of the model comes from --hf-model an
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import sys
 from functools import partial
@@ -54,7 +55,7 @@ from qtarget_megatron.megatron.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.resume_flags import ResumedFlags, check_schedule, read_saved
 from qtarget_megatron.megatron.saved_files import newest_complete, prepare_start
-from qtarget_megatron.megatron.saved_model import SavedModel, check_resumed_experts
+from qtarget_megatron.megatron.saved_model import SavedModel, check_resumed_experts, saved_argument
 from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.megatron.watchdog import Watchdog
@@ -133,7 +134,7 @@ def run(argv: list[str]) -> None:
     keys = start.for_this_run(store) if store is not None and args.world_size > 1 else None
     if args.rank == args.world_size - 1:
         outputs.check_board(args)
-    iteration, done = _agree(args, argv, student, keys)
+    iteration, done, args.data_date = _agree(args, argv, student, keys)
     if done:
         return
     launch.initialize(args)
@@ -153,11 +154,11 @@ def run(argv: list[str]) -> None:
 
 def _agree(
     args: argparse.Namespace, argv: list[str], student: Architecture, store: dist.Store | None
-) -> tuple[int | None, bool]:
-    """Compare what all ranks have been started with; the iteration that the training continues from, if any, and
-    whether nothing is left to do."""
+) -> tuple[int | None, bool, str]:
+    """Compare what all ranks have been started with; the iteration that the training continues from, if any, whether
+    nothing is left to do, and the date of the data."""
 
-    def lead() -> tuple[int | None, bool]:
+    def lead() -> tuple[int | None, bool, str]:
         outputs.reserve(args)
         found = prepare_start(args)
         for line in found.messages:
@@ -169,7 +170,10 @@ def _agree(
                 "exported model: nothing is left to do",
                 flush=True,
             )
-        return found.iteration, done
+        date = args.data_date
+        if date is None and found.iteration is not None and not args.finetune:
+            date = saved_argument(args, "data_date")
+        return found.iteration, done, date or datetime.date.today().isoformat()
 
     if store is None:
         return lead()
@@ -287,6 +291,7 @@ def _open_caches(args: argparse.Namespace, student: Architecture, tokenizer) -> 
                 tokenizer=tokenizer,
                 seq_length=args.seq_length,
                 vocab_size=student.vocab_size,
+                date=args.data_date,
             )
     return caches
 

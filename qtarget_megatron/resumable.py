@@ -56,6 +56,10 @@ class ResumableLines:
         """
         output_lock.claim(self._lock, str(self.path))
 
+    def begun(self) -> dict[str, Any]:
+        """What the lines of an earlier run were made from, which a run may go on with; empty without such lines."""
+        return self._begun() if self._partial.exists() else {}
+
     def _begun(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self._header.read_text(encoding="utf-8")))

@@ -24,6 +24,7 @@ from qtarget_megatron.teacher_cache import (
     tokenizer_digest,
     writer,
 )
+from qtarget_megatron.teacher_cache.index import Index, read_index
 
 
 @pytest.fixture
@@ -247,6 +248,26 @@ def test_check_refuses_what_the_cache_does_not_serve(tmp_path):
 def test_impossible_headers_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         header(**changes)
+
+
+def test_a_cache_that_is_older_than_the_date_is_read(tmp_path):
+    made_from = dict(data="d", num_samples=0, tokenizer="t", chat_template="c", teacher="t", teacher_files="f")
+    old = CacheHeader(**made_from, precision="float32", vocab_size=10, seq_length=4, k=2)
+    # What the parts of such a cache carry: computed before there was a date.
+    assert old.identity == "54cf6a44c6991fd80c524e1cba09b4d7"
+    entries = json.loads(Index(old, True, []).to_json())
+    del entries["date"]
+    (tmp_path / "cache.json").write_text(json.dumps(entries))
+    assert read_index(tmp_path).header == old
+    dated = dataclasses.replace(old, date="2020-02-29")
+    assert dated.identity != old.identity and dated.differing(old) == ["--data-date"]
+    (tmp_path / "cache.json").write_bytes(Index(dated, True, []).to_json())
+    assert TeacherCache(tmp_path).header == dated
+    with pytest.raises(ValueError, match="was made with --data-date 2020-02-29, training has 2020-03-01"):
+        TeacherCache(tmp_path).check(date="2020-03-01")
+    TeacherCache(tmp_path).check(date="2020-02-29")
+    with pytest.raises(ValueError):
+        dataclasses.replace(old, date="soon")
 
 
 def test_headers_survive_their_file(tmp_path):

@@ -61,6 +61,7 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
         seq_length=ours.seq_length,
         load=ours.load,
         ckpt_step=ours.ckpt_step,
+        data_date=ours.data_date,
         k=ours.k,
         top_p=ours.top_p,
         dtype=ours.dtype,
@@ -93,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     path("--load", "CKPT", "Megatron checkpoint with its weights (default: those of --teacher-hf)")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of --load (default: the latest)")
     path("--data", "FILE", "JSONL as for training", True)
+    parser.add_argument(
+        "--data-date",
+        metavar="YYYY-MM-DD",
+        help="the date that a chat template writes which asks for today's (default: that of the run that goes on, or "
+        "today)",
+    )
     path("--out", "CACHE", "directory to write, new or empty, or with a cache that is not complete", True)
     parser.add_argument("--k", type=int, required=True, metavar="K", help="most likely tokens to keep")
     parser.add_argument("--top-p", type=float, metavar="P", help="keep the fewest of them whose mass reaches P")

@@ -63,6 +63,7 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
         seq_length=ours.seq_length,
         load=ours.load,
         ckpt_step=ours.ckpt_step,
+        data_date=ours.data_date,
         reference=ours.reference_hf,
         temperature=1.0 if ours.temp is None else ours.temp,
         max_weight=16.0 if ours.max_weight is None else ours.max_weight,
@@ -90,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     path("--load", "CKPT", "Megatron checkpoint with the weights (default: those of --hf-model)")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of --load (default: the latest)")
     path("--data", "FILE", "JSONL as for training", True)
+    parser.add_argument(
+        "--data-date",
+        metavar="YYYY-MM-DD",
+        help="the date that a chat template writes which asks for today's (default: that of the run that goes on, or "
+        "today)",
+    )
     path("--out", "FILE", "the scored records", True)
     path("--reference-hf", "DIR", "Hugging Face directory of the reference model: compute weights as well")
     parser.add_argument("--temp", type=float, metavar="X", help="temp in the weight's formula (default: 1)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
 import math
 from pathlib import Path
@@ -109,6 +110,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "whole or its first --eval-iters * --global-batch-size samples",
     )
     group.add_argument(
+        "--data-date",
+        type=iso_date,
+        metavar="YYYY-MM-DD",
+        help="the date that chat templates write which ask for today's (as Llama 3.2's): one for the whole training "
+        "(default: that of the teacher cache, of the checkpoint that training resumes from, or today)",
+    )
+    group.add_argument(
         "--save-hf",
         type=Path,
         metavar="DIR",
@@ -168,6 +176,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="run on the CPU over gloo; the default where no GPU is found, refused where one is",
     )
     return parser
+
+
+def iso_date(text: str) -> str:
+    """A date YYYY-MM-DD as it is, for argparse."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a date YYYY-MM-DD, got {text!r}") from None
 
 
 def implementation_flags(*, on_cpu: bool) -> list[str]:

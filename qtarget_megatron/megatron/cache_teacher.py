@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.collectives import gather_sequence
-from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, compare_tokenizers
+from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, compare_tokenizers, writes_date
 from qtarget_megatron.linear_top_k import TopTokens, linear_top_k
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.commands import is_first_rank, on_first_rank, print_once
@@ -26,6 +27,7 @@ from qtarget_megatron.teacher_cache import (
     template_digest,
     tokenizer_digest,
 )
+from qtarget_megatron.teacher_cache.index import INDEX_FILE, read_index
 
 if TYPE_CHECKING:
     from qtarget_megatron.megatron.output_head import OutputHead
@@ -81,6 +83,7 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
         k=options.k,
         top_p=options.top_p,
         dtype=options.dtype,
+        date=_date(options) if writes_date(tokenizer) else None,
     )
     writer = CacheWriter(options.out, header, tokenizer)
     if writer.check():
@@ -89,6 +92,7 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
     if is_first_rank():
         writer.reserve()
 
+    options = replace(options, data_date=header.date)
     run = DatasetRun("cache_teacher", options, words, tokenizer=tokenizer, file=file, cpu=cpu)
     num_tokens = run.inspect()
     most = "at most " if options.top_p is not None else ""
@@ -101,6 +105,14 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
         size = num_tokens * header.bytes_per_token
         on_first_rank(lambda: check_space(options.out, size - sum(p.stat().st_size for p in options.out.iterdir())))
     run.complete(_Caching(options, header, file, writer))
+
+
+def _date(options: CacheOptions) -> str:
+    """The date that is asked for, that of a cache that was begun, or today."""
+    begun = None
+    if options.data_date is None and (options.out / INDEX_FILE).exists():
+        begun = read_index(options.out).header.date
+    return options.data_date or begun or datetime.date.today().isoformat()
 
 
 @dataclass(frozen=True)

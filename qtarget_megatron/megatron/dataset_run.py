@@ -7,6 +7,7 @@ the hidden states, and what is written, is a Task's. Imports of Megatron wait un
 from __future__ import annotations
 
 import argparse
+import datetime
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from qtarget_megatron import kernels
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.data import EncodedSample, JsonlFile, encode_at, training_item
 from qtarget_megatron.megatron import cpu_platform
-from qtarget_megatron.megatron.commands import print_once
+from qtarget_megatron.megatron.commands import on_first_rank, print_once
 from qtarget_megatron.megatron.convert import OpenModel, open_model
 from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.saved_model import checkpoint_directory
@@ -42,7 +43,8 @@ class RunOptions:
     """What runs over what, into what.
 
     data: JSONL as for training. seq_length: samples are cut to it as in training. load, ckpt_step: Megatron checkpoint
-    with the model's weights, and its iteration; default the weights of hf_model.
+    with the model's weights, and its iteration; default the weights of hf_model. data_date: YYYY-MM-DD, of chat
+    templates that write it; default today on the first rank.
     """
 
     hf_model: Path
@@ -51,9 +53,15 @@ class RunOptions:
     seq_length: int
     load: Path | None = None
     ckpt_step: int | None = None
+    data_date: str | None = None
 
     def check(self, arch: Architecture) -> None:
-        """ValueError for a sequence length that the model does not have."""
+        """ValueError for a sequence length that the model does not have, and a date that is none."""
+        if self.data_date is not None:
+            try:
+                datetime.date.fromisoformat(self.data_date)
+            except ValueError:
+                raise ValueError(f"--data-date: expected YYYY-MM-DD, got {self.data_date!r}") from None
         limit = arch.max_position_embeddings
         if not 0 < self.seq_length <= limit:
             raise ValueError(
@@ -143,6 +151,8 @@ class DatasetRun:
         sources = [None] * dist.get_world_size()
         dist.all_gather_object(sources, self._is_source)
         self._members = sorted({0, *(rank for rank, is_source in enumerate(sources) if is_source)})
+        # One date on all ranks, whenever each of them started.
+        self.data_date = on_first_rank(lambda: options.data_date or datetime.date.today().isoformat())
         # gloo: the results are objects on the CPU.
         self._group = dist.new_group(self._members, backend="gloo")
 
@@ -151,13 +161,16 @@ class DatasetRun:
 
         check_record: raises ValueError for an index whose record the command refuses. Collective, like its errors.
         """
-        from qtarget_megatron.megatron.datasets import for_each_record
+        from qtarget_megatron.megatron.datasets import Inspection, for_each_record
+
+        look = Inspection(f"{self._name}: reading {self.options.data}", len(self._file))
 
         def measure(indices: np.ndarray) -> np.ndarray:
             rows = np.zeros((len(indices), 3), dtype=np.int64)
             for row, index in zip(rows, indices.tolist(), strict=True):
                 sample = self._sample(index)
                 row[:] = len(sample.input_ids), sample.supervised.sum(), sample.truncated
+                look.add(sample)
                 check_record(index)
             return rows
 
@@ -168,10 +181,15 @@ class DatasetRun:
             f"{self._name}: {self.options.data}: {len(self._file)} samples, {int(truncated.sum())} truncated to "
             f"{self.options.seq_length} tokens, {skipped} without a supervised token"
         )
+        for line in look.notes_of_all().lines(self._date()):
+            print_once(f"{self._name}: {self.options.data}: {line}")
         return int(self._counts.sum())
 
     def _sample(self, index: int) -> EncodedSample:
-        return encode_at(self._file, self._tokenizer, self.options.seq_length, index)
+        return encode_at(self._file, self._tokenizer, self.options.seq_length, index, date=self._date())
+
+    def _date(self) -> datetime.date:
+        return datetime.date.fromisoformat(self.data_date)
 
     def complete(self, task: Task) -> None:
         """Run over the samples that are not written yet, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,18 @@ from qtarget_megatron.data import (
     IGNORE_INDEX,
     EncodedSample,
     JsonlFile,
+    SampleNotes,
     SampleStatus,
     SupervisedDataset,
     inspect_samples,
 )
+from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.resume_flags import samples_to_train
 from qtarget_megatron.objectives import Objective, multiple_of_sft
 from qtarget_megatron.teacher_cache import TeacherCache
+
+# An inspection that is done by then needs no progress.
+_QUIET_SECONDS = 3.0
 
 
 class TaughtDataset(torch.utils.data.Dataset):
@@ -112,7 +118,10 @@ class DatasetProvider:
             shuffle=shuffle,
             pad_id=pad_id(self.tokenizer),
             token_inputs=self.objective.token_inputs,
+            date=self._date(path),
         )
+        if shuffle and dist.get_rank() == 0:
+            print(f"qtarget_megatron: {path}: {_epochs(num_samples, status)}", flush=True)
         if path in self._caches:
             dataset = TaughtDataset(dataset, self._caches[path])
         dataset.split = split
@@ -124,9 +133,11 @@ class DatasetProvider:
             file, seq_length = JsonlFile(path), self.args.seq_length
 
             ranges = InputRanges(self.objective.token_inputs)
+            look = Inspection(f"qtarget_megatron: reading {path}", len(file))
             cache = self._caches.get(path)
 
             def check(index: int, sample: EncodedSample) -> None:
+                look.add(sample)
                 ranges.add(sample)
                 if cache is not None:
                     # That the teacher read it as training does is seen before training starts.
@@ -135,10 +146,11 @@ class DatasetProvider:
             status = for_each_record(
                 file,
                 lambda share: inspect_samples(
-                    file, self.tokenizer, seq_length, share, self.objective.token_inputs, check
+                    file, self.tokenizer, seq_length, share, self.objective.token_inputs, check, self._date(path)
                 ),
             )
             ranges.merge()
+            notes = look.notes_of_all()
             if cache is not None and not self.args.skip_teacher_cache_check:
                 verify_cache(cache)
             if dist.get_rank() == 0:
@@ -151,8 +163,55 @@ class DatasetProvider:
                 )
                 if warning := ranges.warning(self.objective):
                     print(f"qtarget_megatron: WARNING: {path}: {warning}", flush=True)
+                for line in [*_mostly_skipped(skipped, len(file), seq_length), *notes.lines(self._date(path))]:
+                    print(f"qtarget_megatron: {path}: {line}", flush=True)
             self._built[path] = file, status
         return self._built[path]
+
+    def _date(self, path: Path) -> datetime.date | None:
+        """Of chat templates that write it: that of the file's teacher cache, else the training's."""
+        cached = self._caches[path].header.date if path in self._caches else None
+        date = cached or getattr(self.args, "data_date", None)
+        return None if date is None else datetime.date.fromisoformat(date)
+
+
+class Inspection:
+    """Counts what is to be said of a file's samples, of which each rank has a share, and shows how far it is.
+
+    name: of what is printed. total: records of the file.
+    """
+
+    def __init__(self, name: str, total: int):
+        self._notes = SampleNotes()
+        self._progress = Progress(name, total, after=_QUIET_SECONDS)
+        self._total, self._done = total, 0
+
+    def add(self, sample: EncodedSample) -> None:
+        """The next sample of this rank's share."""
+        self._notes.add(sample)
+        # All ranks are about as fast.
+        self._done = min(self._done + dist.get_world_size(), self._total)
+        self._progress.report(self._done)
+
+    def notes_of_all(self) -> SampleNotes:
+        """The notes of all ranks; one object gather over all of them."""
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self._notes)
+        return sum(everyone[1:], start=everyone[0])
+
+
+def _epochs(num_samples: int, status: np.ndarray) -> str:
+    usable = int((status != SampleStatus.SKIPPED).sum())
+    return f"training reads {num_samples} samples of the {usable} usable: {num_samples / max(usable, 1):.2f} epochs"
+
+
+def _mostly_skipped(skipped: int, total: int, seq_length: int) -> list[str]:
+    if skipped <= total // 2:
+        return []
+    return [
+        f"WARNING: {skipped / total:.0%} of the samples are not trained on, {skipped} of {total}: they have no "
+        f"supervised token among the first {seq_length + 1}; raise --seq-length, or look at what the records hold"
+    ]
 
 
 def verify_cache(cache: TeacherCache) -> None:

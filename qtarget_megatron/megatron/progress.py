@@ -15,12 +15,15 @@ class Progress:
     """Prints ``name: 3/8 samples, 2.1 samples/s, 0:00:02 left``; on a terminal a bar that is drawn over itself.
 
     total: of what there is to do; done: of that, what an earlier run did. Counted in units, of which ``scale`` are
-    printed as one: Progress(..., unit="GB", scale=1e9) takes bytes.
+    printed as one: Progress(..., unit="GB", scale=1e9) takes bytes. Nothing is printed in the first ``after`` seconds.
     """
 
-    def __init__(self, name: str, total: int, done: int = 0, *, unit: str = "samples", scale: float = 1):
+    def __init__(
+        self, name: str, total: int, done: int = 0, *, unit: str = "samples", scale: float = 1, after: float = 0
+    ):
         self._name, self._total, self._first, self._done = name, total, done, done
         self._unit, self._scale = unit, scale
+        self._after = after
         self._silent = int(os.environ.get("RANK", "0")) != 0
         self._terminal = sys.stdout.isatty()
         self._start = time.monotonic()
@@ -35,6 +38,8 @@ class Progress:
         """So much is done by now."""
         self._done = done
         now = time.monotonic()
+        if now - self._start < self._after:
+            return
         if self._silent or self._printed == self._total or (now - self._last < self._interval and done < self._total):
             return
         self._printed, self._last = done, now

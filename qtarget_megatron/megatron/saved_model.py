@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -169,6 +169,17 @@ def check_resumed_experts(args: argparse.Namespace, arch: Architecture) -> None:
             f"{'that size' if before == 1 else 'any size above 1'} only, got {ours}; change it, or take the weights "
             "alone with --finetune"
         )
+
+
+def saved_argument(args: argparse.Namespace, name: str) -> Any:
+    """An argument that was saved with the distributed checkpoint which args resume from; None where it has none. The
+    CPU platform must have been activated."""
+    from megatron.core import dist_checkpointing
+
+    if not launch.has_checkpoint(args.load) or args.ckpt_format != "torch_dist":
+        return None
+    directory = checkpoint_directory(args.load, args.ckpt_step)
+    return getattr(dist_checkpointing.load_common_state_dict(directory).get("args"), name, None)
 
 
 def checkpoint_directory(load: str | Path, step: int | None = None, *, flag: str = "--load") -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import Architecture
-from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile
+from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, writes_date
 from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.commands import is_first_rank, print_once
@@ -78,6 +79,8 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
     tokenizer = load_model_tokenizer(options.hf_model, arch)
     file = JsonlFile(options.data)
     options.check(arch)
+    if writes_date(tokenizer):
+        options = replace(options, data_date=options.data_date or _date_begun(options))
     lines = ResumableLines(options.out, _made_from(options, words))
     lines.check(overwrite=options.overwrite, inputs=[options.data])
     if is_first_rank():
@@ -94,6 +97,12 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
     return len(file)
 
 
+def _date_begun(options: ScoreOptions) -> str:
+    """That of the lines that were begun, or today."""
+    begun = ResumableLines(options.out, {}).begun().get("--data-date")
+    return begun if isinstance(begun, str) else datetime.date.today().isoformat()
+
+
 def _made_from(options: ScoreOptions, words: list[str]) -> dict[str, Any]:
     """What the result depends on, by the flag that says it; not the layout."""
     made_from: dict[str, Any] = {
@@ -102,6 +111,8 @@ def _made_from(options: ScoreOptions, words: list[str]) -> dict[str, Any]:
         "precision (--bf16, --fp16)": precision_flags(words),
         **options.model_digests(),
     }
+    if options.data_date is not None:
+        made_from["--data-date"] = options.data_date
     if options.reference is not None:
         made_from |= {
             "--reference-hf": directory_digest(options.reference),

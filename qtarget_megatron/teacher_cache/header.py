@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import zlib
@@ -27,6 +28,7 @@ _MADE_FROM = {
     "k": "--k",
     "top_p": "--top-p",
     "dtype": "--dtype",
+    "date": "--data-date",
 }
 
 
@@ -38,7 +40,8 @@ class CacheHeader:
     its name.
     teacher_files: digest of the names, sizes and times of its files; teacher_checkpoint: the same of the Megatron
     checkpoint with its weights, if any. precision: of the teacher. vocab_size: of its softmax. seq_length: samples are
-    cut to. k: entries kept of each token, fewer where these reach the mass top_p. dtype: of the log-probabilities.
+    cut to. date: YYYY-MM-DD, that the chat template wrote; None where it asks for none, and in caches older than this
+    field. k: entries kept of each token, fewer where these reach the mass top_p. dtype: of the log-probabilities.
 
     ValueError for a k, top_p, dtype or vocab_size that a cache cannot have.
     """
@@ -56,6 +59,7 @@ class CacheHeader:
     k: int
     top_p: float | None = None
     dtype: str = "float16"
+    date: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.vocab_size <= _MAX_VOCAB_SIZE:
@@ -69,11 +73,16 @@ class CacheHeader:
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype: expected {' or '.join(DTYPES)}, got {self.dtype!r}")
+        if self.date is not None:
+            datetime.date.fromisoformat(self.date)
 
     @property
     def identity(self) -> str:
         """Parts carry it, so that those of another cache are noticed."""
-        known = json.dumps({name: getattr(self, name) for name in _MADE_FROM}, sort_keys=True)
+        known = {name: getattr(self, name) for name in _MADE_FROM}
+        if self.date is None:  # as in caches that are older than this field
+            del known["date"]
+        known = json.dumps(known, sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()[:32]
 
     @property

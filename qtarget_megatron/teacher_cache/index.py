@@ -38,6 +38,7 @@ def read_index(directory: Path) -> Index:
         version = entries["version"]
         if entries["format"] != _FORMAT or type(version) is not int:
             raise KeyError("format")
+        entries.setdefault("date", None)  # older caches have none
         header = {field.name: entries[field.name] for field in dataclasses.fields(CacheHeader)}
         if version == _VERSION:
             index = Index(CacheHeader(**header), entries["complete"] is True, [Part(**p) for p in entries["parts"]])
@@ -61,7 +62,7 @@ _NUMBERS = {
 def _check_types(record: CacheHeader | Part) -> None:
     for field in dataclasses.fields(record):
         value, kind = getattr(record, field.name), _NUMBERS.get(field.name, str)
-        optional = field.name in ("top_p", "teacher_checkpoint")
+        optional = field.name in ("top_p", "teacher_checkpoint", "date")
         whole = kind is not int or -1 <= value <= _LARGEST
         if not (optional and value is None) and not (type(value) is kind and whole):
             raise ValueError(field.name)

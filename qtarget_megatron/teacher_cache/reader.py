@@ -79,12 +79,14 @@ class TeacherCache:
         tokenizer: Any = None,
         seq_length: int | None = None,
         vocab_size: int | None = None,
+        date: str | None = None,
     ) -> None:
         """ValueError, with the reason, unless the cache serves a training with these; None: not compared.
 
         data_digest: resumable.file_digest of the training file. tokenizer: the student's, whose ids must stand for the
         teacher's tokens. seq_length: at most the cache's; a shorter one leaves the first supervised tokens as they are.
         vocab_size: of the student, above every id that is kept (models may pad one vocabulary to different sizes).
+        date: YYYY-MM-DD, that the chat template is to write.
         """
         header, where = self.header, f"teacher cache {self.directory}"
         if data_digest is not None and data_digest != header.data:
@@ -102,6 +104,11 @@ class TeacherCache:
             raise ValueError(
                 f"{where} was made with --seq-length {header.seq_length}, training has {seq_length}: write the cache "
                 f"with {seq_length}, or train with at most {header.seq_length}"
+            )
+        if date is not None and header.date not in (None, date):
+            raise ValueError(
+                f"{where} was made with --data-date {header.date}, training has {date}: drop the flag, which takes the "
+                "cache's, or write the cache with it"
             )
         largest = max((part.max_id for part in self._parts), default=-1)
         if vocab_size is not None and vocab_size <= largest:
