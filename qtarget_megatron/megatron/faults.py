@@ -57,6 +57,9 @@ def _explain(error: BaseException) -> tuple[str | None, bool]:
         found = (_reason(failure) for failure in error.failures.values())
         reason = next(filter(None, found), "disk full? the reason stands above")
         return f"a checkpoint could not be {action} on rank(s) {ranks} ({reason})", False
+    if isinstance(error, ValueError) and str(error).startswith("Caught ValueError in DataLoader worker"):
+        # torch appends the worker's traceback, which ends in the line that says what is wrong with the data.
+        return str(error).strip().splitlines()[-1].removeprefix("ValueError: "), False
     if isinstance(error, ValueError):
         is_export = isinstance(error.__cause__, OSError) and what_ran_out(error.__cause__) is not None
         return (f"the export could not be written: {error}", False) if is_export else (None, False)
