@@ -16,7 +16,7 @@ from launching import REPOSITORY, Launch, free_port, run_torchrun
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SCRIPTS = REPOSITORY / "examples" / "launch"
-STEPS = 6
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
