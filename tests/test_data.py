@@ -236,7 +236,7 @@ def rewritten(path, text):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_data_that_is_rewritten_with_the_same_size_is_noticed(tmp_path, twenty):
+def test_data_that_is_rewritten_with_the_same_size_is_noticed(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(GOOD + "\n" + GOOD + "\n")
     file = JsonlFile(path)
@@ -259,9 +259,9 @@ def test_data_that_is_rewritten_with_the_same_size_is_noticed(tmp_path, twenty):
         data_in_a_worker = pickle.loads(pickle.dumps(data))
         data_in_a_worker.record(0)
     # in a worker of the data loader
-    samples = dataset(twenty, byte_tokenizer(), num_samples=40)
-    text = open(twenty.path).read()
-    rewritten(twenty.path, text.replace("p", "q"))
+    read = write_lines(tmp_path / "read.jsonl", [GOOD + "\n"] * 20)
+    samples = dataset(read, byte_tokenizer(), num_samples=40)
+    rewritten(read.path, GOOD.replace("b", "c"))
     with pytest.raises(ValueError, match="other contents of the same size"):
         list(torch.utils.data.DataLoader(samples, batch_size=5, num_workers=1))
 
