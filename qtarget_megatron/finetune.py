@@ -54,7 +54,7 @@ from qtarget_megatron.megatron.faults import Fault, explained
 from qtarget_megatron.megatron.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.resume_flags import ResumedFlags, check_schedule, read_saved
-from qtarget_megatron.megatron.saved_files import newest_complete, prepare_start
+from qtarget_megatron.megatron.saved_files import iteration_folder, newest_complete, prepare_start
 from qtarget_megatron.megatron.saved_model import SavedModel, check_resumed_experts, saved_argument
 from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
@@ -171,8 +171,8 @@ def _agree(
                 flush=True,
             )
         date = args.data_date
-        if date is None and found.iteration is not None and not args.finetune:
-            date = saved_argument(args, "data_date")
+        if date is None and found.iteration and not args.finetune:
+            date = saved_argument(iteration_folder(args.load, found.iteration), "data_date")
         return found.iteration, done, date or datetime.date.today().isoformat()
 
     if store is None:

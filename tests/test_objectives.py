@@ -226,7 +226,7 @@ def test_cft_counts_all_tokens_or_the_critical_ones():
         ("entropy-mask", {"threshold": 2.0}, lambda log_p, y: -(log_p.exp() * log_p).sum(-1) >= 2.0),
         ("entropy-mask", {"threshold": 2.0, "keep": "low"}, lambda log_p, y: -(log_p.exp() * log_p).sum(-1) < 2.0),
     ],
-    ids=str,
+    ids=["profit", "entropy-mask", "entropy-mask-low"],
 )
 @every_backend
 def test_a_mask_is_divided_by_all_tokens_or_by_the_kept_ones(name, parameters, mask, backend):

@@ -186,8 +186,13 @@ def _refuse(load: Path, problem: str, *, but: str | None = None) -> None:
     raise ValueError(f"--load {load}: {problem}; {advice}")
 
 
+def iteration_folder(load: str | Path, iteration: int) -> Path:
+    """Where an iteration lies in a checkpoint directory."""
+    return Path(load) / f"iter_{iteration:07d}"
+
+
 def _folder(load: Path, chosen: str) -> Path:
-    return load / (_RELEASE if chosen == _RELEASE else f"iter_{int(chosen):07d}")
+    return load / _RELEASE if chosen == _RELEASE else iteration_folder(load, int(chosen))
 
 
 def _iterations(load: Path) -> Iterator[tuple[int, Path]]:

@@ -171,15 +171,14 @@ def check_resumed_experts(args: argparse.Namespace, arch: Architecture) -> None:
         )
 
 
-def saved_argument(args: argparse.Namespace, name: str) -> Any:
-    """An argument that was saved with the distributed checkpoint which args resume from; None where it has none. The
-    CPU platform must have been activated."""
+def saved_argument(folder: Path, name: str) -> Any:
+    """An argument that was saved with the distributed checkpoint in the folder of an iteration; None where there is
+    none. No collective, so that one rank may ask alone. The CPU platform must have been activated."""
     from megatron.core import dist_checkpointing
 
-    if not launch.has_checkpoint(args.load) or args.ckpt_format != "torch_dist":
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         return None
-    directory = checkpoint_directory(args.load, args.ckpt_step)
-    return getattr(dist_checkpointing.load_common_state_dict(directory).get("args"), name, None)
+    return getattr(dist_checkpointing.load_common_state_dict(str(folder)).get("args"), name, None)
 
 
 def checkpoint_directory(load: str | Path, step: int | None = None, *, flag: str = "--load") -> str:
