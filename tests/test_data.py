@@ -280,7 +280,7 @@ CHATTED = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (gzip.compress(GOOD.encode()), "is gzip, expected JSON lines in UTF-8: unpack it: gunzip"),
+        (gzip.compress(GOOD.encode(), mtime=0), "is gzip, expected JSON lines in UTF-8: unpack it: gunzip"),
         (bz2.compress(GOOD.encode()), "is bzip2"),
         (lzma.compress(GOOD.encode()), "is xz"),
         (b"\x28\xb5\x2f\xfd\x24\x00", "is zstd"),
@@ -303,6 +303,7 @@ CHATTED = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",
         (b"[" * 100_000, r":1: expected a record, got JSON nested too deep"),
         (b'{"prompt": "a", "completion": ' + b"[" * 100_000 + b"\n", ":1: expected a record, got JSON nested too deep"),
     ],
+    ids=lambda value: ascii(value[:24]) if isinstance(value, bytes) else "",
 )
 def test_a_file_of_another_format_is_named_when_it_is_opened(tmp_path, contents, message):
     (tmp_path / "d.jsonl").write_bytes(contents)
