@@ -7,6 +7,8 @@ from torch import Tensor
 
 # The tensor-parallel process group; None where the vocabulary is not sharded.
 Group = dist.ProcessGroup | None
+# torch 2.13 gives it another name, and warns of the old one.
+_GATHER_INTO = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 
 def size(group: Group) -> int:
@@ -45,5 +47,5 @@ def sum_in_place(partial: Tensor, group: Group) -> Tensor:
 
 def _all_gather(shard: Tensor, group: Group) -> Tensor:
     gathered = shard.new_empty(size(group) * shard.shape[0], *shard.shape[1:])
-    dist.all_gather_into_tensor(gathered, shard.contiguous(), group=group)
+    getattr(dist, _GATHER_INTO)(gathered, shard.contiguous(), group=group)
     return gathered

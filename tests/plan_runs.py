@@ -275,7 +275,8 @@ def _sent():
 
         return call
 
-    for name, whole in (("all_gather_into_tensor", 0), ("all_reduce", 0), ("reduce_scatter_tensor", 1)):
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    for name, whole in ((gather, 0), ("all_reduce", 0), ("reduce_scatter_tensor", 1)):
         originals[name] = getattr(dist, name)
         setattr(dist, name, recorded(name, whole))
     try:
