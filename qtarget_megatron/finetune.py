@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,9 @@ from qtarget_megatron.checkpoint import (
     HFReader,
     check_tensors,
 )
+from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import JsonlFile
-from qtarget_megatron.megatron import cpu_platform, launch, outputs, start, wheel_repairs
+from qtarget_megatron.megatron import cpu_platform, ending, launch, outputs, start, wheel_repairs
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
     apply_nan_choice,
@@ -48,9 +48,8 @@ from qtarget_megatron.megatron.arguments import (
     fault_flags,
     implementation_flags,
 )
-from qtarget_megatron.megatron.commands import print_error
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
-from qtarget_megatron.megatron.faults import Fault, explained
+from qtarget_megatron.megatron.faults import explained
 from qtarget_megatron.megatron.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.resume_flags import ResumedFlags, check_schedule, read_saved
@@ -70,16 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         run(argv)
-    except ValueError as error:
-        # Bad input is one line; a fault inside Megatron or torch keeps its traceback.
-        if not launch.is_bad_input(error):
+    except Exception as error:
+        code = ending.told("finetune", error)
+        if code is None:
             raise
-        print_error("finetune", error)
-        return 2
-    except Fault as fault:
-        if not fault.told:
-            print(f"finetune: error on rank {os.environ.get('RANK', '0')}: {fault}", file=sys.stderr, flush=True)
-        return 1
+        return code
     finally:
         output_lock.release_all()
     return 0
@@ -87,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> None:
     """Check everything that can be checked, then train, then export. ValueError for bad input."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m qtarget_megatron.finetune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -142,9 +136,11 @@ def run(argv: list[str]) -> None:
     flags = _resumed_flags(args)
     if args.save is not None and args.exit_signal_handler and not args.skip_train:
         launch.start_save_process()
-    with Watchdog(args, keys, args.rank, args.world_size) as watchdog:
+    with Watchdog(args, keys, args.rank, args.world_size) as watchdog, ending.described(args, watchdog):
         try:
             _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, flags, store, watchdog)
+        except SystemExit as stop:
+            raise ending.early_end(args, stop) from None
         except BaseException as error:
             fault = explained(error, args, watchdog)
             if fault is None:
@@ -379,9 +375,4 @@ def _report_peak_memory(rank: int) -> None:
 if __name__ == "__mp_main__":
     launch.end_with_parent()
 if __name__ == "__main__":
-    code = main()
-    if code == 1:
-        launch.leave_failed()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    ending.run("finetune", main)

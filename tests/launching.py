@@ -334,6 +334,17 @@ class Launch:
         """What it has printed so far."""
         return os.pread(self._output.fileno(), os.fstat(self._output.fileno()).st_size, 0).decode(errors="replace")
 
+    def processes(self) -> list[psutil.Process]:
+        """Those of this launch that still run, whoever is their parent now."""
+        return _marked(_LAUNCH, self._mark)
+
+    def assert_nothing_left(self) -> None:
+        """Nothing that was started by the launch runs on, once its end has had time to spread."""
+        deadline = time.monotonic() + BUSY * GRACE_SECONDS
+        while left := self.processes():
+            assert time.monotonic() < deadline, [" ".join(process.cmdline())[:200] for process in left]
+            time.sleep(0.1)
+
     def kill(self) -> None:
         """SIGKILL to the launcher where it still runs; nothing of one that failed is left.
 

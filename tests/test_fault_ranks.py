@@ -122,6 +122,10 @@ def test_a_rank_that_was_started_otherwise_is_refused_on_all_ranks(disagreements
 
 def test_copies_of_the_same_files_are_the_same(disagreements):
     assert [rank["copies"]["code"] for rank in disagreements] == [0, 0], disagreements[1]["copies"]["printed"][-3000:]
+    # --exit-interval is what was asked for: exit code 0, and a line of what is left to do.
+    line = f"finetune: ended by --exit-interval 1 at step 1 of {STEPS}; nothing was saved, as --save was not given"
+    assert disagreements[0]["copies"]["printed"].splitlines()[-1] == line
+    assert "finetune:" not in disagreements[1]["copies"]["printed"]
 
 
 def test_what_most_ranks_have_is_right():

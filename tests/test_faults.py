@@ -107,7 +107,8 @@ def test_sigterm_saves_and_a_killed_rank_is_told(workspace, undisturbed):
     draw, name = random.Random(SEED), "signalled"
     print(f"seed {SEED}")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    words += ["qtarget_megatron.finetune", *command(workspace, name, "--num-workers", 1)]
+    out = workspace / "no-hf"
+    words += ["qtarget_megatron.finetune", *command(workspace, name, "--num-workers", 1, "--save-hf", out)]
     with Launch(words) as launched:
         wait_for(lambda: (workspace / name / TRACKER).exists(), launched)
         time.sleep(draw.uniform(0, 0.4))
@@ -116,6 +117,11 @@ def test_sigterm_saves_and_a_killed_rank_is_told(workspace, undisturbed):
     assert "exiting program after receiving SIGTERM" in ended.stdout
     first = reached(workspace, name)
     assert INTERVAL <= first < STEPS
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("finetune: ")]
+    assert line == (
+        f"finetune: ended by SIGTERM at step {first} of {STEPS}, saved as iteration {first} in {workspace / name}; "
+        f"nothing was exported to {out}; the same command continues from iteration {first}"
+    )
 
     with Launch(words) as launched:
         wait_for(lambda: f"iteration {first + 1:8d}/" in launched.output(), launched)

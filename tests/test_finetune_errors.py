@@ -1,6 +1,7 @@
 """Bad input to finetune: one clear line, exit code 2, and nothing written."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from launching import REPOSITORY, run_ranks
 from small_tokenizers import CHATML, SPECIAL, byte_tokenizer
 
 from qtarget_megatron import output_lock
+from qtarget_megatron.command_line import SYNONYMS, Parser
+from qtarget_megatron.megatron.arguments import add_arguments
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -145,6 +148,15 @@ CASES = {
         {"--qtarget-on-nan": "skip"},
         ["--qtarget-on-nan skip", "float32 optimizer", "--use-distributed-optimizer"],
     ),
+    "flags of another trainer": (
+        {"--learning-rate": 1e-4, "--num-epochs": 3},
+        [
+            "unknown flags --learning-rate (did you mean --lr?)",
+            "--num-epochs (did you mean --train-samples or",
+        ],
+    ),
+    "value of another kind": ({"--train-iters": "many"}, ["--train-iters", "invalid int value: 'many'"]),
+    "value of another kind, ours": ({"--teacher-tail": "long"}, ["--teacher-tail", "'long'", "uniform"]),
     "no training data": ({"--sft-train": None}, ["--sft-train"]),
     "training data absent": ({"--sft-train": "absent.jsonl"}, ["absent.jsonl"]),
     "line that is no JSON": ({"--sft-train": "no-json.jsonl"}, ["no-json.jsonl:7", "JSON"]),
@@ -225,6 +237,11 @@ def test_help_megatron_lists_its_flags():
     assert result.returncode == 0, result.stderr[-2000:]
     for flag in ("--tensor-model-parallel-size", "--save-interval", "--lr-warmup-iters"):
         assert flag in result.stdout
+    # What flags of other trainers are called here exists, and they do not.
+    known = set(re.findall(r"--[a-z0-9-]+", result.stdout)) | set(add_arguments(Parser())._option_string_actions)
+    assert {flag for here in SYNONYMS.values() for flag in here} <= known
+    others = [f"--{name}" for names in SYNONYMS for name in names]
+    assert len(others) == len(set(others)) and not known.intersection(others)
 
 
 def test_help_explains_the_arguments_without_a_model():

@@ -25,6 +25,7 @@ ALLOWED = {
     "collectives": set(),
     "output_lock": set(),
     "resumable": {"output_lock"},
+    "command_line": set(),
     "side_inputs": set(),
     "objectives": {"objectives", "statistics"},
     "kernels": {"statistics", "kernels", "_C", "_source_tree"},
@@ -45,15 +46,15 @@ ALLOWED = {
     "megatron": {
         "_version", "megatron", "loss", "linear_loss", "objectives", "statistics", "kernels", "data", "side_inputs",
         "resumable", "checkpoint", "collectives", "linear_top_k", "sparse_teacher", "teacher_cache", "planning",
-        "verification", "output_lock",
+        "verification", "command_line", "output_lock",
     },
     "commands": {
         "_version", "commands", "megatron", "objectives", "checkpoint", "data", "inspection", "teacher_cache",
-        "verification",
+        "verification", "command_line",
     },
     "finetune": {
         "_version", "objectives", "data", "checkpoint", "megatron", "output_lock", "resumable", "sparse_teacher",
-        "teacher_cache", "verification",
+        "teacher_cache", "verification", "command_line",
     },
 }  # fmt: skip
 TORCH_ONLY = {

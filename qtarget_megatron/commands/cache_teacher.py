@@ -38,15 +38,14 @@ import argparse
 from pathlib import Path
 
 from qtarget_megatron._version import versions
+from qtarget_megatron.command_line import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write one cache; returns the process's exit code: 0 done, 2 bad input."""
-    ours, words = _parser().parse_known_args(argv)
-    # Seconds of imports that --help does not spend.
     from qtarget_megatron.megatron.commands import exit_code
 
-    return exit_code("cache_teacher", lambda: _run(ours, words))
+    return exit_code("cache_teacher", lambda: _run(*_parser().parse_known_args(argv)))
 
 
 def _run(ours: argparse.Namespace, words: list[str]) -> int:
@@ -78,7 +77,7 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m qtarget_megatron.commands.cache_teacher",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -121,7 +120,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    code = main()
-    from qtarget_megatron.megatron.commands import leave
+    from qtarget_megatron.megatron import ending
 
-    leave(code)
+    ending.run("cache_teacher", main)

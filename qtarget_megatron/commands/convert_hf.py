@@ -38,6 +38,7 @@ import argparse
 from pathlib import Path
 
 from qtarget_megatron._version import versions
+from qtarget_megatron.command_line import Parser
 
 TEXT = """\
 A lighthouse keeper once kept two books. In the first she wrote what she saw: ships by name, the
@@ -54,11 +55,13 @@ and fog made noon as dark as any night.
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the process's exit code: 0 done or equal, 1 not equal, 2 bad input."""
-    ours, words = _parser().parse_known_args(argv)
-    # Seconds of imports that --help does not spend.
     from qtarget_megatron.megatron.commands import exit_code
 
-    return exit_code("convert_hf", lambda: ours.run(ours, words))
+    def command() -> int:
+        ours, words = _parser().parse_known_args(argv)
+        return ours.run(ours, words)
+
+    return exit_code("convert_hf", command)
 
 
 def run_import(ours: argparse.Namespace, words: list[str]) -> int:
@@ -111,7 +114,7 @@ def run_check(ours: argparse.Namespace, words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m qtarget_megatron.commands.convert_hf",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -161,7 +164,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    code = main()
-    from qtarget_megatron.megatron.commands import leave
+    from qtarget_megatron.megatron import ending
 
-    leave(code)
+    ending.run("convert_hf", main)

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget_megatron._version import versions
+from qtarget_megatron.command_line import Parser
 
 FILES = ("targets.png", "targets.html", "targets.json")
 # Characters that would show as nothing, or break the line.
@@ -41,8 +42,8 @@ _SHOWN = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\
 
 def main(argv: list[str] | None = None) -> int:
     """Write the three files; returns the process's exit code: 0 done, 2 bad input."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         report = inspect_sample(args)
         write(report, args.out)
     except ValueError as error:
@@ -235,7 +236,7 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m qtarget_megatron.commands.inspect_targets",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

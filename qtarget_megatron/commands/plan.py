@@ -23,18 +23,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 
 from qtarget_megatron._version import versions
+from qtarget_megatron.command_line import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print one plan; returns the process's exit code: 0 it fits and divides, 1 it does not, 2 bad input."""
-    ours, words = _parser().parse_known_args(argv)
-    # Seconds of imports that --help does not spend.
     from qtarget_megatron.megatron.commands import exit_code
 
-    return exit_code("plan", lambda: _run(ours, words))
+    return exit_code("plan", lambda: _run(*_parser().parse_known_args(argv)))
 
 
 def _run(ours: argparse.Namespace, words: list[str]) -> int:
@@ -107,7 +105,7 @@ def _gib(count: float) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m qtarget_megatron.commands.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -128,4 +126,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from qtarget_megatron.megatron import ending
+
+    ending.run("plan", main)

@@ -37,19 +37,22 @@ import argparse
 from pathlib import Path
 
 from qtarget_megatron._version import versions
+from qtarget_megatron.command_line import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Score one file; returns the process's exit code: 0 done, 2 bad input."""
-    parser = _parser()
-    ours, words = parser.parse_known_args(argv)
-    for flag, value in (("--temp", ours.temp), ("--max-weight", ours.max_weight)):
-        if value is not None and ours.reference_hf is None:
-            parser.error(f"{flag} belongs to the weight, which needs --reference-hf DIR")
-    # Seconds of imports that --help does not spend.
     from qtarget_megatron.megatron.commands import exit_code
 
-    return exit_code("score", lambda: _run(ours, words))
+    def command() -> int:
+        parser = _parser()
+        ours, words = parser.parse_known_args(argv)
+        for flag, value in (("--temp", ours.temp), ("--max-weight", ours.max_weight)):
+            if value is not None and ours.reference_hf is None:
+                parser.error(f"{flag} belongs to the weight, which needs --reference-hf DIR")
+        return _run(ours, words)
+
+    return exit_code("score", command)
 
 
 def _run(ours: argparse.Namespace, words: list[str]) -> int:
@@ -75,7 +78,7 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m qtarget_megatron.commands.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -116,7 +119,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    code = main()
-    from qtarget_megatron.megatron.commands import leave
+    from qtarget_megatron.megatron import ending
 
-    leave(code)
+    ending.run("score", main)

@@ -35,20 +35,17 @@ loss and have no flags here. On a CPU the whole takes minutes; a smaller --vocab
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 from qtarget_megatron._version import versions
+from qtarget_megatron.command_line import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Verify one layout; returns the process's exit code: 0 all well, 1 a mismatch or a failed rank, 2 bad input."""
-    args = _parser().parse_args(argv)
-    # Seconds of imports that --help does not spend.
     from qtarget_megatron.megatron.commands import exit_code
 
-    return exit_code("verify_parallel", lambda: _run(args))
+    return exit_code("verify_parallel", lambda: _run(_parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -115,16 +112,8 @@ def _how_to_verify(left_out: list[str]) -> str:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line from one rank."""
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"verify_parallel: error: {message} (see --help)", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m qtarget_megatron.commands.verify_parallel",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -171,11 +160,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    code = main()
-    if code == 1:
-        # Process groups whose ranks are out of step may not be closed in order.
-        sys.stdout.flush()
-        os._exit(code)
-    from qtarget_megatron.megatron.commands import leave
+    from qtarget_megatron.megatron import ending
 
-    leave(code)
+    ending.run("verify_parallel", main, at_once={1})

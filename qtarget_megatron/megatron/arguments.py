@@ -167,8 +167,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--no-exit-signal-handler",
         action="store_false",
         dest="exit_signal_handler",
-        help="let SIGTERM end the ranks at once. By default they finish the step, save to --save and exit with code 0; "
-        "torchrun ends them after 30 s (its --shutdown-timeout). Costs an all-gather of 4 bytes in each step.",
+        help="let SIGTERM end the ranks at once. By default they finish the step, save to --save, export nothing and "
+        "exit with code 143 (128 + the number of --exit-signal); torchrun ends them after 30 s (its "
+        "--shutdown-timeout). Costs an all-gather of 4 bytes in each step.",
+    )
+    group.add_argument(
+        "--print-arguments", action="store_true", help="print all of Megatron's arguments at start, about 800 lines"
     )
     group.add_argument(
         "--cpu",

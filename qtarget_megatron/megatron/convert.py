@@ -88,6 +88,7 @@ def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False
     on_first_rank(begin)
     for chunk in model.chunks:
         chunk.sharded_state_dict = partial(_without_views, chunk.sharded_state_dict)
+    launch.start_save_process()
     save_checkpoint(0, model.wrapped, None, None, 0, release=True)
     on_first_rank(directory.finish)
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import sys
 import time
 import types
+import warnings
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -257,9 +259,16 @@ def _replace_torch_cuda() -> None:
     if hasattr(torch._C, "_cuda_setRNGState"):
         del torch._C._cuda_setRNGState
     torch.accelerator.current_accelerator = always(None)
+    # One generator stands for both: each of Megatron's own changes of one changes the other.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_no_change_of_generator)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
     # Compiling Megatron's fused elementwise functions costs every process seconds and gains nothing here.
     torch.compile = _compile_nothing
     torch.distributed.all_to_all_single = _with_split_lists(torch.distributed.all_to_all_single)
+
+
+def _is_no_change_of_generator(record: logging.LogRecord) -> bool:
+    return "CPU RNG state changed" not in record.getMessage()
 
 
 def _with_split_lists(all_to_all_single):

@@ -19,6 +19,7 @@ from qtarget_megatron.megatron.watchdog import Watchdog
 ON_NAN = "give --qtarget-on-nan skip to go on without such steps"
 _COURTESY = 2.0  # seconds
 _LOST = re.compile(r"gloo/transport|Connection (closed|reset) by peer")  # NCCL has a class of its own
+_WORKER_ENDED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited)")
 # Megatron's own count of iterations starts anew with each start.
 _REJECTED = re.compile(r"Rank \d+, node (\S+), device \d+, iteration \d+: ")
 
@@ -31,14 +32,27 @@ class Fault(RuntimeError):
         self.told = told
 
 
+class EndedEarly(Exception):
+    """The end of a training before its last step, or before its export, that somebody asked for. code: to exit with."""
+
+    def __init__(self, line: str, code: int):
+        super().__init__(line)
+        self.code = code
+
+
 class NotFinite(RuntimeError):
     """A loss that is NaN or infinite, with the samples of its micro-batch."""
 
 
 def explained(error: BaseException, args: argparse.Namespace, watchdog: Watchdog) -> Fault | None:
-    """The line for what the user can do something about; None for everything else, which keeps its traceback."""
+    """The line for what the user can do something about; None for everything else, which keeps its traceback and gets
+    a note: how far the training was, and how it goes on."""
     what, secondary = _explain(error)
     if what is None:
+        if isinstance(error, Exception) and not isinstance(error, EndedEarly):
+            # This rank says it itself: the others need not say that it is gone.
+            watchdog.tell()
+        error.add_note(f"in step {watchdog.step}; {advice(args)}")
         return None
     if secondary:
         # The rank where it began speaks first, if it can.
@@ -70,6 +84,12 @@ def _explain(error: BaseException) -> tuple[str | None, bool]:
     if isinstance(error, RuntimeError):
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name == "rerun_state_machine.py":
             return f"{_REJECTED.sub('', str(error))}: {ON_NAN}", False
+        if ended := _WORKER_ENDED.search(str(error)):
+            # torch knows the signal at times only.
+            hint = (
+                " (out of memory? fewer --num-workers need less)" if ended[2] in (None, "Killed") else f": {ended[2]}"
+            )
+            return f"data worker {ended[1].strip()} has ended{hint}", False
         if isinstance(error, dist.DistError) or _LOST.search(str(error)):
             # Without the place in gloo's sources, and its advice.
             reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]

@@ -16,10 +16,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch.distributed import Store
+
+from qtarget_megatron.command_line import refuse
+from qtarget_megatron.megatron import output, wheel_repairs
 
 SUPPORTED = "megatron-core >= 0.19.2, < 0.20"
 
@@ -63,13 +67,19 @@ def check_launcher(*, meets: bool = True) -> None:
 
 
 def parse_arguments(argv: list[str], add_arguments: Callable) -> argparse.Namespace:
-    """Megatron's arguments and ours, not yet validated. Exits with argparse's message for an unknown flag."""
+    """Megatron's arguments and ours, not yet validated. ValueError for an unknown flag or a value that is none of its
+    kind."""
     from megatron.training.arguments import parse_args
+
+    def extended(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_arguments(parser)
+        parser.error = lambda message: refuse(message, parser._option_string_actions)
+        return parser
 
     saved = sys.argv
     sys.argv = [saved[0], *argv]
     try:
-        return parse_args(add_arguments)
+        return parse_args(extended)
     finally:
         sys.argv = saved
 
@@ -93,31 +103,56 @@ def initialize(args: argparse.Namespace) -> None:
     # Megatron insists on it for tensor parallelism on GPUs before Blackwell.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
-        validate_args(args)
+        with output.without_arguments(shown=getattr(args, "print_arguments", False)):
+            validate_args(args)
     except AssertionError as error:
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses these flags: {reason}") from error
     set_global_variables(args)
+    output.name_what_is_missing(args)
+    if args.exit_signal_handler:
+        # Before the first step there is nothing to save, and a rank would wait for others that are gone.
+        _exit_handlers[args.exit_signal] = signal.signal(args.exit_signal, signal.SIG_DFL)
+
+
+# Megatron's handler of --exit-signal, while it is not on yet.
+_exit_handlers: dict[int, Any] = {}
+
+
+def _handling_exit_signal(args: argparse.Namespace, forward_step: Callable) -> Callable:
+    """Megatron's handler is on from the first forward step of a training on."""
+
+    def handling(*arguments, **keywords):
+        while _exit_handlers and not args.skip_train:
+            signal.signal(*_exit_handlers.popitem())
+        return forward_step(*arguments, **keywords)
+
+    return handling
 
 
 def start_save_process() -> None:
-    """Start the process through which Megatron brings the outcome of a write to the save, deaf to SIGTERM.
+    """Start the process through which Megatron brings the outcome of a write to the save: deaf to SIGTERM, and ended
+    with this one. Call it before the first save.
 
     Megatron starts it at the first save. torchrun sends SIGTERM to the process group of each rank: the process would
-    end, and the save that --exit-signal-handler makes then would fail.
+    end, and the save that --exit-signal-handler makes then would fail. It would also outlive a rank that is killed.
     """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
-
+    if wheel_repairs.has_write_results_queue():
+        return
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        get_write_results_queue()
+        manager.start(end_with_parent)
+        wheel_repairs.set_write_results_queue(manager.Queue())
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
 def end_with_parent() -> None:
-    """For a process that Megatron has started: it would outlive a rank that is killed, with all that it imported."""
-    parent = os.getppid()
+    """For a process that multiprocessing has started: it would outlive a rank that is killed, with all that it
+    imported."""
+    known = multiprocessing.parent_process()  # not yet, while the main module is imported
+    parent = os.getppid() if known is None else known.pid
 
     def watch():
         while os.getppid() == parent:
@@ -127,19 +162,33 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def leave_failed() -> NoReturn:
-    """End this process with exit code 1, and those it has started. The ordinary way may wait for ranks that are gone,
-    and for data workers, which do not heed SIGTERM under --exit-signal-handler."""
-    from megatron.training.global_vars import get_tensorboard_writer
+def leave_at_once(code: int) -> NoReturn:
+    """End this process, and those it has started. The ordinary way may wait for ranks that are gone, and for data
+    workers, which do not heed SIGTERM under --exit-signal-handler."""
+    if "megatron.training.global_vars" in sys.modules:
+        from megatron.training.global_vars import get_tensorboard_writer
 
+        with contextlib.suppress(OSError):
+            if writer := get_tensorboard_writer():
+                writer.flush()
+    kill_children()
     with contextlib.suppress(OSError):
-        if writer := get_tensorboard_writer():
-            writer.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def kill_children() -> None:
+    """End the processes that multiprocessing has started here: data workers, and Megatron's for saves."""
     for child in multiprocessing.active_children():
         child.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+
+
+def exit_signal_received() -> bool:
+    """Whether any rank has received --exit-signal; collective over all ranks."""
+    from megatron.training.global_vars import get_signal_handler
+
+    return any(get_signal_handler().signals_received())
 
 
 def is_bad_input(error: ValueError) -> bool:
@@ -175,7 +224,7 @@ def run_pretrain(
         pretrain_cfg_container_from_args(args),
         datasets,
         ModelType.encoder_or_decoder,
-        forward_step,
+        _handling_exit_signal(args, forward_step),
         model_provider=model_provider,
         store=store,
     )

@@ -127,3 +127,17 @@ class GroupStepAdam(torch.optim.Adam):
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state.get(parameter, {}).pop("step", None)
+
+
+def has_write_results_queue() -> bool:
+    """Whether Megatron has the queue that the outcome of a checkpoint's write comes through."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    return filesystem_async._results_queue is not None
+
+
+def set_write_results_queue(queue) -> None:
+    """Give Megatron the queue that it would make at the first save, in a process that outlives a killed rank."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue
