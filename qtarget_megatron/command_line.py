@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 import os
+import sys
 import time
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
@@ -57,7 +58,8 @@ SYNONYMS = {
 }
 _OWN_HELP = "--help lists the flags"
 _ALL_HELP = "--help lists this program's flags, python -m qtarget_megatron.finetune --help-megatron Megatron's"
-_UNKNOWN = "unrecognized arguments: "  # argparse's words
+# argparse's words.
+_UNKNOWN, _MISSING = "unrecognized arguments: ", "the following arguments are required: "
 
 # Flags of the parsers that have been asked in this process: a tool's own come before Megatron's.
 _asked: set[str] = set()
@@ -68,9 +70,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         _asked.update(self._option_string_actions)
+        self._given = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith(_MISSING):
+            required = message.removeprefix(_MISSING).split(", ")
+            for flag in dict.fromkeys(word.partition("=")[0] for word in self._given if word.startswith("--")):
+                if flag not in self._option_string_actions and (found := meant(flag, required)):
+                    message += f"; {flag}: did you mean {' or '.join(found)}?"
         _refuse(message, self._option_string_actions, _OWN_HELP)
 
 

@@ -275,6 +275,17 @@ def test_a_wrong_command_line_is_one_line(words, message):
     assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
 
 
+def test_a_missing_flag_may_have_another_name():
+    parser = Parser(allow_abbrev=False)
+    for flag in ("--hf-model", "--save"):
+        parser.add_argument(flag, required=True)
+    with pytest.raises(ValueError) as refused:
+        parser.parse_known_args(["--model_name_or_path", "X", "--lr=1", "--save=Y"])
+    assert str(refused.value) == (
+        "the following arguments are required: --hf-model; --model_name_or_path: did you mean --hf-model?"
+    )
+
+
 # ---- what is printed
 
 
