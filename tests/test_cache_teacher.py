@@ -203,12 +203,12 @@ def log_p(workspace):
 
 def models(workspace):
     load = transformers.AutoModelForCausalLM.from_pretrained
-    return {name: load(workspace / name, dtype=torch.float32).eval() for name in ("untied", "teacher")}
+    return {name: load(workspace / name, dtype=torch.float64).eval() for name in ("untied", "teacher")}
 
 
 @torch.no_grad()
 def _log_p(model, sample):
-    rows = model(torch.from_numpy(sample.input_ids)[None, :-1]).logits[0].double().log_softmax(-1)
+    rows = model(torch.from_numpy(sample.input_ids)[None, :-1]).logits[0].log_softmax(-1)
     return rows[torch.from_numpy(sample.supervised[1:])].numpy()
 
 
