@@ -157,7 +157,7 @@ def test_what_experts_cannot_do_is_refused_before_anything_is_built(workspace, t
         "resumed": (["--load", workspace / "saved"], "was saved with --expert-model-parallel-size 2"),
     }
     runs = {name: [str(word) for word in [*base, *words]] for name, (words, _) in cases.items()}
-    (results,) = run_ranks(1, run_all, (runs, str(workspace), []), timeout=200)
+    (results,) = run_ranks(1, run_all, (runs, str(workspace), []), timeout=200, megatron=True)
     for name, (_, message) in cases.items():
         assert results[name]["code"] == 2, (name, results[name]["printed"][-2000:])
         (line,) = [line for line in results[name]["printed"].splitlines() if "error:" in line]

@@ -165,7 +165,7 @@ def run_all() -> dict[str, tuple[int, str, str]]:
 @pytest.fixture(scope="module")
 def outcomes():
     """Of each rank, by case."""
-    return run_ranks(4, run_all, timeout=200)
+    return run_ranks(4, run_all, timeout=200, megatron=True)
 
 
 def rows(text: str) -> dict[tuple[str, str], tuple[float, float, bool]]:
