@@ -11,6 +11,7 @@ import torch
 from finetune_runs import scalars
 from launching import run_ranks
 from megatron_reset import reset
+from noise_floor import bound
 
 from qtarget_megatron import objectives
 
@@ -23,7 +24,7 @@ FLAGS = [
     *("--transformer-impl", "local", "--tokenizer-type", "NullTokenizer", "--vocab-size", 255),
     *("--eval-iters", 0, "--eval-interval", 9, "--save-interval", 9, "--num-workers", 0),
     *("--position-embedding-type", "rope", "--no-rope-fusion", "--no-persist-layer-norm"),
-    "--no-gradient-accumulation-fusion",
+    *("--no-gradient-accumulation-fusion", "--adam-eps", 1e-5),  # see noise_floor.py
     *("--hidden-dropout", 0, "--attention-dropout", 0),
     *("--train-iters", STEPS, "--log-interval", 1),
 ]
@@ -71,10 +72,15 @@ def pretrain_script(runs, folder):
     return losses
 
 
+def assert_same_losses(found, expected):
+    for step, (a, b) in enumerate(zip(found, expected, strict=True), 1):
+        assert a == pytest.approx(b, rel=bound("lm loss", step)), step
+
+
 def test_a_plain_megatron_core_loop():
     alone = {"megatron": ["--megatron-loss"], "sft": [], "dft": ["--objective", "dft"]}
     (one,) = run_ranks(1, core_loop, (alone,), megatron=True)
-    assert one["sft"] == pytest.approx(one["megatron"], rel=1e-6)
+    assert_same_losses(one["sft"], one["megatron"])
     assert len(one["dft"]) == STEPS and one["dft"] != pytest.approx(one["megatron"], rel=1e-3)
     runs = {
         "TP2": ["--tp", "2", "--objective", "dft"],
@@ -83,28 +89,30 @@ def test_a_plain_megatron_core_loop():
     }
     first, last = run_ranks(2, core_loop, (runs,), megatron=True)
     # The same weights are drawn where there is one pipeline stage.
-    assert first["TP2"] == last["TP2"] == pytest.approx(one["dft"], rel=1e-6)
-    assert last["PP2"] == pytest.approx(last["PP2 megatron"], rel=1e-6) and not first["PP2"]
+    assert first["TP2"] == last["TP2"] and not first["PP2"]
+    assert_same_losses(last["TP2"], one["dft"])
+    assert_same_losses(last["PP2"], last["PP2 megatron"])
 
 
 def test_a_pretraining_script_of_ones_own(tmp_path):
     kinds = {"focal": "focal", "sft": "sft", "whole": "sft of whole logits", "megatron": None}
     alone = {name: (objective, []) for name, objective in kinds.items()}
     (one,) = run_ranks(1, pretrain_script, (alone, str(tmp_path / "one")), megatron=True)
-    assert one["sft"] == pytest.approx(one["megatron"], rel=1e-6)
-    assert one["whole"] == pytest.approx(one["megatron"], rel=1e-6)
+    assert_same_losses(one["sft"], one["megatron"])
+    assert_same_losses(one["whole"], one["megatron"])
     assert one["focal"] != pytest.approx(one["megatron"], rel=1e-3)
     layouts = {"TP2": ["--tensor-model-parallel-size", 2], "PP2": ["--pipeline-model-parallel-size", 2], "DP2": []}
     runs = {f"{name} {kind}": (kinds[kind], flags) for name, flags in layouts.items() for kind in ("sft", "megatron")}
     several = run_ranks(2, pretrain_script, (runs, str(tmp_path / "two")), megatron=True)[-1]
     for name in layouts:
-        assert several[f"{name} sft"] == pytest.approx(several[f"{name} megatron"], rel=1e-6), name
+        assert_same_losses(several[f"{name} sft"], several[f"{name} megatron"])
 
 
 def test_side_inputs_and_masks():
     """Without Megatron's loop: the output processor against the definition on one rank."""
     (differences,) = run_ranks(1, processor_differences, megatron=True)
-    assert differences == pytest.approx([0] * len(differences), abs=1e-6)
+    # Four units in the last place of a float32 of 4 to 8: the rounding of the logits and of the loss.
+    assert differences == pytest.approx([0] * len(differences), abs=4 * 2**-21)
 
 
 def processor_differences():
@@ -130,7 +138,7 @@ def processor_differences():
         hidden_states=hidden, output_layer=output, output_weight=None, labels=labels, loss_mask=mask,
         scale_logits=lambda x: x, context={"weight": scale}, config=config,
     )  # fmt: skip
-    log_p = (hidden @ weight.T)[..., :9].transpose(0, 1).log_softmax(-1)
+    log_p = (hidden.double() @ weight.double().T)[..., :9].transpose(0, 1).log_softmax(-1)
     expected = -log_p.gather(-1, labels[..., None])[..., 0] * mask * scale
     p = processor.statistics.p.t()[mask.bool()]
     return [
