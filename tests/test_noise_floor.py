@@ -93,13 +93,14 @@ def alone(workspace):
 @pytest.mark.parametrize("kind", REORDERED)
 def test_one_process_is_within_the_floor_on_this_processor(workspace, alone, kind):
     """Twice the floor leaves as much for what a layout adds. If this fails, so will layouts: measure again."""
-    expected = alone[f"{kind}, {FIRST}"]["scalars"]
+    expected, largest = alone[f"{kind}, {FIRST}"]["scalars"], 0.0
     for order in OTHERS:
         found = alone[f"{kind}, {order}"]["scalars"]
-        assert found["lm loss"] != expected["lm loss"] or found["grad-norm"] != expected["grad-norm"]
         for tag, step, difference in differences(found, expected):
+            largest = max(largest, difference)
             assert difference <= 2 * floor(tag, step), (order, tag, step)
         compare_exports(workspace / f"{kind}, {order}", workspace / f"{kind}, {FIRST}", workspace / kind.split()[0])
+    assert largest > 0, "nothing was reordered"
 
 
 def is_noticed(result, alone):
