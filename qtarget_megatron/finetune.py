@@ -229,8 +229,8 @@ def _check(args: argparse.Namespace, student: Architecture, objective: objective
     if args.sft_train is None and not args.skip_train:
         raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
     for path in (args.sft_train, args.sft_valid):
-        if path is not None:
-            JsonlFile(path)
+        if path is not None and len(JsonlFile(path)) == 0:
+            raise ValueError(f"data file {str(path)!r} holds no records: expected a record of JSON in each line")
     resumes = None not in (args.load, args.save) and Path(args.load).absolute() == Path(args.save).absolute()
     if not resumes and launch.has_checkpoint(args.save):
         raise ValueError(

@@ -243,7 +243,7 @@ ARGUMENTS = '{"x": "é", "n": [1, {}]}'
 )
 def test_tool_calls_are_targets_in_every_form_that_data_and_templates_have(form, eos, expected, text, content):
     if form is DEEPSEEK and content == {"content": ""}:
-        pytest.skip("such a template writes calls of messages without content only")
+        content = {"content": None}  # such a template writes the calls of messages without content only
     call = json.loads(json.dumps(CALL))
     if text:
         call["function"]["arguments"] = ARGUMENTS

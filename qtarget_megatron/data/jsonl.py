@@ -82,9 +82,9 @@ class JsonlFile:
     Keeps 24 bytes per record (start, length, line number) and never the text; forked and spawned
     worker processes may read it. Records count from 0, the lines in error messages from 1.
 
-    Raises ValueError, when it is opened, for a file of another format, one without records, or one
-    whose first record has neither of the two forms; and when it is read, once its contents have
-    changed. That is looked for at each record, by size and time.
+    Raises ValueError, when it is opened, for a file of another format, or one whose first record has
+    neither of the two forms; and when it is read, once its contents have changed. That is looked for
+    at each record, by size and time. A file may be empty.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -97,9 +97,8 @@ class JsonlFile:
             self._index, self._digest = _indexed(os.path.abspath(self.path), self._state)
         except OSError as error:
             raise ValueError(f"data file {self.path!r}: {error.strerror}") from error
-        if len(self._index) == 0:
-            raise ValueError(f"data file {self.path!r} holds no records: expected a record of JSON in each line")
-        self._check_first()
+        if len(self._index):
+            self._check_first()
 
     def _check_format(self, head: bytes) -> None:
         for magic, (kind, advice) in _BINARY.items():
