@@ -54,8 +54,7 @@ qtarget::ShardArgs shard_args(const MatrixTuple& logits, const MatrixTuple& teac
     shard.vocab_start = vocab_start;
     shard.ignore_index = ignore_index;
     for (const auto& [a, b] : residuals) {
-        shard.residuals[shard.num_residuals++] = {static_cast<float>(a), static_cast<float>(b), a,
-                                                   b};
+        shard.residuals[shard.num_residuals++] = {static_cast<float>(a), static_cast<float>(b)};
     }
     return shard;
 }

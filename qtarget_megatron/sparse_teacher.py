@@ -137,6 +137,9 @@ def partial_statistics(
             dense[:, column + 1 : column + request.residual_width] = 0
         elif teacher.rule == "uniform":
             _take_out(dense, column, request, request.residuals[index][0], kept)
+        if request.residual_label:
+            is_kept = (kept.ids == labels[:, None]).any(-1)
+            dense[:, column + request.residual_width - 1].masked_fill_(is_kept, 0)
     return torch.cat([dense, top.to(dense.dtype)], dim=-1)
 
 
@@ -166,10 +169,9 @@ def merge_parts(
         shift[index] = torch.where(supervised, request.residuals[index][1] * tail, 0)
         dense[..., column] += shift[index]
         if request.residual_label:
-            # The label's log-probability in the tail. It is a sum over shards: this enters it once.
-            label = tail + dense[..., 3].sum(0) if teacher.rule == "student" else tail
-            label = torch.full_like(tail, -torch.inf) if teacher.rule == "drop" else label
-            dense[0, :, column + request.residual_width - 1] += torch.where(in_tail & supervised, label, 0)
+            # The label's exponent is a sum over shards: the constant enters it once.
+            label = dense[0, :, column + request.residual_width - 1]
+            label += torch.where(in_tail, -torch.inf if teacher.rule == "drop" else shift[index], 0)
     return merge(torch.stack([dense, top], dim=1).flatten(0, 1), supervised, request), shift
 
 
@@ -191,10 +193,7 @@ def logit_gradient(
     residual_scale: Tensor,
     out: Tensor,
 ) -> None:
-    """The kernels' logit_gradient for any second model of these rows; shift: the constant from merge_parts.
-
-    residual_max, residual_scale: float64 [R, N].
-    """
+    """The kernels' logit_gradient for any second model of these rows; shift: the constant from merge_parts."""
     shared = dict(
         vocab_start=vocab_start,
         valid_columns=valid_columns,
@@ -205,48 +204,31 @@ def logit_gradient(
         out=out,
     )
     if not isinstance(teacher, SparseTeacher):
-        scales = _rounded(residuals, max_, residual_max, residual_scale)
+        scales = dict(residual_max=residual_max, residual_scale=residual_scale)
         backend.logit_gradient(logits, teacher, labels, residuals=residuals, **scales, **shared)
         return
     kept = _Kept.of(logits, teacher, vocab_start, valid_columns)
     dense_scale = residual_scale.clone()
     if teacher.rule == "drop":
         dense_scale[[index for index, (_, b) in enumerate(residuals) if b != 0]] = 0
-    dense_residuals = _dense_residuals(residuals, teacher.rule)
-    scales = _rounded(dense_residuals, max_, residual_max - shift, dense_scale)
-    backend.logit_gradient(logits, None, labels, residuals=dense_residuals, **scales, **shared)
+    backend.logit_gradient(
+        logits,
+        None,
+        labels,
+        residuals=_dense_residuals(residuals, teacher.rule),
+        residual_max=(residual_max - shift).to(residual_max.dtype).contiguous(),
+        residual_scale=dense_scale,
+        **shared,
+    )
     # The kept entries: written over whatever the tail's exponent gave there.
-    z = kept.logits.double()
-    gradient = (z - max_[:, None]).exp() * scale[:, None]
+    gradient = (kept.logits - max_[:, None]).exp() * scale[:, None]
     for (a, b), maximum, mass in zip(residuals, residual_max, residual_scale, strict=True):
-        u = reference.residual_logits(z, kept.log_p, a, b)
+        u = reference.residual_logits(kept.logits, kept.log_p, a, b)
         gradient -= torch.where(mass[:, None] == 0, 0, (u - maximum[:, None]).exp() * mass[:, None])
     gradient -= torch.where(kept.ids == labels[:, None], label_scale[:, None], 0)
     active = (labels != ignore_index) & ((scale != 0) | (label_scale != 0) | (residual_scale != 0).any(0))
     gradient = torch.where(active[:, None], gradient, 0)
     out[kept.index] = gradient[kept.here].to(out.dtype)
-
-
-def _rounded(residuals: Residuals, max_: Tensor, residual_max: Tensor, residual_scale: Tensor) -> dict[str, Tensor]:
-    """A kernel's residual_max and residual_scale in the dtype of max_, from float64.
-
-    The kernels' a and b are float32 too. What all of this changes in the exponent of the largest u is the same for
-    every token of the vocabulary, and goes into the scale.
-    """
-    if max_.dtype == torch.float64 or not residuals:
-        return dict(residual_max=residual_max, residual_scale=residual_scale)
-    z, of_kernel = max_.double(), []
-    for (a, b), maximum in zip(residuals, residual_max, strict=True):
-        a_error, b_error = (c - torch.tensor(c, dtype=max_.dtype).item() for c in (a, b))
-        if b_error:
-            t = (maximum - a * z if a else maximum) / b  # near which the largest u is
-            maximum = maximum - b_error * t
-        of_kernel.append(maximum - a_error * z if a_error else maximum)
-    exact = torch.stack(of_kernel)
-    rounded = exact.to(max_.dtype)
-    change = torch.where(rounded.isfinite(), rounded.double() - exact, 0)
-    scale = torch.where(residual_scale == 0, 0, residual_scale * change.exp())
-    return dict(residual_max=rounded.contiguous(), residual_scale=scale.to(max_.dtype).contiguous())
 
 
 @dataclass(frozen=True)
@@ -343,9 +325,8 @@ def _take_out(dense: Tensor, column: int, request: StatisticsRequest, a: float, 
     Well-conditioned: the tail's constant is not above a kept log_p, so what is subtracted is, in the merged residual,
     not above what the kept entries put in its place.
     """
-    centre, maximum = dense[:, :1], dense[:, column, None].double()
-    # In float64: u far from 0 would be rounded by more than it differs from its maximum.
-    shifted = reference.residual_logits(kept.logits.double(), None, a, 0.0) - maximum
+    centre, maximum = dense[:, :1], dense[:, column, None]
+    shifted = reference.residual_logits(kept.logits, None, a, 0.0) - maximum
     weight = torch.where(kept.here, shifted.exp(), 0)
 
     def total(values: Tensor) -> Tensor:

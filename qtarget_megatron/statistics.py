@@ -15,10 +15,9 @@ Layout of a partial, float32 ``[N, request.width]``::
                                  s_u  sum exp(u - m_u)
                                  x_u  sum exp(u - m_u) (z - m)
         residual_entropy         h_u  sum exp(u - m_u) (u - m_u)
-        residual_label           t_y  label's t, 0 where the label is on another shard or b is 0
+        residual_label           u_y  label's u, 0 where the label is on another shard
 
-The weighted sums are centred on the local maximum: uncentred float32 sums lose the entropy at large logit offsets. m_u
-is max u rounded to float32; the sums are centred on just that number, so that u far from 0 loses nothing.
+The weighted sums are centred on the local maximum: uncentred float32 sums lose the entropy at large logit offsets.
 """
 
 from __future__ import annotations
@@ -185,8 +184,7 @@ def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> T
     sum_exp = sum_exp.masked_fill(ignored, 1.0)
     log_sum = sum_exp.log()
     # Subtracting the maximum first keeps the precision of the label logit at large offsets.
-    z_y = _summed(z_y)
-    log_p = (z_y - shift.max) - log_sum
+    log_p = (_summed(z_y) - shift.max) - log_sum
 
     collision = top_logits = None
     if request.collision:
@@ -197,7 +195,7 @@ def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> T
         top_logits = of_all_ranks.topk(request.top_k, dim=-1).values if len(partials) > 1 else of_all_ranks
 
     residuals = []
-    for a, b in request.residuals:
+    for _ in request.residuals:
         m_u, s_u, x_u = (next(columns) for _ in range(_RESIDUAL_WIDTH))
         shift_u = _Shift(m_u)
         sums = [s_u, x_u]
@@ -212,9 +210,7 @@ def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> T
         if request.residual_entropy:
             entropy_u = sum_exp_u.log() - centred_u[0] / sum_exp_u
         if request.residual_label:
-            t_y = _summed(next(columns))
-            u_y = (a * z_y if a else 0) + (b * t_y if b else 0)
-            log_r_y = (u_y - shift_u.max) - sum_exp_u.log()
+            log_r_y = (_summed(next(columns)) - shift_u.max) - sum_exp_u.log()
         residuals.append(ResidualStatistics(shift_u.max, sum_exp_u, cross / sum_exp_u + shift.max, entropy_u, log_r_y))
 
     return TokenStatistics(

@@ -40,17 +40,16 @@ class TokenGradient:
         )
 
     def kernel_arguments(self, upstream: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Keywords of sparse_teacher.logit_gradient, for the upstream gradient [N] of each token's loss: those of the
-        residuals in float64, the others in dtype."""
+        """Keywords of logit_gradient in dtype, for the upstream gradient [N] of each token's loss."""
         upstream = upstream.double()
         # A token masked out downstream has upstream exactly 0: its NaN must not leak.
-        scales = (self.scales * upstream).masked_fill(upstream == 0, 0.0)
-        rounded = scales[:2].to(dtype).contiguous()
+        scales = (self.scales * upstream).masked_fill(upstream == 0, 0.0).to(dtype).contiguous()
+        maxima = self.maxima.to(dtype).contiguous()
         return dict(
-            max_=self.maxima[0].to(dtype).contiguous(),
-            scale=rounded[0],
-            label_scale=rounded[1],
-            residual_max=self.maxima[1:],
+            max_=maxima[0],
+            scale=scales[0],
+            label_scale=scales[1],
+            residual_max=maxima[1:],
             residual_scale=scales[2:],
         )
 

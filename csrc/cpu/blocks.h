@@ -32,13 +32,13 @@ struct BaseSums {
 };
 
 struct ResidualBlockSums {
-    float m;  // the largest exponent; s, x, h are centred on what the caller gave
+    float m;
     double s, x, h;
 };
 
 // One residual's part of a row's gradient.
 struct GradientTerm {
-    float a, b, d, scale;
+    float a, b, max, scale;
 };
 
 struct GradientRow {
@@ -48,11 +48,11 @@ struct GradientRow {
     GradientTerm terms[kMaxResiduals];
 };
 
-// residual_exponent; a coefficient of 0 removes its operand, whatever it holds.
+// u = a z + b t; a coefficient of 0 removes its operand, whatever it holds.
 template <class V, class Vec>
-QTARGET_FN Vec exponent_vector(float a, float b, float d, Vec shifted, Vec t) {
-    const Vec v = b != 0.0f ? V::fma(V::set(b), t, V::set(-d)) : V::set(-d);
-    return a != 0.0f ? V::fma(V::set(a), shifted, v) : v;
+QTARGET_FN Vec residual_vector(float a, float b, Vec z, Vec t) {
+    const Vec u = a != 0.0f ? V::set(a) * z : V::set(0.0f);
+    return b != 0.0f ? V::fma(V::set(b), t, u) : u;
 }
 
 template <class V, int U>
@@ -123,7 +123,9 @@ struct Blocks {
 
     template <Dtype Z, Dtype T, bool Entropy>
     QTARGET_BLOCK_FN ResidualBlockSums residual_sums(float a, float b, const char* z, const char* t,
-                                                     int64_t count, float d, float z_centre) {
+                                                     int64_t count, float u_centre,
+                                                     float z_centre) {
+        const Vec u_origin = V::set(u_centre);
         const Vec z_origin = V::set(z_centre);
         Vec top = V::set(lowest<float>());
         Sum s, x, h;
@@ -132,21 +134,22 @@ struct Blocks {
                                   Vec logit[U], u[U], w[U];
                                   load<Z>(z_at, logit);
                                   load<T>(t_at, u);
-                                  for (int i = 0; i < U; ++i) logit[i] = logit[i] - z_origin;
                                   for (int i = 0; i < U; ++i)
-                                      u[i] = exponent_vector<V>(a, b, d, logit[i], u[i]);
+                                      u[i] = residual_vector<V>(a, b, logit[i], u[i]);
                                   for (int i = 0; i < U; ++i) top = V::larger(u[i], top);
+                                  for (int i = 0; i < U; ++i) u[i] = u[i] - u_origin;
                                   if constexpr (Entropy) {
                                       V::exp(u, w);
                                   } else {
                                       V::exp_alone(u, w);
                                   }
                                   for (int i = 0; i < U; ++i) s.add(w[i]);
-                                  for (int i = 0; i < U; ++i) x.add_weighted(w[i], logit[i]);
+                                  for (int i = 0; i < U; ++i)
+                                      x.add_weighted(w[i], logit[i] - z_origin);
                                   if (Entropy)
                                       for (int i = 0; i < U; ++i) h.add_product(w[i], u[i]);
                               };
-        // The exponent is -inf in the columns beyond, whatever the signs of a and b.
+        // u is -inf in the columns beyond, whatever the signs of a and b.
         const float z_rest = a < 0.0f ? -lowest<float>() : lowest<float>();
         const float t_rest = a != 0.0f ? 0.0f : (b < 0.0f ? -lowest<float>() : lowest<float>());
         visit<Z, T>(z, t, count, z_rest, t_rest, step);
@@ -174,18 +177,19 @@ struct Blocks {
         const Vec origin = V::set(row.max);
         const Vec mass = V::set(row.scale);
         const Vec flat = V::set(row.constant);
-        Vec shifted[U], x[U];
-        load<Z>(z, shifted);
-        for (int i = 0; i < U; ++i) shifted[i] = shifted[i] - origin;
-        V::exp_alone(shifted, value);
+        Vec logit[U], x[U];
+        load<Z>(z, logit);
+        for (int i = 0; i < U; ++i) x[i] = logit[i] - origin;
+        V::exp_alone(x, value);
         for (int i = 0; i < U; ++i) value[i] = value[i] * mass - flat;
         for (int n = 0; n < Terms; ++n) {
             const GradientTerm& term = row.terms[n];
+            const Vec u_origin = V::set(term.max);
             const Vec u_mass = V::set(term.scale);
             Vec teacher[U], w[U];
             load<T>(t, teacher);
             for (int i = 0; i < U; ++i)
-                x[i] = exponent_vector<V>(term.a, term.b, term.d, shifted[i], teacher[i]);
+                x[i] = residual_vector<V>(term.a, term.b, logit[i], teacher[i]) - u_origin;
             V::exp_alone(x, w);
             // Not fused: equal terms cancel to exactly 0.
             for (int i = 0; i < U; ++i) value[i] = value[i] - w[i] * u_mass;

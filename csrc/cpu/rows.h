@@ -114,15 +114,8 @@ static void row_sums(const StatisticsArgs& args, int64_t row, TopValues& top,
     [[maybe_unused]] const typename V::Mode mode;
     // In float32, which subnormal maxima survive in this mode.
     float z_max = lowest<float>();
-    // The centre at which a residual's largest exponent is 0.
-    double top_d[R > 0 ? R : 1];
-    for (double& top : top_d) top = lowest<double>();
-    const auto raise = [&](float maximum) {
-        const double change = raise_base(sums, static_cast<double>(maximum), shard.residuals);
-        for (int r = 0; r < R; ++r) {
-            if (shard.residuals[r].a != 0.0f) top_d[r] += shard.residuals[r].a * change;
-        }
-    };
+    float u_max[R > 0 ? R : 1];
+    for (float& maximum : u_max) maximum = lowest<float>();
     for (int64_t start = 0; start < shard.valid_columns; start += kBlock) {
         const int64_t left = shard.valid_columns - start;
         const int64_t count = left < kBlock ? left : kBlock;
@@ -134,7 +127,7 @@ static void row_sums(const StatisticsArgs& args, int64_t row, TopValues& top,
         };
         BaseSums base = base_block();
         if (base.m > sums.m + kSlack) {
-            raise(base.m);
+            raise_base(sums, static_cast<double>(base.m));
             base = base_block();
         }
         z_max = larger(base.m, z_max);
@@ -155,37 +148,31 @@ static void row_sums(const StatisticsArgs& args, int64_t row, TopValues& top,
             ResidualSums<double, true>& acc = sums.residual[r];
             if (is_uniform(shard.residuals[r])) {
                 // u = 0 in every valid column: weight 1, no exponential.
-                acc.d = top_d[r] = 0.0;
+                acc.m = u_max[r] = 0.0f;
                 acc.s += static_cast<double>(count);
                 acc.x += Ops::template uniform_cross<Z>(z, count, z_centre);
                 continue;
             }
-            // The blocks' centre is a float, and so is the sums'.
-            const auto settle = [&](double d) {
-                const double rounded = static_cast<double>(static_cast<float>(d));
-                if (rounded != acc.d) move_residual(acc, rounded);
-            };
             const auto residual_block = [&] {
-                const float d = static_cast<float>(centre(acc.d));
-                return layout.residual_entropy
-                           ? Ops::template residual_sums<Z, T, true>(a, b, z, t, count, d, z_centre)
-                           : Ops::template residual_sums<Z, T, false>(a, b, z, t, count, d,
-                                                                      z_centre);
+                const float u_centre = static_cast<float>(centre(acc.m));
+                return layout.residual_entropy ? Ops::template residual_sums<Z, T, true>(
+                                                     a, b, z, t, count, u_centre, z_centre)
+                                               : Ops::template residual_sums<Z, T, false>(
+                                                     a, b, z, t, count, u_centre, z_centre);
             };
-            settle(acc.d);
             ResidualBlockSums part = residual_block();
-            if (centre(acc.d) + part.m > acc.d + kSlack) {
-                settle(centre(acc.d) + part.m);
+            if (part.m > acc.m + kSlack) {
+                raise_residual(acc, static_cast<double>(part.m));
                 part = residual_block();
             }
-            top_d[r] = larger(centre(acc.d) + part.m, top_d[r]);
+            u_max[r] = larger(part.m, u_max[r]);
             acc.s += part.s;
             acc.x += part.x;
             acc.h += part.h;
         }
     }
-    raise(z_max);
-    for (int r = 0; r < R; ++r) raise_residual(sums.residual[r], top_d[r]);
+    raise_base(sums, static_cast<double>(z_max));
+    for (int r = 0; r < R; ++r) raise_residual(sums.residual[r], static_cast<double>(u_max[r]));
 }
 
 // workspace: room for top_room(top_count(args)) where the layout asks for the largest logits.
@@ -208,13 +195,17 @@ static void statistics_row(const StatisticsArgs& args, int64_t row, float* works
                 [&](auto z, auto t) { row_sums<V, R, z.value, t.value>(args, row, top, sums); });
     const int64_t column = label - shard.vocab_start;
     float label_logit = 0.0f;
-    float label_teacher = 0.0f;
+    float label_residual[R > 0 ? R : 1] = {};
     if (column >= 0 && column < shard.valid_columns) {
         label_logit = read_element(shard.logits, row, column);
-        if (layout.residual_label && with_teacher)
-            label_teacher = read_element(shard.teacher, row, column);
+        const bool wanted = layout.residual_label && with_teacher;
+        const float t = wanted ? read_element(shard.teacher, row, column) : 0.0f;
+        for (int r = 0; r < R; ++r) {
+            label_residual[r] =
+                residual_logit(shard.residuals[r].a, shard.residuals[r].b, label_logit, t);
+        }
     }
-    write_partial(sums, label_logit, label_teacher, shard.residuals, layout, out);
+    write_partial(sums, label_logit, label_residual, layout, out);
     if (layout.top_k > 0) {
         write_largest(top, static_cast<float>(sums.m), layout.top_k, out + top_k_column(layout));
     }
@@ -272,13 +263,11 @@ static void gradient_row(const GradientArgs& args, int64_t row) {
         if (residual_scale == 0.0f) continue;
         active = true;
         if (is_uniform(shard.residuals[r])) {
-            terms.constant += softmax_term(0.0f - residual_max, residual_scale);
+            terms.constant += softmax_term(0.0f, residual_max, residual_scale);
             continue;
         }
-        const GradientCentre centre =
-            gradient_centre(shard.residuals[r], residual_max, terms.max, residual_scale);
-        terms.terms[terms.num_terms++] = {shard.residuals[r].a, shard.residuals[r].b, centre.d,
-                                          centre.scale};
+        terms.terms[terms.num_terms++] = {shard.residuals[r].a, shard.residuals[r].b, residual_max,
+                                          residual_scale};
         with_teacher |= shard.residuals[r].b != 0.0f;
     }
     if (shard.labels[row] == shard.ignore_index || !active) {

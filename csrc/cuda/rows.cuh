@@ -163,7 +163,7 @@ __device__ __forceinline__ RowSums<float, R, Collision, Entropy> from_lane(
     other.c = Collision ? __shfl_down_sync(0xffffffffu, sums.c, distance) : 0.0f;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-        other.residual[r].d = __shfl_down_sync(0xffffffffu, sums.residual[r].d, distance);
+        other.residual[r].m = __shfl_down_sync(0xffffffffu, sums.residual[r].m, distance);
         other.residual[r].s = __shfl_down_sync(0xffffffffu, sums.residual[r].s, distance);
         other.residual[r].x = __shfl_down_sync(0xffffffffu, sums.residual[r].x, distance);
         other.residual[r].h =
@@ -174,24 +174,22 @@ __device__ __forceinline__ RowSums<float, R, Collision, Entropy> from_lane(
 
 // Lane 0 ends with the sums of the first `lanes` lanes (a power of two).
 template <int R, bool Collision, bool Entropy>
-__device__ __forceinline__ void add_lanes(RowSums<float, R, Collision, Entropy>& sums, int lanes,
-                                          const Residual* residuals) {
+__device__ __forceinline__ void add_lanes(RowSums<float, R, Collision, Entropy>& sums, int lanes) {
 #pragma unroll 1
     for (int distance = lanes / 2; distance > 0; distance /= 2)
-        add(sums, from_lane(sums, distance), residuals);
+        add(sums, from_lane(sums, distance));
 }
 
 // Thread 0 ends with the sums of the block.
 template <int R, bool Collision, bool Entropy>
-__device__ __forceinline__ void add_block(RowSums<float, R, Collision, Entropy>& sums,
-                                          const Residual* residuals) {
+__device__ __forceinline__ void add_block(RowSums<float, R, Collision, Entropy>& sums) {
     __shared__ RowSums<float, R, Collision, Entropy> of_warp[kWarps];
-    add_lanes(sums, 32, residuals);
+    add_lanes(sums, 32);
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sums;
     __syncthreads();  // warp 0 reads what the lanes 0 wrote
     if (threadIdx.x < 32) {
         if (threadIdx.x < kWarps) sums = of_warp[threadIdx.x];
-        add_lanes(sums, kWarps, residuals);
+        add_lanes(sums, kWarps);
     }
 }
 
@@ -213,21 +211,13 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
     TeacherRow teacher;
     if (Teacher) teacher.open<K>(args.shard.teacher, row, packs.shift);
 
-    // sums.m and each d are the centre, at most kSlack below the maximum seen so far.
+    // sums.m is the centre, at most kSlack below the maximum seen so far.
     RowSums<float, R, Collision, Entropy> sums;
     clear(sums);
     float z_max = -INFINITY;
-    // The centre at which a residual's largest exponent is 0.
-    float top_d[R > 0 ? R : 1];
+    float u_max[R > 0 ? R : 1];
 #pragma unroll
-    for (int r = 0; r < R; ++r) top_d[r] = -INFINITY;
-    const auto raise = [&](float maximum) {
-        const float change = raise_base(sums, maximum, args.shard.residuals);
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-            if (args.shard.residuals[r].a != 0.0f) top_d[r] += args.shard.residuals[r].a * change;
-        }
-    };
+    for (int r = 0; r < R; ++r) u_max[r] = -INFINITY;
 
     for (int pack = threadIdx.x; pack < packs.count; pack += kThreads) {
         const int start = pack * K - packs.shift;
@@ -237,7 +227,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
 
         const float z_top = max_of(z);
         z_max = fmaxf(z_max, z_top);
-        if (z_top > sums.m + kSlack) raise(z_top);
+        if (z_top > sums.m + kSlack) raise_base(sums, z_top);
         const float z_centre = centre(sums.m);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
@@ -252,52 +242,52 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
         for (int r = 0; r < R; ++r) {
             const float a = args.shard.residuals[r].a;
             const float b = Teacher ? args.shard.residuals[r].b : 0.0f;
-            ResidualSums<float, Entropy>& acc = sums.residual[r];
-            float v[K];
-            const auto exponents = [&] {
-                const float d = centre(acc.d);
+            float u[K];
 #pragma unroll
-                for (int k = 0; k < K; ++k)
-                    v[k] = residual_exponent(a, b, d, z[k] - z_centre, Teacher ? t[k] : 0.0f);
-                if (start < 0 || start + K > columns) {
+            for (int k = 0; k < K; ++k) u[k] = residual_logit(a, b, z[k], Teacher ? t[k] : 0.0f);
+            if (start < 0 || start + K > columns) {
 #pragma unroll
-                    for (int k = 0; k < K; ++k) {
-                        if (start + k < 0 || start + k >= columns) v[k] = -INFINITY;
-                    }
+                for (int k = 0; k < K; ++k) {
+                    if (start + k < 0 || start + k >= columns) u[k] = -INFINITY;
                 }
-            };
-            exponents();
-            const float top = centre(acc.d) + max_of(v);
-            top_d[r] = fmaxf(top_d[r], top);
-            if (top > acc.d + kSlack) {
-                raise_residual(acc, top);
-                exponents();
-                // Of the exponents before, which were far from 0, it is rounded.
-                top_d[r] = fmaxf(top_d[r], acc.d + max_of(v));
             }
+            ResidualSums<float, Entropy>& acc = sums.residual[r];
+            const float u_top = max_of(u);
+            u_max[r] = fmaxf(u_max[r], u_top);
+            if (u_top > acc.m + kSlack) raise_residual(acc, u_top);
+            const float u_centre = centre(acc.m);
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                const float weight = exp_float(v[k]);
+                const float shifted = u[k] - u_centre;
+                const float weight = exp_float(shifted);
                 acc.s += weight;
                 acc.x += weighted(weight, z[k] - z_centre);
-                if (Entropy) acc.h = fmaf(weight, fmaxf(v[k], kFloor), acc.h);
+                if (Entropy) acc.h = fmaf(weight, fmaxf(shifted, kFloor), acc.h);
             }
         }
     }
 
-    raise(z_max);
+    raise_base(sums, z_max);
 #pragma unroll
-    for (int r = 0; r < R; ++r) raise_residual(sums.residual[r], top_d[r]);
-    add_block(sums, args.shard.residuals);
+    for (int r = 0; r < R; ++r) raise_residual(sums.residual[r], u_max[r]);
+    add_block(sums);
     if (threadIdx.x == 0) {
         const int64_t column = label - args.shard.vocab_start;
         float label_logit = 0.0f;
-        float label_teacher = 0.0f;
+        float label_residual[R > 0 ? R : 1] = {};
         if (column >= 0 && column < columns) {
             label_logit = to_float(logits[column]);
-            if (Teacher && args.layout.residual_label) label_teacher = teacher.at(column);
+            if (R > 0 && args.layout.residual_label) {
+                const float t = Teacher ? teacher.at(column) : 0.0f;
+#pragma unroll
+                for (int r = 0; r < R; ++r) {
+                    label_residual[r] =
+                        residual_logit(args.shard.residuals[r].a,
+                                       Teacher ? args.shard.residuals[r].b : 0.0f, label_logit, t);
+                }
+            }
         }
-        write_partial(sums, label_logit, label_teacher, args.shard.residuals, args.layout, out);
+        write_partial(sums, label_logit, label_residual, args.layout, out);
     }
 }
 
@@ -331,17 +321,14 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const GradientArgs a
     const float maximum = args.max[row];
     const float scale = args.scale[row];
     const float label_scale = args.label_scale[row];
-    float residual_d[R > 0 ? R : 1];
+    float residual_max[R > 0 ? R : 1];
     float residual_scale[R > 0 ? R : 1];
     bool active = scale != 0.0f || label_scale != 0.0f;
     bool needs_teacher = false;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-        const GradientCentre centre =
-            gradient_centre(shard.residuals[r], args.residual_max[r * shard.rows + row], maximum,
-                            args.residual_scale[r * shard.rows + row]);
-        residual_d[r] = centre.d;
-        residual_scale[r] = centre.scale;
+        residual_max[r] = args.residual_max[r * shard.rows + row];
+        residual_scale[r] = args.residual_scale[r * shard.rows + row];
         active |= residual_scale[r] != 0.0f;
         needs_teacher |= residual_scale[r] != 0.0f && shard.residuals[r].b != 0.0f;
     }
@@ -368,7 +355,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const GradientArgs a
             if (needs_teacher) teacher.load<K>(start, columns, t);
         }
 #pragma unroll
-        for (int k = 0; k < K; ++k) gradient[k] = softmax_term(z[k] - maximum, scale);
+        for (int k = 0; k < K; ++k) gradient[k] = softmax_term(z[k], maximum, scale);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             if (residual_scale[r] == 0.0f) continue;
@@ -376,9 +363,8 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const GradientArgs a
             const float b = Teacher ? shard.residuals[r].b : 0.0f;
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                const float v = residual_exponent(a, b, residual_d[r], z[k] - maximum,
-                                                  Teacher ? t[k] : 0.0f);
-                gradient[k] -= softmax_term(v, residual_scale[r]);
+                const float u = residual_logit(a, b, z[k], Teacher ? t[k] : 0.0f);
+                gradient[k] -= softmax_term(u, residual_max[r], residual_scale[r]);
             }
         }
         Values<T, K> result;

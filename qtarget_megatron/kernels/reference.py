@@ -48,26 +48,17 @@ def partial_statistics(
         largest = torch.nn.functional.pad(largest, (0, request.top_k - largest.shape[1]), value=-torch.inf)
         columns += largest.unbind(-1)
     for a, b in request.residuals:
-        t = _valid(teacher_logits, valid_columns).to(z.dtype) if b != 0 else None
-        # u less a multiple of each model's maximum: u itself, far from 0, is rounded by more than its differences are.
-        t_centre = _finite_or_zero(_row_max(t)) if b != 0 else torch.zeros_like(m)
-        near = residual_logits(shifted, None if t is None else t - t_centre[:, None], a, b)
-        near_max = _row_max(near)
-        shifted_u = near - _finite_or_zero(near_max)[:, None]
+        u = _combine(z, teacher_logits, a, b, valid_columns)
+        m_u = _row_max(u)
+        shifted_u = u - _finite_or_zero(m_u)[:, None]
         weight_u = shifted_u.exp()
-        exact = near_max.double() + a * _finite_or_zero(m).double() + b * t_centre.double()
-        m_u = exact.to(z.dtype)
-        # The sums are centred on m_u as it is rounded.
-        change = torch.where(near_max == -torch.inf, 0.0, exact - m_u.double()).to(z.dtype)
-        factor = change.exp()
-        sum_u, centred_u = weight_u.sum(-1), _weighted_sum(weight_u, shifted_u)
         # Without a finite logit there is no local centre: merge() adds the (infinite) offset instead.
-        cross = factor * _weighted_sum(weight_u, shifted)
-        columns += [m_u, factor * sum_u, torch.where(m == -torch.inf, torch.zeros_like(cross), cross)]
+        cross = _weighted_sum(weight_u, shifted)
+        columns += [m_u, weight_u.sum(-1), torch.where(m == -torch.inf, torch.zeros_like(cross), cross)]
         if request.residual_entropy:
-            columns.append(factor * (centred_u + sum_u * change))
+            columns.append(_weighted_sum(weight_u, shifted_u))
         if request.residual_label:
-            columns.append(torch.zeros_like(m) if t is None else at_label(t))
+            columns.append(at_label(u))
     out = torch.stack(columns, dim=-1)
     return torch.where(supervised[:, None], out, torch.zeros_like(out))
 
@@ -97,20 +88,10 @@ def logit_gradient(
     """
     z = _valid(logits, valid_columns)
     active = (labels != ignore_index) & ((scale != 0) | (label_scale != 0) | (residual_scale != 0).any(0))
-    shifted = z - max_[:, None]
-    gradient = shifted.exp() * scale[:, None]
+    gradient = (z - max_[:, None]).exp() * scale[:, None]
     for index, (a, b) in enumerate(residuals):
-        # As the products below round them.
-        a, b = (torch.tensor(c, dtype=z.dtype).item() for c in (a, b))
-        # u - max u, made of z - max z and of t less what is left of max u: u itself would be rounded.
-        rest = residual_max[index].double() - (a * max_.double() if a != 0 else 0)
-        t = None
-        if b != 0:
-            t_centre = (rest / b).to(z.dtype)
-            rest = rest - b * t_centre.double()
-            t = _valid(teacher_logits, valid_columns).to(z.dtype) - t_centre[:, None]
-        exponent = residual_logits(shifted, t, a, b) - rest.to(z.dtype)[:, None]
-        term = exponent.exp() * residual_scale[index][:, None]
+        u = _combine(z, teacher_logits, a, b, valid_columns)
+        term = (u - residual_max[index][:, None]).exp() * residual_scale[index][:, None]
         gradient -= torch.where((residual_scale[index] == 0)[:, None], torch.zeros_like(term), term)
     local = labels - vocab_start
     here = active & (local >= 0) & (local < valid_columns)
@@ -129,6 +110,10 @@ def residual_logits(z: Tensor, t: Tensor | None, a: float, b: float) -> Tensor:
     """u = a z + b t in the dtype of z. A coefficient of 0 removes its operand: 0 * -inf would be NaN."""
     u = a * z if a != 0 else torch.zeros_like(z)
     return u + b * t.to(z.dtype) if b != 0 else u
+
+
+def _combine(z: Tensor, teacher_logits: Tensor | None, a: float, b: float, valid_columns: int) -> Tensor:
+    return residual_logits(z, _valid(teacher_logits, valid_columns) if b != 0 else None, a, b)
 
 
 def _row_max(values: Tensor) -> Tensor:
