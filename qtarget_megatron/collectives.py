@@ -7,8 +7,9 @@ from torch import Tensor
 
 # The tensor-parallel process group; None where the vocabulary is not sharded.
 Group = dist.ProcessGroup | None
-# torch 2.13 gives it another name, and warns of the old one.
+# torch 2.13 gives them other names, and warns of the old ones.
 _GATHER_INTO = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_REDUCE_INTO = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 
 def size(group: Group) -> int:
@@ -34,7 +35,7 @@ def scatter_sequence_sum(partial: Tensor, group: Group) -> Tensor:
     if size(group) == 1:
         return partial
     shard = partial.new_empty(partial.shape[0] // size(group), *partial.shape[1:])
-    dist.reduce_scatter_tensor(shard, partial.contiguous(), group=group)
+    getattr(dist, _REDUCE_INTO)(shard, partial.contiguous(), group=group)
     return shard
 
 

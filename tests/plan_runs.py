@@ -276,7 +276,8 @@ def _sent():
         return call
 
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    for name, whole in ((gather, 0), ("all_reduce", 0), ("reduce_scatter_tensor", 1)):
+    scatter = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    for name, whole in ((gather, 0), ("all_reduce", 0), (scatter, 1)):
         originals[name] = getattr(dist, name)
         setattr(dist, name, recorded(name, whole))
     try:

@@ -20,11 +20,12 @@ pytestmark = pytest.mark.distributed
 
 WORLD_SIZES = (2, 3, 4)
 ROWS = 13
-# torch 2.13 gives it another name.
+# torch 2.13 gives them other names.
 GATHER_INTO = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_INTO = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 COLLECTIVES = (
     f"all_gather {GATHER_INTO} all_gather_object all_reduce all_to_all all_to_all_single "
-    "barrier broadcast broadcast_object_list gather reduce reduce_scatter reduce_scatter_tensor "
+    f"barrier broadcast broadcast_object_list gather reduce reduce_scatter {REDUCE_INTO} "
     "scatter send recv isend irecv batch_isend_irecv"
 ).split()
 
