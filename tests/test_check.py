@@ -51,7 +51,13 @@ MISTAKES = {
     ),
     "final norm": (dict(tensors=damage("model.norm.weight")), "final norm", "model.norm"),
     "not a number": (
-        dict(tensors=lambda w: w["model.layers.1.self_attn.o_proj.weight"].fill_(3e38)),  # overflows
+        # Finite weights, whose products are not.
+        dict(
+            tensors=lambda w: (
+                w["model.layers.1.self_attn.v_proj.weight"].mul_(1e6),
+                w["model.layers.1.self_attn.o_proj.weight"].fill_(3e38),
+            )
+        ),
         "layer 1, attention",
         "o_proj",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from qtarget_megatron.checkpoint.agreement import Agreement, StateAgreement
@@ -86,7 +87,9 @@ def _verdict(first: StateAgreement | None) -> str:
         return f"none ({_NOWHERE})"
     cause = _CAUSES.get(first.place.part)
     if cause is None:
-        cause = _ROPE if first.at_first <= first.difference / 100 else _ATTENTION
+        # Beside infinity every number is small.
+        agrees = math.isfinite(first.difference) and first.at_first <= first.difference / 100
+        cause = _ROPE if agrees else _ATTENTION
     return f"{first.place} ({cause})"
 
 
