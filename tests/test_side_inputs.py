@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import re
@@ -306,9 +307,11 @@ def test_context_parallel_ranks_cut_side_inputs_where_they_cut_labels(tmp_path):
 
 
 def inspected(paths):
-    """What rank 0 prints when two ranks inspect each file for its objective."""
+    """What rank 0 prints when two ranks inspect each file for its objective, two seconds for each record."""
+    from qtarget_megatron.megatron import progress
     from qtarget_megatron.megatron.datasets import DatasetProvider
 
+    progress.time = SimpleNamespace(monotonic=itertools.count(step=2).__next__)
     printed = {}
     for path, name in paths:
         provider = DatasetProvider(
@@ -321,7 +324,7 @@ def inspected(paths):
 
 
 @pytest.mark.distributed
-def test_values_that_leave_nothing_but_sft_are_warned_of_at_the_start(tmp_path):
+def test_what_leaves_nothing_to_train_but_sft_or_little_is_warned_of_at_the_start(tmp_path):
     three = [1, 1, 1]
     expected = {
         "ones": ("iw-sft", [{"weight": 1}, {"weight": three}, {"weight": 1.0}], '"weight" is 1 .*trains as sft does'),
@@ -332,6 +335,8 @@ def test_values_that_leave_nothing_but_sft_are_warned_of_at_the_start(tmp_path):
         "second": ("iw-sft", [{"weight": 1}, {"weight": [1, 1, 1.001]}, {"weight": 1}], None),
         "psft": ("psft", [{"old_log_prob": -1}] * 3, None),
         "dft": ("dft", [{}] * 3, None),
+        "one is skipped": ("dft", [{}, {"completion": " "}, {}], None),
+        "most are skipped": ("dft", [{"completion": " "}, {}, {"completion": ""}], "67% .* trained on, 2 of 3: .* 17;"),
     }
     paths = []
     for name, (objective, fields, _) in expected.items():
@@ -341,6 +346,9 @@ def test_values_that_leave_nothing_but_sft_are_warned_of_at_the_start(tmp_path):
     assert set(second.values()) == {""}
     for name, (_, _, warning) in expected.items():
         text = first[str(tmp_path / f"{name}.jsonl")]
+        # From the third second on; of what all ranks have read.
+        line = f"qtarget_megatron: reading {tmp_path / name}.jsonl: 3/3 samples, 0.75 samples/s, 0:00:00 left\n"
+        assert text.startswith(line) and text.count(": reading ") == 1, text
         assert "3 samples" in text and ("WARNING" in text) == (warning is not None), text
         assert warning is None or re.search(warning, text), text
 
