@@ -236,14 +236,40 @@ class Killed(torch.utils.data.Dataset):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Refusing(Killed):
+    def __getitem__(self, index):
+        raise ValueError("d.jsonl:7: expected JSON, got Extra data at column 3")
+
+
+def of_worker(error):
+    """The line of a training that ends by an error which the loader has raised."""
+    watchdog = SimpleNamespace(step=3, tell=lambda: True)
+    fault = explained(error, argparse.Namespace(save=None), watchdog)
+    assert not fault.told and "\n" not in str(fault)
+    return str(fault)
+
+
 def test_a_data_worker_that_was_killed_is_named():
     with pytest.raises(RuntimeError) as raised:
         list(torch.utils.data.DataLoader(Killed(), num_workers=1))
-    watchdog = SimpleNamespace(step=3, tell=lambda: True)
-    fault = explained(raised.value, argparse.Namespace(save=None), watchdog)
     line = r"step 3: data worker \d+ has ended \(out of memory\? fewer --num-workers need less\); nothing .*"
-    assert re.fullmatch(line, str(fault))
-    assert not fault.told
+    assert re.fullmatch(line, of_worker(raised.value))
+    # In torch's words, of which it has the first at times only.
+    for words, line in (
+        ("DataLoader worker (pid 71) is killed by signal: Segmentation fault. ", "71 has ended: Segmentation fault; "),
+        ("DataLoader worker (pid(s) 71, 72) exited unexpectedly", "71, 72 has ended (out of memory? fewer --num-"),
+    ):
+        with pytest.raises(RuntimeError) as raised:
+            raise RuntimeError(words)
+        assert of_worker(raised.value).startswith(f"step 3: data worker {line}")
+
+
+def test_what_a_data_worker_refuses_is_its_own_line():
+    """torch adds the worker's traceback to it."""
+    with pytest.raises(ValueError, match="Traceback") as raised:
+        list(torch.utils.data.DataLoader(Refusing(), num_workers=1))
+    line = of_worker(raised.value)
+    assert line.startswith("step 3: d.jsonl:7: expected JSON, got Extra data at column 3; nothing "), line
 
 
 # ---- command lines

@@ -19,7 +19,7 @@ from qtarget_megatron.megatron.watchdog import Watchdog
 ON_NAN = "give --qtarget-on-nan skip to go on without such steps"
 _COURTESY = 2.0  # seconds
 _LOST = re.compile(r"gloo/transport|Connection (closed|reset) by peer")  # NCCL has a class of its own
-_WORKER_ENDED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited)")
+_WORKER_ENDED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([\w ]+)|exited)")
 # Megatron's own count of iterations starts anew with each start.
 _REJECTED = re.compile(r"Rank \d+, node (\S+), device \d+, iteration \d+: ")
 
