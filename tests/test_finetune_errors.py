@@ -1,6 +1,8 @@
 """Bad input to finetune: one clear line, exit code 2, and nothing written."""
 
+import argparse
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ from small_tokenizers import CHATML, SPECIAL, byte_tokenizer
 
 from qtarget_megatron import output_lock
 from qtarget_megatron.command_line import SYNONYMS, Parser
-from qtarget_megatron.megatron.arguments import add_arguments
+from qtarget_megatron.megatron.arguments import add_arguments, check_numbers
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -155,6 +157,14 @@ CASES = {
             "--num-epochs (did you mean --train-samples or",
         ],
     ),
+    # Megatron would take it for a flag that is not given.
+    "micro-batch of no samples": ({"--micro-batch-size": 0}, ["--micro-batch-size: expected 1 or more, got 0"]),
+    "learning rate without end": ({"--lr": "inf"}, ["--lr: expected a number of 0 or more, got inf"]),
+    "batch that ranks cannot share": (
+        {"--global-batch-size": 3, "--micro-batch-size": 2},
+        ["--global-batch-size 3 cannot be shared by 1 data-parallel rank(s)", "a multiple of 2, as 2"],
+    ),
+    "flag that needs a GPU": ({"--cuda-graph-impl": "local"}, ["--cuda-graph-impl needs a GPU", "drop it"]),
     "value of another kind": ({"--train-iters": "many"}, ["--train-iters", "invalid int value: 'many'"]),
     "value of another kind, ours": ({"--teacher-tail": "long"}, ["--teacher-tail", "'long'", "uniform"]),
     "no training data": ({"--sft-train": None}, ["--sft-train"]),
@@ -221,6 +231,36 @@ def test_bad_input_is_one_clear_line(outcomes, workspace, name):
     assert "Traceback" not in result["printed"]
     assert not (workspace / "checkpoint").exists() and not (workspace / "exported").exists()
     assert [path.name for path in (workspace / "full").iterdir()] == ["precious.txt"]
+
+
+NUMBERS = dict.fromkeys(
+    (
+        *("train_iters", "train_samples", "micro_batch_size", "global_batch_size", "seq_length", "save_interval"),
+        *("eval_interval", "log_interval", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+        *("context_parallel_size", "expert_model_parallel_size"),
+    )
+)
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_that_is_none_is_refused(key):
+    given = NUMBERS | {"lr": 1e-3, "skip_train": False}
+    check_numbers(argparse.Namespace(**given))
+    check_numbers(argparse.Namespace(**given | {key: 1}))
+    for value in (0, -1):
+        with pytest.raises(ValueError, match=f"^--{key.replace('_', '-')}: expected 1 or more, got {value}"):
+            check_numbers(argparse.Namespace(**given | {key: value}))
+    if key.startswith("train"):
+        # Where nothing is trained it is no advice to say so.
+        check_numbers(argparse.Namespace(**given | {key: 0, "skip_train": True}))
+
+
+@pytest.mark.parametrize("rate", [-1e-9, math.inf, math.nan])
+def test_a_learning_rate_that_is_none_is_refused(rate):
+    given = NUMBERS | {"skip_train": False}
+    check_numbers(argparse.Namespace(**given, lr=0.0))
+    with pytest.raises(ValueError, match=f"^--lr: expected a number of 0 or more, got {rate}"):
+        check_numbers(argparse.Namespace(**given, lr=rate))
 
 
 def test_the_command_exits_with_2_and_prints_the_line(workspace):

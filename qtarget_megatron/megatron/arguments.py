@@ -266,23 +266,18 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers of steps, samples and tokens that are none, and batches that ranks cannot share, in the user's
-    words: Megatron takes a 0 for a flag that was not given, or fails later. Raises ValueError."""
-    keys = ("train_iters", "train_samples", "micro_batch_size", "global_batch_size", "seq_length", "save_interval")
-    for key in (*keys, "eval_interval", "log_interval"):
+    """Refuse numbers of steps, samples, tokens and ranks that are none, in the user's words: Megatron takes a 0 for a
+    flag that was not given, or fails later. Raises ValueError."""
+    keys = ("micro_batch_size", "global_batch_size", "seq_length", "save_interval", "eval_interval", "log_interval")
+    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    steps = () if args.skip_train else ("train_iters", "train_samples")
+    for key in (*steps, *keys, *layout, "expert_model_parallel_size"):
         value = getattr(args, key)
         if value is not None and value < 1:
-            more = "; to evaluate or export only, give --skip-train" if key.startswith("train") else ""
+            more = "; to evaluate or export only, give --skip-train" if key in steps else ""
             raise ValueError(f"--{key.replace('_', '-')}: expected 1 or more, got {value}{more}")
     if args.lr is not None and not 0 <= args.lr < math.inf:
         raise ValueError(f"--lr: expected a number of 0 or more, got {args.lr}")
-    size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    replicas, micro = args.world_size // size, args.micro_batch_size or 1
-    if args.global_batch_size is not None and replicas and args.global_batch_size % (micro * replicas):
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size}: expected a multiple of {micro * replicas}, of "
-            f"--micro-batch-size {micro} on each of {replicas} data-parallel rank{'s' * (replicas > 1)}"
-        )
 
 
 def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None:
