@@ -402,6 +402,13 @@ def test_a_change_that_cannot_be_made_is_refused_in_a_line():
     assert same.lines == []
     (line,) = ResumedFlags(SimpleNamespace(**given | dict(seed=8)), SimpleNamespace(**given)).lines
     assert "--seed 8 (1 until now): the data come in another order" in line
+    (line,) = ResumedFlags(SimpleNamespace(**given | dict(adam_beta2=0.9)), SimpleNamespace(**given)).lines
+    assert line == "going on with --adam-beta2 0.9 (0.999 until now)"
+    for kept, said in ((False, "going on with --lr 0.01 (0.001 until now)"), (True, "stays as it was saved, without")):
+        now = SimpleNamespace(**given | dict(lr=0.01, use_checkpoint_opt_param_scheduler=kept))
+        (line,) = ResumedFlags(now, SimpleNamespace(**given)).lines
+        # Without it, Megatron's loading asserts that nothing has changed.
+        assert said in line and now.override_opt_param_scheduler == (not kept)
 
 
 @pytest.mark.parametrize("cut", [None, 0, 1])
