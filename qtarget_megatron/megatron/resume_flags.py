@@ -27,13 +27,13 @@ _FIXED = ("decoupled_lr", "decoupled_min_lr", "optimizer")
 
 def check_schedule(args: argparse.Namespace) -> None:
     """ValueError for lengths, batch sizes and rates that do not fit together; args as they were given."""
+    _check_batch(args)
     if args.skip_train:
         return
     for key in ("train_iters", "train_samples", "lr_decay_iters", "lr_decay_samples", "global_batch_size"):
         if (value := getattr(args, key)) is not None and value < 1:
             more = "; to evaluate only, give --skip-train" if key.startswith("train") else ""
             raise ValueError(f"{_flag(key)}: expected 1 or more, got {value}{more}")
-    _check_batch(args)
     _check_rates(args)
     _check_lengths(args)
     if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
@@ -53,7 +53,7 @@ def _check_batch(args: argparse.Namespace) -> None:
             f"--micro-batch-size {args.micro_batch_size}: give a multiple of {step}, as {below or step}"
         )
     samples, batch = args.train_samples, args.global_batch_size or step
-    if samples is not None and samples < batch:
+    if samples is not None and samples < batch and not args.skip_train:
         raise ValueError(f"--train-samples {samples} is less than one step of {batch} samples: give more")
 
 
