@@ -314,10 +314,12 @@ def test_reasoning_that_the_template_leaves_out_is_refused():
         assert f"message 1: this chat template leaves out {what}" in line and '"weight": 0' in line
         record["messages"][1]["weight"] = 0
         assert runs(byte_tokenizer(form), record) == []
-    # as the last message it is written
-    record = chat("u:Hi", "a:One")
-    record["messages"][1]["reasoning_content"] = "hm"
-    assert runs(byte_tokenizer(THINKING), record) == ["<think>\nhm\n</think>\n\nOne<|im_end|>"]
+    # as the last message it is written, whatever the data and the template call it
+    for form in (THINKING, THINKING.replace("reasoning_content", "thinking")):
+        for name in ("reasoning_content", "thinking", "reasoning"):
+            record = chat("u:Hi", "a:One")
+            record["messages"][1][name] = "hm"
+            assert runs(byte_tokenizer(form), record) == ["<think>\nhm\n</think>\n\nOne<|im_end|>"], (form, name)
 
 
 # As R1's: a prompt that opens the thinking, which no turn that is written has.
