@@ -243,6 +243,13 @@ def test_a_mask_is_divided_by_all_tokens_or_by_the_kept_ones(name, parameters, m
         assert objective.num_tokens(supervised, {}, statistics.label_mass) == expected
 
 
+@pytest.mark.parametrize(("name", "other"), [("profit", "kept"), ("entropy-mask", "kept"), ("cft", "critical")])
+def test_a_denominator_that_is_none_is_refused(name, other):
+    parameters = {"threshold": 1.0} if name == "entropy-mask" else {}
+    with pytest.raises(ValueError, match=f"denominator must be 'all' or '{other}', got 'keep'"):
+        objectives.get(name, **parameters, denominator="keep")
+
+
 @pytest.mark.parametrize(
     ("objective", "inputs", "expected"),
     [

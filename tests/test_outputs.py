@@ -111,6 +111,16 @@ def test_a_process_that_was_forked_does_not_keep_the_lock(tmp_path):
     first.stdout.close()
 
 
+def test_a_process_that_was_forked_lets_no_lock_go(tmp_path):
+    """As one does that ends in the ordinary way, where its exit handlers run."""
+    output_lock.claim(tmp_path / "lock", "it")
+    if (forked := os.fork()) == 0:
+        output_lock.release_all()
+        os._exit(0)
+    assert os.waitpid(forked, 0)[1] == 0
+    assert (tmp_path / "lock").exists()
+
+
 @pytest.mark.parametrize("beats", [True, False])
 def test_a_lock_of_another_host_counts_as_long_as_it_changes(tmp_path, monkeypatch, capsys, beats):
     """No kernel lock reaches it there: its file is all that is seen of it."""
