@@ -25,12 +25,22 @@ def workspace(tmp_path_factory):
     resize(folder, "deep", "larger", student + 60)
     resize(folder, "larger", "cut", student)
     resize(folder, "deep", "smaller", len(load_tokenizer(folder / "untied")))
-    save = ["import", "--hf-model", folder / "odd", "--save", folder / "odd-megatron"]
-    for code, printed in run_ranks(2, run_tool, ("convert_hf", [*save, *tp(2)]), timeout=120, megatron=True):
-        assert code == 0, printed[-3000:]
+    for of_rank in run_ranks(2, import_all, (str(folder), ("odd", "larger")), timeout=120, megatron=True):
+        for code, printed in of_rank:
+            assert code == 0, printed[-3000:]
     shutil.copytree(folder / "odd", folder / "odd-without-weights")
     (folder / "odd-without-weights" / "model.safetensors").unlink()
     return folder
+
+
+def import_all(folder, names):
+    """What convert_hf says of each model, to be NAME-megatron."""
+    return [
+        run_tool(
+            "convert_hf", ["import", "--hf-model", f"{folder}/{name}", "--save", f"{folder}/{name}-megatron", *tp(2)]
+        )
+        for name in names
+    ]
 
 
 def resize(folder, source, name, vocab_size):
@@ -54,6 +64,8 @@ def models(workspace):
         "sft": [*student, "--objective", "sft"],
         "saved": [*student, *kd, "--teacher-hf", workspace / "odd-without-weights"]
         + ["--teacher-load", workspace / "odd-megatron"],
+        "saved larger": [*student, *kd, "--teacher-hf", workspace / "larger"]
+        + ["--teacher-load", workspace / "larger-megatron"],
     }
 
 
@@ -79,7 +91,9 @@ def test_the_reference_is_the_student_before_training(single):
 
 
 def test_a_teacher_from_a_megatron_checkpoint_is_that_of_the_directory(single):
-    assert_same_training(single["saved"], single["kd odd"])
+    for saved, name in (("saved", "kd odd"), ("saved larger", "kd larger")):
+        assert_same_training(single[saved], single[name])
+        assert "-megatron/release are what was saved, bit for bit" in single[saved]["printed"]
 
 
 def test_a_step_reports_time_and_memory_of_the_teacher(workspace, single):

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from finetune_runs import SEQ_LENGTH, run_all, write_data, write_models
+from finetune_runs import SEQ_LENGTH, run_all, run_tool, write_data, write_models
 from launching import run_ranks
 from small_tokenizers import CHATML, byte_tokenizer
 
@@ -198,8 +198,9 @@ def flip_a_bit(directory, key):
     raise AssertionError(f"{key} is not found in {directory}")
 
 
-def damage_and_resume(groups, flips, resumed, folder):
-    """Runs in groups ({name: words}, how they are faulty), damaged checkpoints, and runs that resume."""
+def damage_and_resume(groups, flips, resumed, tools, folder):
+    """Runs in groups ({name: words}, how they are faulty), damaged checkpoints, runs that resume, and tools that read
+    the weights."""
     results = {}
     for runs, fault in groups:
         with Faulty(**fault):
@@ -209,7 +210,11 @@ def damage_and_resume(groups, flips, resumed, folder):
             shutil.copytree(source, target)
             flip_a_bit(target / "iter_0000002", key)
     dist.barrier()
-    return results | run_all(resumed, folder)
+    results |= run_all(resumed, folder)
+    for name, (tool, *arguments) in tools.items():
+        code, printed = run_tool(tool, arguments)
+        results[name] = {"code": code, "printed": printed}
+    return results
 
 
 def test_a_state_that_is_not_what_was_saved_ends_the_run(workspace, tmp_path):
@@ -240,11 +245,34 @@ def test_a_state_that_is_not_what_was_saved_ends_the_run(workspace, tmp_path):
         flips.append((tmp_path / "good", copy, key))
         resumed[kind] = words(command(workspace, "odd", *flags, "--bf16", "--load", copy))
     resumed["no optimizer"] = [*resumed["exp_avg"], "--no-load-optim"]
-    arguments = (groups, flips, resumed, str(workspace))
+    flipped = tmp_path / "flipped-weights"
+    resumed["weights alone"] = words(command(workspace, "odd", "--bf16", "--finetune", "--load", flipped))
+    resumed["teacher"] = [
+        *words(command(workspace, "odd", "--teacher-hf", workspace / "odd", "--teacher-load", flipped)),
+        *("--bf16", "--objective", "kd"),
+    ]
+    # What bfloat16 holds is compared in float32 too, but not the other way round.
+    resumed["good alone"] = words(command(workspace, "odd", *TP2, "--finetune", "--load", tmp_path / "good"))
+    resumed["old alone"] = words(command(workspace, "odd", "--finetune", "--load", tmp_path / "old"))
+    tools = {}
+    for kind, (load, more) in {"flipped": (flipped, []), "good": (tmp_path / "good", TP2)}.items():
+        model = ["--hf-model", workspace / "odd", "--load", load, *more]
+        data = ["--data", workspace / "train.jsonl", "--seq-length", SEQ_LENGTH]
+        tools |= {
+            f"{kind} export": ["convert_hf", "export", *model, "--save-hf", tmp_path / f"{kind}-hf"],
+            f"{kind} score": ["score", *model, *data, "--out", tmp_path / f"{kind}.jsonl", "--overwrite"],
+            f"{kind} cache": ["cache_teacher", *model, *data, "--out", tmp_path / f"{kind}-cache", "--k", 4],
+        }
+        tools[f"{kind} cache"][1] = "--teacher-hf"
+    # As score's.
+    del tools["good cache"]
+    tools["good narrowed"] = [*words(tools["good export"]), "--fp16", "--save-hf", tmp_path / "narrowed"]
+    tools = {name: words(tool) for name, tool in tools.items()}
+    arguments = (groups, flips, resumed, tools, str(workspace))
     results = run_ranks(2, damage_and_resume, arguments, 400, megatron=True)[0]
 
     def error(name):
-        lines = [line for line in results[name]["printed"].splitlines() if line.startswith("finetune: error:")]
+        lines = [line for line in results[name]["printed"].splitlines() if ": error: " in line]
         assert (results[name]["code"], len(lines)) == (2, 1), f"{name}: {results[name]['printed'][-3000:]}"
         return lines[0]
 
@@ -254,6 +282,18 @@ def test_a_state_that_is_not_what_was_saved_ends_the_run(workspace, tmp_path):
     assert "has no fingerprint of its state" in results["old"]["printed"]
     for kind in kinds:
         assert f"{kind} of decoder.layers.0.mlp.linear_fc2.weight are not what was saved:" in error(kind)
+    for name in ("weights alone", "teacher", "flipped export", "flipped score", "flipped cache"):
+        assert "weights of decoder.layers.0.mlp.linear_fc2.weight are not what was saved:" in error(name), name
+        assert not (tmp_path / "flipped-hf").exists() and not (tmp_path / "flipped.jsonl").exists()
+    for name in ("good alone", "good export", "good score"):
+        result = results[name]
+        assert result["code"] == 0 and "good/iter_0000002 are what was saved, bit for bit" in result["printed"], result
+    for name, reason in {
+        "old alone": "has no fingerprint",
+        "good narrowed": "was saved in bfloat16 and is loaded in float16",
+    }.items():
+        result = results[name]
+        assert result["code"] == 0 and f"{reason}: its weights were not compared" in result["printed"], result
     assert ": a file is damaged" in error("weights") and "--no-load-optim" not in error("weights")
     assert "--no-load-optim for the weights alone" in error("exp_avg")
     assert "nor are" not in error("master weights")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 22  # elements whose bits are widened at a time
+_CHUNK = 1 << 20  # elements whose bits are widened at a time
 _LARGEST = 1 << 63
 
 

@@ -80,6 +80,8 @@ def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False
     model = open_model(hf_model, words, save=directory.folder, dtype=dtype, cpu=cpu, progress="convert_hf: reading")
     from megatron.training.checkpointing import save_checkpoint
 
+    from qtarget_megatron.megatron.fingerprint import Fingerprints
+
     def begin() -> None:
         directory.open()
         values = sum(math.prod(shape) for shape in hf_tensor_shapes(model.arch).values())
@@ -88,6 +90,7 @@ def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False
     on_first_rank(begin)
     for chunk in model.chunks:
         chunk.sharded_state_dict = partial(_without_views, chunk.sharded_state_dict)
+    Fingerprints(model.args, model.arch).record(model.chunks, None)
     launch.start_save_process()
     save_checkpoint(0, model.wrapped, None, None, 0, release=True)
     on_first_rank(directory.finish)
@@ -325,7 +328,7 @@ def _build(
     wrapped = get_model(provider, wrap_with_ddp=False)
     if saved is not None:
         saved.check_fits(provider.built, arch, f"the model in {args.hf_model}")
-        saved.load_into(provider.built)
+        saved.load_into(provider.built, args, arch)
     else:
         total = sum(tensor.nbytes for chunk in provider.built for _, tensor in weights(chunk))
         report = Progress(progress, total, unit="GB", scale=1e9).add if progress else lambda nbytes: None

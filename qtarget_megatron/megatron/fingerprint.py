@@ -2,7 +2,8 @@
 
 A fingerprint has the number of elements and the sum of bits (see bit_sums) of each parameter of the whole model, of its
 master weights and of its moments. It is exact and the same at any layout, so nothing needs a tolerance. Rows of the
-vocabulary that are padding do not count: each tensor-parallel size has its own.
+vocabulary that are padding do not count: each tensor-parallel size has its own. Whatever reads only the weights of a
+checkpoint compares those.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from qtarget_megatron.checkpoint import Architecture, is_expert, partition_dim
 from qtarget_megatron.megatron.bit_sums import INTEGERS, bit_sum, wrapped
 from qtarget_megatron.megatron.commands import on_first_rank, print_once
 from qtarget_megatron.megatron.hf_weights import first_indices, tensor_share, weights
+from qtarget_megatron.megatron.launch import has_checkpoint
 from qtarget_megatron.megatron.resume_flags import ResumedFlags
 from qtarget_megatron.megatron.saved_files import newest_complete
+from qtarget_megatron.megatron.saved_model import checkpoint_directory
 from qtarget_megatron.megatron.wheel_repairs import around_checkpoints
 
 ATTRIBUTE = "qtarget_fingerprint"
 _WEIGHTS, _MASTER, _ROUNDED = "weights", "master weights", "rounded master weights"
 _PARTS = (_WEIGHTS, _MASTER, "exp_avg", "exp_avg_sq", "momentum_buffer", _ROUNDED)
+# What float32 holds exactly.
+_NARROWER = ("torch.bfloat16", "torch.float16")
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -44,6 +49,11 @@ def watch_checkpoints(
     """
     prints = Fingerprints(args, arch)
     known = args.ckpt_format == "torch_dist" and not (args.use_megatron_fsdp or args.use_torch_fsdp2)
+    if not known and (args.save is not None or has_checkpoint(args.load)):
+        print_once(
+            f"qtarget_megatron: checkpoints of --ckpt-format {args.ckpt_format} have no fingerprint: what is loaded is "
+            "not compared with what was saved"
+        )
 
     def save(proceed, optimizer):
         if known:
@@ -63,11 +73,13 @@ def watch_checkpoints(
                 "--no-load-optim"
             ) from error
         flags.after_load(optimizer, scheduler, iteration)
-        directory = Path(args.load) / f"iter_{iteration:07d}"
-        if args.finetune or args.no_load_optim or not directory.is_dir():
-            return iteration, operations
-        if known:
-            prints.compare(chunks, optimizer, str(directory))
+        if known and has_checkpoint(args.load):
+            directory = checkpoint_directory(args.load, args.ckpt_step)
+            if args.finetune or args.no_load_optim:
+                saved, _ = on_first_rank(lambda: _saved(directory))
+                prints.compare_weights(chunks, saved, directory)
+            else:
+                prints.compare(chunks, optimizer, directory)
         return iteration, operations
 
     around_checkpoints(save, load)
@@ -133,45 +145,38 @@ class Fingerprints:
                 "other, nothing with what was saved"
             )
             return
-        problems, compared = [], 0
-        for name, parts in rows.items():
-            stored = saved["parameters"].get(name, {})
-            for part, (_, _, count, total) in parts.items():
-                if (
-                    part not in stored
-                    or count == 0
-                    or (part == _WEIGHTS and saved["dtype"] != str(self._args.params_dtype))
-                ):
-                    continue
-                compared += 1
-                elements, expected = stored[part]
-                # Every replica has been added up.
-                replicas, rest = divmod(count, elements)
-                if rest or replicas == 0 or wrapped(replicas * expected) != total:
-                    problems.append((part, name))
-        if problems:
-            raise ValueError(self._refusal(directory, problems, compared))
+        parts = [part for part in _PARTS if part != _WEIGHTS or saved["dtype"] == str(self._args.params_dtype)]
+        compared = _compare_sums(rows, saved, parts, directory)
         step, expected = _step(optimizer), saved["step"]
         if step != expected and None not in (step, expected):
             raise ValueError(f"{directory}: the optimizer has made {step} steps, {expected} when it was saved")
         print_once(f"qtarget_megatron: the state that was loaded is what was saved, bit for bit ({compared} tensors)")
 
-    def _refusal(self, directory: str, problems: list[tuple[str, str]], compared: int) -> str:
-        # In float32 the master weights are loaded into the model's.
-        masters = {name for part, name in problems if part == _MASTER}
-        problems = [(part, name) for part, name in problems if part != _WEIGHTS or name not in masters]
-        part, name = problems[0]
-        others = f", nor are {len(problems) - 1} more of {compared} tensors" if len(problems) > 1 else ""
-        load, number = Path(directory).parent, str(int(Path(directory).name.removeprefix("iter_")))
-        earlier = newest_complete(load, but=number)
-        advice = [] if earlier is None else [f"--ckpt-step {earlier}"]
-        if all(part != _WEIGHTS for part, _ in problems):
-            advice.append("--no-load-optim for the weights alone")
-        advice.append("the layout that it was saved at")
-        return (
-            f"{directory}: {part} of {name} are not what was saved{others}: a file is damaged, or not restored as it "
-            f"was saved; give {', '.join(advice[:-1])}{' or ' if len(advice) > 1 else ''}{advice[-1]}"
-        )
+    def compare_weights(
+        self, chunks: Sequence[GPTModel], saved: dict | None, directory: str, *, step_flag: str = "--ckpt-step"
+    ) -> None:
+        """ValueError on every rank where weights that were loaded alone are not what was saved in the directory.
+
+        Collective over all ranks. saved: the fingerprint there, or None. Weights that were saved in bfloat16 or float16
+        are compared in float32 too, which takes a copy of one parameter at a time; rows of a vocabulary that is cut are
+        not. Where nothing can be compared a line says so. step_flag: chooses another iteration.
+        """
+        ours = str(self._args.params_dtype)
+        reason = None
+        if saved is None:
+            reason = "has no fingerprint"
+        elif saved["dtype"] != ours and (ours != "torch.float32" or saved["dtype"] not in _NARROWER):
+            reason = f"was saved in {saved['dtype']} and is loaded in {ours}".replace("torch.", "")
+        if reason is not None:
+            print_once(f"qtarget_megatron: {directory} {reason}: its weights were not compared with what was saved")
+            return
+        dtype = getattr(torch, saved["dtype"].removeprefix("torch."))
+        table = self._sums(chunks, self._pieces(chunks, None, dtype=dtype)).tolist()
+        rows = {name: dict(zip(_PARTS, table[row], strict=True)) for name, row in self._rows.items()}
+        if any(chunk.vocab_size < self._arch.vocab_size for chunk in chunks):
+            rows = {name: parts for name, parts in rows.items() if name not in (_EMBEDDING, _HEAD)}
+        compared = _compare_sums(rows, saved, [_WEIGHTS], directory, step_flag)
+        print_once(f"qtarget_megatron: the weights of {directory} are what was saved, bit for bit ({compared} tensors)")
 
     def _compare_copies(self, rows: dict, directory: str) -> None:
         """ValueError where copies of one thing in a loaded state differ."""
@@ -188,8 +193,11 @@ class Fingerprints:
 
     # ---- what this rank has
 
-    def _pieces(self, chunks: Sequence[GPTModel], optimizer, *, rounded: bool = False) -> Iterator[_Piece]:
-        """All parts of all parameters of this rank. rounded: also the master weights in the model's dtype."""
+    def _pieces(
+        self, chunks: Sequence[GPTModel], optimizer, *, rounded: bool = False, dtype: torch.dtype | None = None
+    ) -> Iterator[_Piece]:
+        """All parts of all parameters of this rank. rounded: also the master weights in the model's dtype. dtype: that
+        the weights are taken in, where it is not the model's."""
         names: dict[int, tuple[str, bool]] = {}
         for chunk in chunks:
             tied = chunk.share_embeddings_and_output_weights
@@ -198,7 +206,10 @@ class Fingerprints:
                 names[id(parameter)] = self._key(chunk, name), self._is_first_shard(chunk, name, parameter)
                 if type(parameter) in (Tensor, torch.nn.Parameter):
                     counts = names[id(parameter)][1] and _replica(name) == 0
-                    values = self._known_rows(chunk, name, parameter.detach().reshape(-1), 0, parameter.shape)
+                    # The router's numbers that are no parameters are float32 in any model.
+                    as_saved = dtype if isinstance(parameter, torch.nn.Parameter) else None
+                    values = parameter.detach().to(as_saved or parameter.dtype)
+                    values = self._known_rows(chunk, name, values.reshape(-1), 0, parameter.shape)
                     yield _Piece(names[id(parameter)][0], _WEIGHTS, values, 0, counts and not is_copy)
                 if is_copy:
                     # Its moments are a second copy that not every format of checkpoints restores from the first.
@@ -257,6 +268,46 @@ class Fingerprints:
                 cell[:2] += added
         dist.all_reduce(table)
         return table.cpu()
+
+
+def _compare_sums(
+    rows: dict[str, dict], saved: dict, parts: Sequence[str], directory: str, step_flag: str = "--ckpt-step"
+) -> int:
+    """How many tensors of these parts were compared; ValueError where one differs. rows: those of _sums() by name."""
+    problems, compared = [], 0
+    for name, of_parts in rows.items():
+        stored = saved["parameters"].get(name, {})
+        for part in parts:
+            _, _, count, total = of_parts[part]
+            if part not in stored or count == 0:
+                continue
+            compared += 1
+            elements, expected = stored[part]
+            # Every replica has been added up.
+            replicas, rest = divmod(count, elements)
+            if rest or replicas == 0 or wrapped(replicas * expected) != total:
+                problems.append((part, name))
+    if problems:
+        raise ValueError(_refusal(directory, problems, compared, step_flag))
+    return compared
+
+
+def _refusal(directory: str, problems: list[tuple[str, str]], compared: int, step_flag: str) -> str:
+    # In float32 the master weights are loaded into the model's.
+    masters = {name for part, name in problems if part == _MASTER}
+    problems = [(part, name) for part, name in problems if part != _WEIGHTS or name not in masters]
+    part, name = problems[0]
+    others = f", nor are {len(problems) - 1} more of {compared} tensors" if len(problems) > 1 else ""
+    load, number = Path(directory).parent, Path(directory).name.removeprefix("iter_").lstrip("0")
+    earlier = newest_complete(load, but=number or "0")
+    advice = [] if earlier is None else [f"{step_flag} {earlier}"]
+    if all(part != _WEIGHTS for part, _ in problems):
+        advice.append("--no-load-optim for the weights alone")
+    advice.append("the layout that it was saved at")
+    return (
+        f"{directory}: {part} of {name} are not what was saved{others}: a file is damaged, or not restored as it "
+        f"was saved; give {', '.join(advice[:-1])}{' or ' if len(advice) > 1 else ''}{advice[-1]}"
+    )
 
 
 def _states(optimizer) -> Iterator[tuple[Tensor, int, dict[str, Tensor], int | None]]:

@@ -273,4 +273,4 @@ class ModelProvider:
         check_complete(teachers, self._teacher)
         if self._teacher_weights is not None:
             self._teacher_weights.check_fits(teachers, self._teacher, f"the model in {self._args.teacher_hf}")
-            self._teacher_weights.load_into(teachers)
+            self._teacher_weights.load_into(teachers, self._args, self._teacher)

@@ -95,13 +95,15 @@ class SavedModel:
                 "the directory that it was imported from"
             )
 
-    def load_into(self, chunks: list[GPTModel]) -> None:
-        """Fill the chunks of this rank where they are, in their dtype; collective over all ranks. ValueError where a
-        weight is missing, NaN or infinite.
+    def load_into(self, chunks: list[GPTModel], args: argparse.Namespace, arch: Architecture) -> None:
+        """Fill the chunks of this rank where they are, in their dtype, args.params_dtype; collective over all ranks.
+        ValueError where a weight is missing, NaN or infinite, or not what was saved.
 
         Beside the chunks, memory is needed for one tensor as it was saved, that of one tensor-parallel rank.
         """
         from megatron.core import dist_checkpointing
+
+        from qtarget_megatron.megatron.fingerprint import ATTRIBUTE, Fingerprints
 
         mine = [tensor for chunk in chunks for tensor in self._tensors(chunk)]
         # torch keeps a tensor that it has read until it has read the next: the largest are read by themselves.
@@ -117,13 +119,17 @@ class SavedModel:
                 raise ValueError(
                     f"{self.flag} {self.directory} did not give {missing[0]}: the checkpoint is incomplete"
                 )
+        step_flag = self.flag.replace("load", "ckpt-step")
         for tensor in mine:
             if tensor.data is not None and not is_finite(tensor.data):
                 name = tensor.key + (f" of layer {tensor.global_offset[0]}" if tensor.prepend_axis_num else "")
                 raise ValueError(
                     f"{self.flag} {self.directory}: expected finite weights, got NaN or infinity in {name}: take an "
-                    "earlier iteration (--ckpt-step)"
+                    f"earlier iteration ({step_flag})"
                 )
+        Fingerprints(args, arch).compare_weights(
+            chunks, getattr(self.args, ATTRIBUTE, None), self.directory, step_flag=step_flag
+        )
 
     def _tensors(self, chunk: GPTModel) -> list:
         """A chunk's tensors by their name in the checkpoint, as Megatron's ShardedTensors over the chunk's memory. What
