@@ -60,6 +60,10 @@ class ResumableLines:
         """What the lines of an earlier run were made from, which a run may go on with; empty without such lines."""
         return self._begun() if self._partial.exists() else {}
 
+    def num_bytes(self) -> int:
+        """Of the lines that are there already."""
+        return self._partial.stat().st_size if self._partial.exists() else 0
+
     def _begun(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self._header.read_text(encoding="utf-8")))
@@ -224,14 +228,20 @@ def check_output_directory(path: str | Path) -> None:
         raise ValueError(f"{path}: expected its parent to be a directory, found none; create {path.absolute().parent}")
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """ValueError where the disk of an existing folder has less than so many bytes left."""
+def check_space(folder: Path, needed: int, *, most: int = 0) -> str | None:
+    """ValueError where the disk of an existing folder has less than so many bytes left.
+
+    most: where the size is not known exactly, the most there could be; a warning where there is no room for that.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
             f"{folder}: expected {needed / 1e9:.1f} GB of free disk space for what is to be written, found "
             f"{free / 1e9:.1f} GB; make room or write elsewhere"
         )
+    if free < most:
+        return f"{folder}: up to {most / 1e9:.1f} GB will be written, there are {free / 1e9:.1f} GB of free disk space"
+    return None
 
 
 def sync(path: Path) -> None:

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -82,6 +84,10 @@ def run_all(jobs, folder):
         tool = convert_hf if words[0] == "import" else cache_teacher
         printed = io.StringIO()
         small = _small_parts(fail=name == "interrupted") if name in ("interrupted", "resumed") else _nothing()
+        if name in ("bad no room", "teacher"):
+            # What one entry of each token takes, or less than there could be.
+            free = 1000 if name == "bad no room" else 20_000
+            small = mock.patch.object(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), small:
             try:
                 code = tool.main([str(word) for word in words])
@@ -143,6 +149,7 @@ BAD = {
     "other model": (["one", *EXACT, "--teacher-hf", "teacher"], "a different --teacher-hf: choose"),
     "student's tokenizer": (["never", "--student-hf", "other-tokenizer"], "vocabularies differ"),
     "context parallel": (["never", "--context-parallel-size", 2], "multiple of 2 processes"),
+    "no room": (["no-room", "--top-p", 0.9], "GB of free disk space for what is to be written, found 0.0 GB"),
     "nan": (["nan", "--teacher-hf", "overflow"], "data.jsonl:2: the logits of supervised token 0 are not finite"),
 }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -382,6 +384,27 @@ def test_a_folder_that_no_demo_made_is_not_replaced(tmp_path):
     (tmp_path / "thesis").mkdir()
     with pytest.raises(ValueError, match="not an earlier demo's output"):
         run.check_out(tmp_path / "thesis")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_downloaded(tmp_path, monkeypatch):
+    layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576
+    assert run.PARAMETERS == 49152 * 576 + 30 * layer + 576
+    monkeypatch.setattr(run, "prepare", lambda cache: pytest.fail("downloaded"))
+    cache, settings = tmp_path / "none" / "cache", run.Settings(out=tmp_path / "out")
+
+    def disk(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+    disk(20 * run.PARAMETERS - 1)
+    with pytest.raises(ValueError, match="2.2 GB for --out .* and 538.1 MB|2.2 GB for --out .* and 0.5 GB"):
+        run.run(settings, cache)
+    assert list(tmp_path.iterdir()) == []
+    disk(20 * run.PARAMETERS)
+    run.check_room(settings.out, cache)
+    # Where the model is there already.
+    (cache / prepare.MODEL_FOLDER).mkdir(parents=True)
+    disk(16 * run.PARAMETERS)
+    run.check_room(settings.out, cache)
 
 
 def test_parameters_of_the_default_objective_do_not_leak_to_others():

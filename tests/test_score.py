@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from megatron_reset import reset
 from small_tokenizers import CHATML, SPECIAL, byte_tokenizer, chat
 
 from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples, load_tokenizer
+from qtarget_megatron.megatron import score as scoring
 from qtarget_megatron.side_inputs import batch_key
 
 # The first test of a launch waits for all of its jobs.
@@ -86,7 +89,9 @@ def run_all(jobs, folder):
     results = {}
     for name, (tool, *words) in jobs.items():
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        no_room = mock.patch.object(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5000))
+        small_disk = no_room if name == "bad no room" else contextlib.nullcontext()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), small_disk:
             try:
                 code = tools[tool].main([str(word) for word in words])
             except SystemExit as stop:  # argparse
@@ -133,6 +138,7 @@ BAD = {
     "processes": (["o.jsonl", *TP2], "--nproc-per-node 2"),
     "heads": (["o.jsonl", "--tensor-model-parallel-size", 3], "3 does not divide the 4 attention heads"),
     "save": (["o.jsonl", "--save", "x"], "--save has no meaning"),
+    "no room": (["o.jsonl"], "GB of free disk space for what is to be written, found 0.0 GB"),
     "architecture flag": (["o.jsonl", "--num-layers", 2], "--num-layers follow"),
     "reference's vocabulary": (["o.jsonl", "--reference-hf", "larger-vocabulary"], "embed_tokens"),
     "reference's tokenizer": (["o.jsonl", "--reference-hf", "other-tokenizer"], "vocabularies differ"),
@@ -444,3 +450,37 @@ def test_help_explains_without_a_model():
         "exp(temp * mean_t(log p - log p_ref))",
     ):
         assert piece in result.stdout
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_written_lies_between_the_bounds_that_the_disk_is_looked_at_for(tmp_path, monkeypatch, overwrite):
+    """Against the lines themselves, with the shortest and the longest numbers there are."""
+    numbers = [[0.0] * 50, [-1.23456789e-100] * 50]
+    texts = [{"prompt": "a", "completion": "b"}, {"prompt": "\u00e9" * 200, "completion": "x", "note": "\u20ac" * 99}]
+    if overwrite:
+        texts = [record | {"old_log_prob": "y" * 40, "weight": 1} for record in texts]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n\n".join(json.dumps(record, ensure_ascii=False) for record in texts) + "\n")
+    file = JsonlFile(path)
+    options = scoring.ScoreOptions(
+        hf_model=tmp_path, data=path, out=tmp_path / "o", seq_length=64, reference=tmp_path, overwrite=overwrite
+    )
+    for values in numbers:
+        lines = [
+            scoring.with_fields(
+                file.text(i), file.record(i), options.fields, {"old_log_prob": values, "weight": values[0]}
+            )
+            for i in range(len(file))
+        ]
+        written = sum(len(line.encode()) + 1 for line in lines)
+
+        def look(free, there=0):
+            monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+            return scoring.check_room(options, file, 100, there)
+
+        # Room for what is written is never refused; without a warning there is room.
+        look(written)
+        assert look(written - 1) is not None and look(written - 1 - 10**6, 10**6 + 1) is not None
+        assert look(10**6) is None and look(0, 10**6) is None
+        with pytest.raises(ValueError, match="of free disk space for what is to be written"):
+            look(499)

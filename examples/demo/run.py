@@ -21,10 +21,11 @@ from pathlib import Path
 
 from examples.demo import report
 from examples.demo.launch import LaunchFailed, launch, sigterm_as_interrupt
-from examples.demo.prepare import cache_directory, prepare
+from examples.demo.prepare import MODEL_FOLDER, cache_directory, prepare
 
 TENSOR_PARALLEL = 3  # the model has 3 key/value heads
 PIPELINE_PARALLEL = 2
+PARAMETERS = 134_515_008
 MICRO_BATCH_SIZE = 2
 # The held-out records that transformers scores are those that Megatron evaluates.
 SCORED_RECORDS = 8
@@ -112,6 +113,7 @@ def run(settings: Settings, cache: Path) -> None:
     from examples.demo.answers import Answerer
 
     check_out(settings.out)
+    check_room(settings.out, cache)
     with step("1/5 prepare the model and the data"):
         prepared = prepare(cache)
     records = [json.loads(line) for line in prepared.valid.read_text("utf-8").splitlines()]
@@ -192,6 +194,24 @@ def check_out(out: Path) -> None:
     """Refuse to replace a folder that no demo run made."""
     if out.exists() and not (out / "report.json").is_file():
         raise ValueError(f"--out {out} exists and is not an earlier demo's output: name another folder")
+
+
+def check_room(out: Path, cache: Path) -> None:
+    """Refuse what the disks surely cannot hold: the model in the cache, a checkpoint and the export in `out`."""
+    from qtarget_megatron.megatron import outputs
+
+    float32 = 4 * PARAMETERS
+    sizes = {
+        # Of each weight, and Adam's two moments; the export.
+        "--out": (out.parent, 4 * float32),
+        "--cache": (cache, 0 if (cache / MODEL_FOLDER).is_dir() else float32),
+    }
+    items = []
+    for flag, (folder, nbytes) in sizes.items():
+        while not folder.exists():
+            folder = folder.parent
+        items.append(outputs.Item(flag, folder, nbytes))
+    outputs.check_room([item for item in items if item.nbytes])
 
 
 @contextmanager

@@ -133,6 +133,11 @@ class JsonlFile:
     def __len__(self) -> int:
         return len(self._index)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all records' lines; blank ones do not count."""
+        return int(self._index[:, 1].sum())
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}
 

@@ -100,10 +100,14 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
         f"cache_teacher: {num_tokens} supervised tokens of {most}{header.bytes_per_token} bytes: {most}"
         f"{num_tokens * header.bytes_per_token / 1e6:,.1f} MB"
     )
-    if options.top_p is None:
-        # Of top_p that is the most there could be.
-        size = num_tokens * header.bytes_per_token
-        on_first_rank(lambda: check_space(options.out, size - sum(p.stat().st_size for p in options.out.iterdir())))
+
+    def check_room() -> str | None:
+        written = sum(path.stat().st_size for path in options.out.iterdir())
+        least, most = (num_tokens * size - written for size in (header.least_bytes_per_token, header.bytes_per_token))
+        return check_space(options.out, least, most=most)
+
+    if warning := on_first_rank(check_room):
+        print_once(f"cache_teacher: WARNING: {warning}")
     run.complete(_Caching(options, header, file, writer))
 
 

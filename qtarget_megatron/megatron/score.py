@@ -18,10 +18,10 @@ from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, writes_date
 from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
 from qtarget_megatron.megatron import cpu_platform, launch
-from qtarget_megatron.megatron.commands import is_first_rank, print_once
+from qtarget_megatron.megatron.commands import is_first_rank, on_first_rank, print_once
 from qtarget_megatron.megatron.convert import load_model_tokenizer
 from qtarget_megatron.megatron.dataset_run import DatasetRun, RunOptions, precision_flags
-from qtarget_megatron.resumable import ResumableLines, directory_digest, file_digest
+from qtarget_megatron.resumable import ResumableLines, check_space, directory_digest, file_digest
 from qtarget_megatron.side_inputs import check_weight_options, importance_weight
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
             "with which iw-sft trains as sft does"
         )
     run = DatasetRun("score", options, words, tokenizer=tokenizer, file=file, reference=options.reference, cpu=cpu)
-    run.inspect(partial(_check_record, options, file))
+    num_tokens = run.inspect(partial(_check_record, options, file))
+    if warning := on_first_rank(lambda: check_room(options, file, num_tokens, lines.num_bytes())):
+        print_once(f"score: WARNING: {warning}")
     run.complete(_Scoring(options, arch.vocab_size, file, lines))
     return len(file)
 
@@ -120,6 +122,24 @@ def _made_from(options: ScoreOptions, words: list[str]) -> dict[str, Any]:
             "--max-weight": options.max_weight,
         }
     return made_from
+
+
+# Characters of a number with the comma before it, and of the fields' names, brackets and the weight.
+_NUMBER, _FIELDS = (5, 18), (20, 64)
+
+
+def check_room(options: ScoreOptions, file: JsonlFile, num_tokens: int, written: int) -> str | None:
+    """A warning where the disk may not hold the scored records. ValueError where it surely does not.
+
+    num_tokens: supervised ones of all records. written: bytes that are there already.
+    """
+    least, most = (
+        num_tokens * number + len(file) * fields - written for number, fields in zip(_NUMBER, _FIELDS, strict=True)
+    )
+    # A record whose fields are replaced is written anew: it may lose long ones, or have its text escaped.
+    least += 0 if options.overwrite else file.num_bytes
+    most += file.num_bytes * (3 if options.overwrite else 1)
+    return check_space(options.out.absolute().parent, least, most=most)
 
 
 def _check_record(options: ScoreOptions, file: JsonlFile, index: int) -> None:

@@ -104,10 +104,18 @@ class CacheHeader:
     @property
     def bytes_per_token(self) -> int:
         """With top-p at most."""
+        return self._bytes(self.k)
+
+    @property
+    def least_bytes_per_token(self) -> int:
+        """With top-p those of one entry."""
+        return self._bytes(self.k if self.top_p is None else 1)
+
+    def _bytes(self, entries: int) -> int:
         entry, token = (
             sum(dtype.itemsize for dtype in dtypes.values()) for dtypes in (self.entry_dtypes, self.token_dtypes)
         )
-        return self.k * entry + token
+        return entries * entry + token
 
     def differing(self, other: CacheHeader) -> list[str]:
         """Names of what the two were made from differently."""
