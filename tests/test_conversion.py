@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from conversion_runs import (
     write_model,
 )
 from finetune_runs import COMMON, write_data, write_models
-from launching import REPOSITORY, run_ranks, run_torchrun
+from launching import run_ranks
 from safetensors.torch import load_file, save_file
 
 # The first test of a launch waits for all of its jobs.
@@ -490,22 +488,3 @@ def test_bad_input_is_one_line_and_writes_nothing(workspace, one):
     assert not (workspace / "never").exists()
     assert [path.name for path in (workspace / "occupied").iterdir()] == ["notes"]
     assert not list(workspace.glob("*.incomplete*")) + list(workspace.glob(".*incomplete*"))
-
-
-def test_the_tool_runs_by_its_path_and_under_torchrun(workspace, tmp_path):
-    source, ckpt, out = ["--hf-model", workspace / "tied"], tmp_path / "ckpt", tmp_path / "out"
-    tool = [sys.executable, REPOSITORY / "tools" / "convert_hf.py"]
-    done = subprocess.run(
-        list(map(str, [*tool, "import", *source, "--save", ckpt])),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (ckpt / "latest_checkpointed_iteration.txt").read_text() == "release"
-    words = ["qtarget_megatron.commands.convert_hf", "export", *source, "--load", ckpt, "--save-hf", out, *TP2]
-    done = run_torchrun(2, list(map(str, words)), timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("convert_hf: exported") == 1
-    assert_same_bits(read_tensors(out), read_tensors(workspace / "tied"))
