@@ -35,10 +35,8 @@ its logits too.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from qtarget_megatron._version import versions
-from qtarget_megatron.command_line import Parser
+from qtarget_megatron.commands.parsers import MEGATRON, add_path, add_run, command_parser, run_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,13 +52,7 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
     from qtarget_megatron.teacher_cache import TeacherCache
 
     options = CacheOptions(
-        hf_model=ours.teacher_hf,
-        data=ours.data,
-        out=ours.out,
-        seq_length=ours.seq_length,
-        load=ours.load,
-        ckpt_step=ours.ckpt_step,
-        data_date=ours.data_date,
+        **run_options(ours, ours.teacher_hf),
         k=ours.k,
         top_p=ours.top_p,
         dtype=ours.dtype,
@@ -77,44 +69,24 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m qtarget_megatron.commands.cache_teacher",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Takes Megatron's flags as well: layout, --micro-batch-size, --bf16, ...",
+    parser = command_parser("cache_teacher", __doc__, others=MEGATRON)
+    add_run(
+        parser,
+        model="--teacher-hf",
+        what="the teacher",
+        out=("CACHE", "directory to write, new or empty, or with a cache that is not complete"),
+        seq_length="; training may cut shorter",
     )
-    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
-
-    def path(flag: str, metavar: str, text: str, required: bool = False) -> None:
-        parser.add_argument(flag, type=Path, metavar=metavar, help=text, required=required)
-
-    path("--teacher-hf", "DIR", "Hugging Face directory of the teacher", True)
-    path("--load", "CKPT", "Megatron checkpoint with its weights (default: those of --teacher-hf)")
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of --load (default: the latest)")
-    path("--data", "FILE", "JSONL as for training", True)
-    parser.add_argument(
-        "--data-date",
-        metavar="YYYY-MM-DD",
-        help="the date that a chat template writes which asks for today's (default: that of the run that goes on, or "
-        "today)",
-    )
-    path("--out", "CACHE", "directory to write, new or empty, or with a cache that is not complete", True)
     parser.add_argument("--k", type=int, required=True, metavar="K", help="most likely tokens to keep")
     parser.add_argument("--top-p", type=float, metavar="P", help="keep the fewest of them whose mass reaches P")
     parser.add_argument(
         "--dtype", default="float16", metavar="T", help="of the log-probabilities: float16 (default) or float32"
     )
-    parser.add_argument(
-        "--seq-length", type=int, required=True, metavar="S", help="samples are cut to it; training may cut shorter"
-    )
-    path(
-        "--student-hf", "DIR", "the student: its tokenizer, chat template and vocabulary size (default: the teacher's)"
-    )
-    parser.add_argument(
-        "--cpu",
-        action="store_true",
-        help="run on the CPU; the default where no GPU is found, refused where one is",
+    add_path(
+        parser,
+        "--student-hf",
+        "DIR",
+        "the student: its tokenizer, chat template and vocabulary size (default: the teacher's)",
     )
     return parser
 

@@ -37,8 +37,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qtarget_megatron._version import versions
-from qtarget_megatron.command_line import Parser
+from qtarget_megatron.commands.parsers import command_parser
 
 TEXT = """\
 A lighthouse keeper once kept two books. In the first she wrote what she saw: ships by name, the
@@ -114,13 +113,7 @@ def run_check(ours: argparse.Namespace, words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m qtarget_megatron.commands.convert_hf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
+    parser = command_parser("convert_hf", __doc__)
     commands = parser.add_subparsers(required=True, metavar="{import,export,check}")
 
     def command(name: str, run, summary: str) -> argparse.ArgumentParser:

@@ -32,8 +32,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from qtarget_megatron._version import versions
-from qtarget_megatron.command_line import Parser
+from qtarget_megatron.commands.parsers import command_parser
 
 FILES = ("targets.png", "targets.html", "targets.json")
 # Characters that would show as nothing, or break the line.
@@ -236,13 +235,7 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m qtarget_megatron.commands.inspect_targets",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
+    parser = command_parser("inspect_targets", __doc__)
     add = parser.add_argument
     add("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face directory: model and tokenizer")
     add("--teacher-hf", type=Path, metavar="DIR", help="the second model, where an objective reads one")

@@ -24,8 +24,7 @@ import argparse
 import dataclasses
 import json
 
-from qtarget_megatron._version import versions
-from qtarget_megatron.command_line import Parser
+from qtarget_megatron.commands.parsers import command_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,14 +104,11 @@ def _gib(count: float) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m qtarget_megatron.commands.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Takes the flags of finetune and Megatron's as well: --hf-model DIR (needed), layout, precision, ...",
+    parser = command_parser(
+        "plan",
+        __doc__,
+        others="the flags of finetune and Megatron's as well: --hf-model DIR (needed), layout, precision, ...",
     )
-    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
     parser.add_argument("--world-size", type=int, required=True, metavar="RANKS", help="ranks of the training")
     parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of a device (default: no limit)")
     parser.add_argument(

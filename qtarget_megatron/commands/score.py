@@ -34,10 +34,8 @@ compute in float32 unless --bf16 or --fp16 is given.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from qtarget_megatron._version import versions
-from qtarget_megatron.command_line import Parser
+from qtarget_megatron.commands.parsers import MEGATRON, add_path, add_run, command_parser, run_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,13 +58,7 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
     from qtarget_megatron.megatron.score import ScoreOptions, score
 
     options = ScoreOptions(
-        hf_model=ours.hf_model,
-        data=ours.data,
-        out=ours.out,
-        seq_length=ours.seq_length,
-        load=ours.load,
-        ckpt_step=ours.ckpt_step,
-        data_date=ours.data_date,
+        **run_options(ours, ours.hf_model),
         reference=ours.reference_hf,
         temperature=1.0 if ours.temp is None else ours.temp,
         max_weight=16.0 if ours.max_weight is None else ours.max_weight,
@@ -78,42 +70,19 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m qtarget_megatron.commands.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Takes Megatron's flags as well: layout, --micro-batch-size, --bf16, ...",
+    parser = command_parser("score", __doc__, others=MEGATRON)
+    add_run(
+        parser,
+        model="--hf-model",
+        what="the model; tokenizer and chat template too",
+        out=("FILE", "the scored records"),
+        seq_length=", as in the training to come",
     )
-    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
-
-    def path(flag: str, metavar: str, text: str, required: bool = False) -> None:
-        parser.add_argument(flag, type=Path, metavar=metavar, help=text, required=required)
-
-    path("--hf-model", "DIR", "Hugging Face directory of the model; tokenizer and chat template too", True)
-    path("--load", "CKPT", "Megatron checkpoint with the weights (default: those of --hf-model)")
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of --load (default: the latest)")
-    path("--data", "FILE", "JSONL as for training", True)
-    parser.add_argument(
-        "--data-date",
-        metavar="YYYY-MM-DD",
-        help="the date that a chat template writes which asks for today's (default: that of the run that goes on, or "
-        "today)",
-    )
-    path("--out", "FILE", "the scored records", True)
-    path("--reference-hf", "DIR", "Hugging Face directory of the reference model: compute weights as well")
+    add_path(parser, "--reference-hf", "DIR", "Hugging Face directory of the reference model: compute weights as well")
     parser.add_argument("--temp", type=float, metavar="X", help="temp in the weight's formula (default: 1)")
     parser.add_argument("--max-weight", type=float, metavar="X", help="largest weight (default: 16)")
     parser.add_argument(
-        "--seq-length", type=int, required=True, metavar="S", help="samples are cut to it, as in the training to come"
-    )
-    parser.add_argument(
         "--overwrite", action="store_true", help="replace --out, and fields of the same names in the records"
-    )
-    parser.add_argument(
-        "--cpu",
-        action="store_true",
-        help="run on the CPU; the default where no GPU is found, refused where one is",
     )
     return parser
 

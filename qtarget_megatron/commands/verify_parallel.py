@@ -37,8 +37,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qtarget_megatron._version import versions
-from qtarget_megatron.command_line import Parser
+from qtarget_megatron.commands.parsers import command_parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,13 +112,7 @@ def _how_to_verify(left_out: list[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m qtarget_megatron.commands.verify_parallel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
+    parser = command_parser("verify_parallel", __doc__)
 
     def number(flag: str, default: int, text: str) -> None:
         parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
