@@ -346,6 +346,7 @@ def test_what_is_printed(workspace, one):
     assert "cache_teacher: 33/33 samples" in lines[-2] and "0:00:00 left" in lines[-2]
     assert f"33 samples, {cache.num_tokens} supervised tokens, 8.0 entries each" in lines[-1]
     assert f"mean tail {cache.mean_tail:.4f}" in lines[-1] and 0.05 < cache.mean_tail < 0.95
+    assert "teacher-cache: up to 0.0 GB will be written, there are 0.0 GB of free" in one["teacher"][1]
     assert one["again"][0] == 0 and "one is complete already, made from the same inputs" in one["again"][1]
 
 
