@@ -20,12 +20,6 @@ struct MatrixView {
     int64_t row_stride;
 };
 
-// u = a z + b t; a coefficient of exactly 0 removes its operand.
-struct Residual {
-    float a;
-    float b;
-};
-
 // What both kernels read. Columns from valid_columns on are padding: never read.
 struct ShardArgs {
     MatrixView logits;

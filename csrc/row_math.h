@@ -7,6 +7,9 @@
 //   per residual u = a z + b t:
 //   m = max u    s = sum exp(u - m)    x = sum exp(u - m) (z - max z)    h = sum exp(u - m) (u - m)
 //
+// u itself is never rounded: far from 0 that would cost more than u - m may lose. The maximum may
+// be, the sums are centred on just the float that travels.
+//
 // c (Collision) and h (Entropy) are there on request: without it they stay 0 and cost nothing.
 //
 // Maxima never hold NaN (comparisons with NaN are false); a NaN or +inf shows in s instead.
@@ -28,12 +31,18 @@ constexpr int kMaxResiduals = 2;
 constexpr int kBaseWidth = 4;
 constexpr int kResidualWidth = 3;
 
+// u = a z + b t; a coefficient of exactly 0 removes its operand.
+struct Residual {
+    float a;
+    float b;
+};
+
 // Which numbers a row of the partial holds besides m, s, e, z_y and the residuals' m, s, x.
 struct Layout {
     bool collision;         // c
     int64_t top_k;          // this many of the largest z
     bool residual_entropy;  // h of each residual
-    bool residual_label;    // u of the label, of each residual
+    bool residual_label;    // t of the label, of each residual
 };
 
 template <class Real, bool Entropy>
@@ -96,9 +105,39 @@ QTARGET_FN float exp_float(float x) {
 #endif
 }
 
-QTARGET_FN float residual_logit(float a, float b, float z, float t) {
-    const float u = a != 0.0f ? a * z : 0.0f;
-    return b != 0.0f ? fmaf(b, t, u) : u;
+// Sums and products that no compiler may fuse.
+QTARGET_FN float plain_sum(float x, float y) {
+#if defined(__CUDA_ARCH__)
+    return __fadd_rn(x, y);
+#else
+    return x + y;
+#endif
+}
+
+QTARGET_FN float plain_product(float x, float y) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(x, y);
+#else
+    return x * y;
+#endif
+}
+
+// Below every product that a finite weight belongs to.
+constexpr float kLowestProduct = -1e30f;
+
+// a z + b t - centre, rounded as if at the end alone. A coefficient of 0 removes its operand,
+// whatever it holds.
+QTARGET_FN float residual_exponent(float a, float b, float centre, float z, float t) {
+    if (b == 0.0f) return a == 0.0f ? -centre : fmaf(a, z, -centre);
+    if (a == 0.0f) return fmaf(b, t, -centre);
+    // az - centre as a sum of two floats (Knuth's), and what the product was rounded by. Without
+    // the floor a product of -inf would leave NaN there.
+    const float az = larger(kLowestProduct, plain_product(a, z));
+    const float sum = plain_sum(az, -centre);
+    const float of_centre = plain_sum(sum, -az);
+    const float of_az = plain_sum(sum, -of_centre);
+    const float lost = plain_sum(plain_sum(az, -of_az), -plain_sum(centre, of_centre));
+    return plain_sum(fmaf(b, t, sum), plain_sum(lost, fmaf(a, z, -az)));
 }
 
 template <class Real, int R, bool Collision, bool Entropy>
@@ -162,10 +201,11 @@ QTARGET_FN void add(RowSums<Real, R, Collision, Entropy>& sums,
 }
 
 // Writes a row of the partial, all but its largest logits: m, s, e, z_y, [c], then m, s, x, [h],
-// [u_y] of each residual. label_residual: u_y of each, read where the layout asks for it.
+// [t_y] of each residual, 0 where it reads no teacher.
 template <class Real, int R, bool Collision, bool Entropy>
 QTARGET_FN void write_partial(const RowSums<Real, R, Collision, Entropy>& sums, float label_logit,
-                              const float* label_residual, const Layout& layout, float* out) {
+                              float label_teacher, const Residual* residuals,
+                              const Layout& layout, float* out) {
     out[0] = static_cast<float>(sums.m);
     out[1] = static_cast<float>(sums.s);
     out[2] = static_cast<float>(sums.e);
@@ -181,18 +221,14 @@ QTARGET_FN void write_partial(const RowSums<Real, R, Collision, Entropy>& sums, 
         // offset.
         *part++ = has_centre ? static_cast<float>(sums.residual[r].x) : 0.0f;
         if (layout.residual_entropy) *part++ = static_cast<float>(sums.residual[r].h);
-        if (layout.residual_label) *part = label_residual[r];
+        if (layout.residual_label) *part = residuals[r].b != 0.0f ? label_teacher : 0.0f;
     }
 }
 
-// One term of the gradient: the softmax probability times its mass, from the unnormalised logit.
+// One term of the gradient: the softmax probability times its mass, from the exponent.
 // Never fused into the subtraction of another term: equal terms cancel to exactly 0.
-QTARGET_FN float softmax_term(float value, float maximum, float scale) {
-#if defined(__CUDA_ARCH__)
-    return __fmul_rn(exp_float(value - maximum), scale);
-#else
-    return exp_float(value - maximum) * scale;
-#endif
+QTARGET_FN float softmax_term(float exponent, float scale) {
+    return plain_product(exp_float(exponent), scale);
 }
 
 }  // namespace qtarget

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron.kernels import DTYPES, reference
-from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, merge
+from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, kernel_coefficients, merge
 
 TAIL_RULES = ("uniform", "student", "drop")
 _BASE = 4  # m, s, e, z_y
@@ -131,15 +131,13 @@ def partial_statistics(
         dense[:, 3] = kept.label_logit(dense[:, 3], labels)
 
     top = _kept_statistics(kept, labels, request, ignore_index, whole_base=masked)
+    coefficients = kernel_coefficients(request.residuals, dense.dtype)
     for index, column in _teacher_columns(request):
         if teacher.rule == "drop":
             dense[:, column] = -torch.inf
             dense[:, column + 1 : column + request.residual_width] = 0
         elif teacher.rule == "uniform":
-            _take_out(dense, column, request, request.residuals[index][0], kept)
-        if request.residual_label:
-            is_kept = (kept.ids == labels[:, None]).any(-1)
-            dense[:, column + request.residual_width - 1].masked_fill_(is_kept, 0)
+            _take_out(dense, column, request, coefficients[index][0], kept)
     return torch.cat([dense, top.to(dense.dtype)], dim=-1)
 
 
@@ -165,14 +163,26 @@ def merge_parts(
     shift = torch.zeros(len(request.residuals), *supervised.shape, dtype=torch.float64, device=partials.device)
     tail = _log_tail(dense, teacher, vocab_size)
     in_tail = ~(teacher.ids == labels[:, None]).any(-1)
+    coefficients = kernel_coefficients(request.residuals, partials.dtype)
+    of_tail = kernel_coefficients(_dense_residuals(request.residuals, teacher.rule), partials.dtype)
+    z_max, of_label = dense[..., 0].amax(0), tail
+    if teacher.rule == "drop":
+        of_label = torch.full_like(tail, -torch.inf)
+    elif teacher.rule == "student":
+        of_label = tail + dense[..., 3].sum(0)
     for index, column in _teacher_columns(request):
-        shift[index] = torch.where(supervised, request.residuals[index][1] * tail, 0)
-        dense[..., column] += shift[index]
+        a, b = coefficients[index]
+        constant = b * tail
+        if teacher.rule == "student":
+            # Rounded, a and b do not add up to the coefficient that the tail was given.
+            constant = constant + (a + b - of_tail[index][0]) * torch.where(z_max.isfinite(), z_max, 0)
+        shift[index] = torch.where(supervised, constant, 0)
+        _add_constant(dense, column, request, shift[index], partials.dtype)
         if request.residual_label:
-            # The label's exponent is a sum over shards: the constant enters it once.
-            label = dense[0, :, column + request.residual_width - 1]
-            label += torch.where(in_tail, -torch.inf if teacher.rule == "drop" else shift[index], 0)
-    return merge(torch.stack([dense, top], dim=1).flatten(0, 1), supervised, request), shift
+            # Of a label outside of the kept entries, on the first of the shards over which it is added up.
+            dense[0, :, column + request.residual_width - 1] = torch.where(in_tail, of_label, 0)
+    parts = torch.stack([dense, top], dim=1).flatten(0, 1)
+    return merge(parts, supervised, request, coefficients), shift
 
 
 def logit_gradient(
@@ -208,7 +218,9 @@ def logit_gradient(
         backend.logit_gradient(logits, teacher, labels, residuals=residuals, **scales, **shared)
         return
     kept = _Kept.of(logits, teacher, vocab_start, valid_columns)
-    dense_scale = residual_scale.clone()
+    centre = residual_max.double() - shift
+    dense_max = centre.to(residual_max.dtype).contiguous()
+    dense_scale = _moved(residual_scale, dense_max.double() - centre)
     if teacher.rule == "drop":
         dense_scale[[index for index, (_, b) in enumerate(residuals) if b != 0]] = 0
     backend.logit_gradient(
@@ -216,15 +228,17 @@ def logit_gradient(
         None,
         labels,
         residuals=_dense_residuals(residuals, teacher.rule),
-        residual_max=(residual_max - shift).to(residual_max.dtype).contiguous(),
+        residual_max=dense_max,
         residual_scale=dense_scale,
         **shared,
     )
     # The kept entries: written over whatever the tail's exponent gave there.
     gradient = (kept.logits - max_[:, None]).exp() * scale[:, None]
-    for (a, b), maximum, mass in zip(residuals, residual_max, residual_scale, strict=True):
+    coefficients = kernel_coefficients(residuals, kept.logits.dtype)
+    for (a, b), maximum, mass in zip(coefficients, residual_max, residual_scale, strict=True):
         u = reference.residual_logits(kept.logits, kept.log_p, a, b)
-        gradient -= torch.where(mass[:, None] == 0, 0, (u - maximum[:, None]).exp() * mass[:, None])
+        weight = (u - maximum[:, None]).to(gradient.dtype).exp()
+        gradient -= torch.where(mass[:, None] == 0, 0, weight * mass[:, None])
     gradient -= torch.where(kept.ids == labels[:, None], label_scale[:, None], 0)
     active = (labels != ignore_index) & ((scale != 0) | (label_scale != 0) | (residual_scale != 0).any(0))
     gradient = torch.where(active[:, None], gradient, 0)
@@ -284,6 +298,22 @@ def _teacher_columns(request: StatisticsRequest):
     return [(index, column) for index, column in _residual_columns(request) if request.residuals[index][1] != 0]
 
 
+def _moved(sums: Tensor, change: Tensor) -> Tensor:
+    """Sums of exponentials whose exponents all change by that; a change that is not finite leaves them."""
+    return (sums * torch.where(change.isfinite(), change, 0).exp()).to(sums.dtype)
+
+
+def _add_constant(dense: Tensor, column: int, request: StatisticsRequest, constant: Tensor, dtype: torch.dtype) -> None:
+    """Raise a residual's u by a constant; its maximum stays a number of the kernels' dtype: the gradient reads it."""
+    exact = dense[..., column] + constant
+    dense[..., column] = exact.to(dtype).double()
+    change = exact - dense[..., column]
+    if request.residual_entropy:
+        dense[..., column + 3] += dense[..., column + 1] * torch.where(change.isfinite(), change, 0)
+    for sums in range(column + 1, column + 3 + request.residual_entropy):
+        dense[..., sums] = _moved(dense[..., sums], change)
+
+
 def _kept_statistics(
     kept: _Kept, labels: Tensor, request: StatisticsRequest, ignore_index: int, *, whole_base: bool
 ) -> Tensor:
@@ -326,7 +356,7 @@ def _take_out(dense: Tensor, column: int, request: StatisticsRequest, a: float, 
     not above what the kept entries put in its place.
     """
     centre, maximum = dense[:, :1], dense[:, column, None]
-    shifted = reference.residual_logits(kept.logits, None, a, 0.0) - maximum
+    shifted = (reference.residual_logits(kept.logits, None, a, 0.0) - maximum).to(kept.logits.dtype)
     weight = torch.where(kept.here, shifted.exp(), 0)
 
     def total(values: Tensor) -> Tensor:

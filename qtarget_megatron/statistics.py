@@ -11,17 +11,19 @@ Layout of a partial, float32 ``[N, request.width]``::
                                  z_y  label logit, 0 where the label is on another shard
     collision                    c    sum exp(2 (z - m))
     top_k                             the k largest z, descending; -inf where the shard has fewer columns
-    for each residual            m_u  max u                       of u = a*z + b*t
+    for each residual            m_u  max u, rounded              of u = a*z + b*t
                                  s_u  sum exp(u - m_u)
                                  x_u  sum exp(u - m_u) (z - m)
         residual_entropy         h_u  sum exp(u - m_u) (u - m_u)
-        residual_label           u_y  label's u, 0 where the label is on another shard
+        residual_label           t_y  label's t, 0 where the label is on another shard or b is 0
 
-The weighted sums are centred on the local maximum: uncentred float32 sums lose the entropy at large logit offsets.
+The weighted sums are centred on the local maximum: uncentred float32 sums lose the entropy at large logit offsets. So
+are a residual's, on just the m_u that travels; u itself is never rounded, and a, b are kernel_coefficients().
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -33,6 +35,12 @@ _BASE_WIDTH = 4
 _RESIDUAL_WIDTH = 3
 
 Residuals = tuple[tuple[float, float], ...]
+
+
+@functools.lru_cache
+def kernel_coefficients(residuals: Residuals, dtype: torch.dtype) -> Residuals:
+    """(a, b) of each residual as a kernel reads them whose sums have this dtype, float32 or float64."""
+    return tuple(tuple(torch.tensor(pair, dtype=dtype).tolist()) for pair in residuals)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,9 @@ class StatisticsRequest:
 class ResidualStatistics:
     """Statistics of one residual ``r = softmax(a*z + b*t)`` over the whole vocabulary; every tensor is [N].
 
-    max, sum_exp: of u = a*z + b*t, so that lse = max + log(sum_exp).
+    max, sum_exp: of u = a*z + b*t with the kernels' rounded a and b; sum_exp is centred on max.
+    lse:          log sum_k exp(u_k). With one operand (a or b is 0) of the exact a and b: what rounding them moves u by
+                  grows with the distance of the logits from 0.
     mean_logit:   sum_k r_k z_k, the student logit averaged under r.
     entropy:      -sum_k r_k log r_k, in nats; None unless requested (residual_entropy).
     log_p:        log r(y) of the label; None unless requested (residual_label).
@@ -83,13 +93,10 @@ class ResidualStatistics:
 
     max: Tensor
     sum_exp: Tensor
+    lse: Tensor
     mean_logit: Tensor
     entropy: Tensor | None = None
     log_p: Tensor | None = None
-
-    @property
-    def lse(self) -> Tensor:
-        return self.max + self.sum_exp.log()
 
 
 @dataclass
@@ -161,7 +168,9 @@ class TokenStatistics:
         return torch.where(self.supervised, entropy, torch.zeros_like(entropy))
 
 
-def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> TokenStatistics:
+def merge(
+    partials: Tensor, supervised: Tensor, request: StatisticsRequest, coefficients: Residuals | None = None
+) -> TokenStatistics:
     """Merge the partials of all ranks into statistics over the whole vocabulary.
 
     Args:
@@ -169,11 +178,13 @@ def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> T
         supervised: ``[N]`` bool; the partials of the other tokens are 0, as the kernels write them, and so are their
             statistics.
         request: what the partials hold.
+        coefficients: of the residuals as the kernels read them; by default those of the partials' dtype.
 
     A shard without any finite column has m = -inf and contributes nothing. A NaN anywhere stays NaN.
     """
     # One layout for every rank and every device: the sums below run over dim 0 in rank order. As few operations as
     # can be: on a GPU each is a launch.
+    coefficients = coefficients or kernel_coefficients(request.residuals, partials.dtype)
     columns = iter(partials.double().unbind(-1))
     m, s, e, z_y = (next(columns) for _ in range(_BASE_WIDTH))
     ignored = ~supervised
@@ -184,7 +195,8 @@ def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> T
     sum_exp = sum_exp.masked_fill(ignored, 1.0)
     log_sum = sum_exp.log()
     # Subtracting the maximum first keeps the precision of the label logit at large offsets.
-    log_p = (_summed(z_y) - shift.max) - log_sum
+    label_logit = _summed(z_y)
+    log_p = (label_logit - shift.max) - log_sum
 
     collision = top_logits = None
     if request.collision:
@@ -195,7 +207,7 @@ def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> T
         top_logits = of_all_ranks.topk(request.top_k, dim=-1).values if len(partials) > 1 else of_all_ranks
 
     residuals = []
-    for _ in request.residuals:
+    for exact, rounded in zip(request.residuals, coefficients, strict=True):
         m_u, s_u, x_u = (next(columns) for _ in range(_RESIDUAL_WIDTH))
         shift_u = _Shift(m_u)
         sums = [s_u, x_u]
@@ -206,12 +218,15 @@ def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> T
             sums.append(shift_u.recentred(next(columns), s_u))
         sum_exp_u, cross, *centred_u = shift_u.totals(*sums)
         sum_exp_u = sum_exp_u.masked_fill(ignored, 1.0)
+        log_sum_u = sum_exp_u.log()
         entropy_u = log_r_y = None
         if request.residual_entropy:
-            entropy_u = sum_exp_u.log() - centred_u[0] / sum_exp_u
+            entropy_u = log_sum_u - centred_u[0] / sum_exp_u
         if request.residual_label:
-            log_r_y = (_summed(next(columns)) - shift_u.max) - sum_exp_u.log()
-        residuals.append(ResidualStatistics(shift_u.max, sum_exp_u, cross / sum_exp_u + shift.max, entropy_u, log_r_y))
+            log_r_y = (_combined(rounded, label_logit, _summed(next(columns))) - shift_u.max) - log_sum_u
+        lse_u = shift_u.max * _rounding(exact, rounded) + log_sum_u
+        mean = cross / sum_exp_u + shift.max
+        residuals.append(ResidualStatistics(shift_u.max, sum_exp_u, lse_u, mean, entropy_u, log_r_y))
 
     return TokenStatistics(
         supervised=supervised,
@@ -224,6 +239,17 @@ def merge(partials: Tensor, supervised: Tensor, request: StatisticsRequest) -> T
         top_logits=top_logits,
         residuals=tuple(residuals),
     )
+
+
+def _combined(coefficients: tuple[float, float], z: Tensor, t: Tensor) -> Tensor:
+    """a z + b t; a coefficient of 0 removes its operand."""
+    return sum((c * value for c, value in zip(coefficients, (z, t), strict=True) if c != 0), torch.zeros_like(z))
+
+
+def _rounding(exact: tuple[float, float], rounded: tuple[float, float]) -> float:
+    """What turns the maximum of u into that of the exact coefficients, where u has one operand."""
+    operands = [(c, r) for c, r in zip(exact, rounded, strict=True) if r != 0]
+    return operands[0][0] / operands[0][1] if len(operands) == 1 else 1.0
 
 
 class _Shift:

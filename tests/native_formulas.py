@@ -70,7 +70,7 @@ def exact_statistics(z, t, labels, residuals, vocab_start, valid, **wanted):
             if request.residual_entropy:
                 row.append(product_sum(weight, centred_u))
             if request.residual_label:
-                row.append(u[column] if here else 0.0)
+                row.append(t[i, column] if here and b else 0.0)
         rows.append([float(value) for value in row])
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), request.width)
 
@@ -129,12 +129,12 @@ def statistics(z, t, labels, residuals, vocab_start=0, valid=None, **wanted):
 
 
 def columns_of(residuals, **wanted):
-    """The columns of each part of a partial: base, c, top, and of each residual: m_u, s_u, x_u, h_u, u_y."""
+    """The columns of each part of a partial: base, c, top, and of each residual: m_u, s_u, x_u, h_u, t_y."""
     request = request_of(residuals, **wanted)
     lengths = {"base": 4, "c": int(request.collision), "top": request.top_k}
     for index in range(len(residuals)):
         lengths |= {(name, index): 1 for name in ("m_u", "s_u", "x_u")}
-        lengths |= {("h_u", index): int(request.residual_entropy), ("u_y", index): int(request.residual_label)}
+        lengths |= {("h_u", index): int(request.residual_entropy), ("t_y", index): int(request.residual_label)}
     columns, start = {}, 0
     for name, length in lengths.items():
         columns[name] = slice(start, start + length)

@@ -32,7 +32,7 @@ struct BaseSums {
 };
 
 struct ResidualBlockSums {
-    float m;
+    float m;  // as above
     double s, x, h;
 };
 
@@ -48,11 +48,18 @@ struct GradientRow {
     GradientTerm terms[kMaxResiduals];
 };
 
-// u = a z + b t; a coefficient of 0 removes its operand, whatever it holds.
+// residual_exponent (row_math.h) of vectors.
 template <class V, class Vec>
-QTARGET_FN Vec residual_vector(float a, float b, Vec z, Vec t) {
-    const Vec u = a != 0.0f ? V::set(a) * z : V::set(0.0f);
-    return b != 0.0f ? V::fma(V::set(b), t, u) : u;
+QTARGET_FN Vec residual_vector(float a, float b, float centre, Vec z, Vec t) {
+    if (b == 0.0f)
+        return a == 0.0f ? V::set(-centre) : V::fma(V::set(a), z, V::set(-centre));
+    if (a == 0.0f) return V::fma(V::set(b), t, V::set(-centre));
+    const Vec az = V::larger(V::set(kLowestProduct), V::set(a) * z);
+    const Vec sum = az - V::set(centre);
+    const Vec of_centre = sum - az;
+    const Vec of_az = sum - of_centre;
+    const Vec lost = (az - of_az) - (V::set(centre) + of_centre);
+    return V::fma(V::set(b), t, sum) + (lost + V::fma(V::set(a), z, V::set(0.0f) - az));
 }
 
 template <class V, int U>
@@ -125,7 +132,6 @@ struct Blocks {
     QTARGET_BLOCK_FN ResidualBlockSums residual_sums(float a, float b, const char* z, const char* t,
                                                      int64_t count, float u_centre,
                                                      float z_centre) {
-        const Vec u_origin = V::set(u_centre);
         const Vec z_origin = V::set(z_centre);
         Vec top = V::set(lowest<float>());
         Sum s, x, h;
@@ -135,9 +141,8 @@ struct Blocks {
                                   load<Z>(z_at, logit);
                                   load<T>(t_at, u);
                                   for (int i = 0; i < U; ++i)
-                                      u[i] = residual_vector<V>(a, b, logit[i], u[i]);
+                                      u[i] = residual_vector<V>(a, b, u_centre, logit[i], u[i]);
                                   for (int i = 0; i < U; ++i) top = V::larger(u[i], top);
-                                  for (int i = 0; i < U; ++i) u[i] = u[i] - u_origin;
                                   if constexpr (Entropy) {
                                       V::exp(u, w);
                                   } else {
@@ -153,7 +158,7 @@ struct Blocks {
         const float z_rest = a < 0.0f ? -lowest<float>() : lowest<float>();
         const float t_rest = a != 0.0f ? 0.0f : (b < 0.0f ? -lowest<float>() : lowest<float>());
         visit<Z, T>(z, t, count, z_rest, t_rest, step);
-        return {V::max_lanes(top), s.total(), x.total(), h.total()};
+        return {u_centre + V::max_lanes(top), s.total(), x.total(), h.total()};
     }
 
     template <Dtype D>
@@ -184,12 +189,11 @@ struct Blocks {
         for (int i = 0; i < U; ++i) value[i] = value[i] * mass - flat;
         for (int n = 0; n < Terms; ++n) {
             const GradientTerm& term = row.terms[n];
-            const Vec u_origin = V::set(term.max);
             const Vec u_mass = V::set(term.scale);
             Vec teacher[U], w[U];
             load<T>(t, teacher);
             for (int i = 0; i < U; ++i)
-                x[i] = residual_vector<V>(term.a, term.b, logit[i], teacher[i]) - u_origin;
+                x[i] = residual_vector<V>(term.a, term.b, term.max, logit[i], teacher[i]);
             V::exp_alone(x, w);
             // Not fused: equal terms cancel to exactly 0.
             for (int i = 0; i < U; ++i) value[i] = value[i] - w[i] * u_mass;

@@ -195,17 +195,13 @@ static void statistics_row(const StatisticsArgs& args, int64_t row, float* works
                 [&](auto z, auto t) { row_sums<V, R, z.value, t.value>(args, row, top, sums); });
     const int64_t column = label - shard.vocab_start;
     float label_logit = 0.0f;
-    float label_residual[R > 0 ? R : 1] = {};
+    float label_teacher = 0.0f;
     if (column >= 0 && column < shard.valid_columns) {
         label_logit = read_element(shard.logits, row, column);
-        const bool wanted = layout.residual_label && with_teacher;
-        const float t = wanted ? read_element(shard.teacher, row, column) : 0.0f;
-        for (int r = 0; r < R; ++r) {
-            label_residual[r] =
-                residual_logit(shard.residuals[r].a, shard.residuals[r].b, label_logit, t);
-        }
+        if (layout.residual_label && with_teacher)
+            label_teacher = read_element(shard.teacher, row, column);
     }
-    write_partial(sums, label_logit, label_residual, layout, out);
+    write_partial(sums, label_logit, label_teacher, shard.residuals, layout, out);
     if (layout.top_k > 0) {
         write_largest(top, static_cast<float>(sums.m), layout.top_k, out + top_k_column(layout));
     }
@@ -263,7 +259,7 @@ static void gradient_row(const GradientArgs& args, int64_t row) {
         if (residual_scale == 0.0f) continue;
         active = true;
         if (is_uniform(shard.residuals[r])) {
-            terms.constant += softmax_term(0.0f, residual_max, residual_scale);
+            terms.constant += softmax_term(-residual_max, residual_scale);
             continue;
         }
         terms.terms[terms.num_terms++] = {shard.residuals[r].a, shard.residuals[r].b, residual_max,

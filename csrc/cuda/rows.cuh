@@ -242,27 +242,31 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
         for (int r = 0; r < R; ++r) {
             const float a = args.shard.residuals[r].a;
             const float b = Teacher ? args.shard.residuals[r].b : 0.0f;
-            float u[K];
+            float exponents[K];
+            const auto exponents_from = [&](float from) {
 #pragma unroll
-            for (int k = 0; k < K; ++k) u[k] = residual_logit(a, b, z[k], Teacher ? t[k] : 0.0f);
-            if (start < 0 || start + K > columns) {
+                for (int k = 0; k < K; ++k)
+                    exponents[k] = residual_exponent(a, b, from, z[k], Teacher ? t[k] : 0.0f);
+                if (start >= 0 && start + K <= columns) return;
 #pragma unroll
                 for (int k = 0; k < K; ++k) {
-                    if (start + k < 0 || start + k >= columns) u[k] = -INFINITY;
+                    if (start + k < 0 || start + k >= columns) exponents[k] = -INFINITY;
                 }
-            }
+            };
             ResidualSums<float, Entropy>& acc = sums.residual[r];
-            const float u_top = max_of(u);
+            exponents_from(centre(acc.m));
+            const float u_top = centre(acc.m) + max_of(exponents);
             u_max[r] = fmaxf(u_max[r], u_top);
-            if (u_top > acc.m + kSlack) raise_residual(acc, u_top);
-            const float u_centre = centre(acc.m);
+            if (u_top > acc.m + kSlack) {
+                raise_residual(acc, u_top);
+                exponents_from(centre(acc.m));
+            }
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                const float shifted = u[k] - u_centre;
-                const float weight = exp_float(shifted);
+                const float weight = exp_float(exponents[k]);
                 acc.s += weight;
                 acc.x += weighted(weight, z[k] - z_centre);
-                if (Entropy) acc.h = fmaf(weight, fmaxf(shifted, kFloor), acc.h);
+                if (Entropy) acc.h = fmaf(weight, fmaxf(exponents[k], kFloor), acc.h);
             }
         }
     }
@@ -274,20 +278,12 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
     if (threadIdx.x == 0) {
         const int64_t column = label - args.shard.vocab_start;
         float label_logit = 0.0f;
-        float label_residual[R > 0 ? R : 1] = {};
+        float label_teacher = 0.0f;
         if (column >= 0 && column < columns) {
             label_logit = to_float(logits[column]);
-            if (R > 0 && args.layout.residual_label) {
-                const float t = Teacher ? teacher.at(column) : 0.0f;
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    label_residual[r] =
-                        residual_logit(args.shard.residuals[r].a,
-                                       Teacher ? args.shard.residuals[r].b : 0.0f, label_logit, t);
-                }
-            }
+            if (Teacher && args.layout.residual_label) label_teacher = teacher.at(column);
         }
-        write_partial(sums, label_logit, label_residual, args.layout, out);
+        write_partial(sums, label_logit, label_teacher, args.shard.residuals, args.layout, out);
     }
 }
 
@@ -355,7 +351,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const GradientArgs a
             if (needs_teacher) teacher.load<K>(start, columns, t);
         }
 #pragma unroll
-        for (int k = 0; k < K; ++k) gradient[k] = softmax_term(z[k], maximum, scale);
+        for (int k = 0; k < K; ++k) gradient[k] = softmax_term(z[k] - maximum, scale);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             if (residual_scale[r] == 0.0f) continue;
@@ -363,8 +359,9 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const GradientArgs a
             const float b = Teacher ? shard.residuals[r].b : 0.0f;
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                const float u = residual_logit(a, b, z[k], Teacher ? t[k] : 0.0f);
-                gradient[k] -= softmax_term(u, residual_max[r], residual_scale[r]);
+                const float exponent =
+                    residual_exponent(a, b, residual_max[r], z[k], Teacher ? t[k] : 0.0f);
+                gradient[k] -= softmax_term(exponent, residual_scale[r]);
             }
         }
         Values<T, K> result;

@@ -1,6 +1,7 @@
 """The kernels' formulas in plain PyTorch, for any floating dtype (float64 included) and any device.
 
-Sums are taken in float32 for logits of at most 32 bits and in float64 for float64 logits.
+Sums are taken in float32 for logits of at most 32 bits and in float64 for float64 logits; a residual's exponent is
+made in float64 and rounded last, as the native kernels round it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtarget_megatron.statistics import Residuals, StatisticsRequest
+from qtarget_megatron.statistics import Residuals, StatisticsRequest, kernel_coefficients
 
 
 def partial_statistics(
@@ -47,10 +48,11 @@ def partial_statistics(
         largest = z.topk(min(request.top_k, valid_columns), dim=-1).values
         largest = torch.nn.functional.pad(largest, (0, request.top_k - largest.shape[1]), value=-torch.inf)
         columns += largest.unbind(-1)
-    for a, b in request.residuals:
-        u = _combine(z, teacher_logits, a, b, valid_columns)
-        m_u = _row_max(u)
-        shifted_u = u - _finite_or_zero(m_u)[:, None]
+    for a, b in kernel_coefficients(request.residuals, z.dtype):
+        t = _valid(teacher_logits, valid_columns) if b != 0 else torch.zeros_like(z)
+        u = residual_logits(z, t, a, b)
+        m_u = _row_max(u).to(z.dtype)
+        shifted_u = (u - _finite_or_zero(m_u)[:, None]).to(z.dtype)
         weight_u = shifted_u.exp()
         # Without a finite logit there is no local centre: merge() adds the (infinite) offset instead.
         cross = _weighted_sum(weight_u, shifted)
@@ -58,7 +60,7 @@ def partial_statistics(
         if request.residual_entropy:
             columns.append(_weighted_sum(weight_u, shifted_u))
         if request.residual_label:
-            columns.append(at_label(u))
+            columns.append(at_label(t))
     out = torch.stack(columns, dim=-1)
     return torch.where(supervised[:, None], out, torch.zeros_like(out))
 
@@ -89,9 +91,9 @@ def logit_gradient(
     z = _valid(logits, valid_columns)
     active = (labels != ignore_index) & ((scale != 0) | (label_scale != 0) | (residual_scale != 0).any(0))
     gradient = (z - max_[:, None]).exp() * scale[:, None]
-    for index, (a, b) in enumerate(residuals):
-        u = _combine(z, teacher_logits, a, b, valid_columns)
-        term = (u - residual_max[index][:, None]).exp() * residual_scale[index][:, None]
+    for index, (a, b) in enumerate(kernel_coefficients(residuals, z.dtype)):
+        u = residual_logits(z, _valid(teacher_logits, valid_columns) if b != 0 else None, a, b)
+        term = (u - residual_max[index][:, None]).to(z.dtype).exp() * residual_scale[index][:, None]
         gradient -= torch.where((residual_scale[index] == 0)[:, None], torch.zeros_like(term), term)
     local = labels - vocab_start
     here = active & (local >= 0) & (local < valid_columns)
@@ -107,13 +109,10 @@ def _valid(logits: Tensor, valid_columns: int) -> Tensor:
 
 
 def residual_logits(z: Tensor, t: Tensor | None, a: float, b: float) -> Tensor:
-    """u = a z + b t in the dtype of z. A coefficient of 0 removes its operand: 0 * -inf would be NaN."""
+    """u = a z + b t in float64. A coefficient of 0 removes its operand: 0 * -inf would be NaN."""
+    z = z.double()
     u = a * z if a != 0 else torch.zeros_like(z)
-    return u + b * t.to(z.dtype) if b != 0 else u
-
-
-def _combine(z: Tensor, teacher_logits: Tensor | None, a: float, b: float, valid_columns: int) -> Tensor:
-    return residual_logits(z, _valid(teacher_logits, valid_columns) if b != 0 else None, a, b)
+    return u + b * t.double() if b != 0 else u
 
 
 def _row_max(values: Tensor) -> Tensor:
