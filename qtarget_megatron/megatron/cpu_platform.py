@@ -55,6 +55,9 @@ class _CudaOnCpu(TorchFunctionMode):
     """Redirects every torch call that names a CUDA device to the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        # Most calls are none of these, and each costs what is done before it is known.
+        if not kwargs and func not in _REDIRECTED:
+            return func(*args)
         kwargs = kwargs or {}
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
@@ -105,6 +108,11 @@ class _CudaOnCpu(TorchFunctionMode):
 
 
 _CPU = torch.device("cpu")
+# Calls that are changed whatever their keywords.
+_REDIRECTED = {
+    *(torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.record_stream, torch.Tensor.type, torch.Tensor.to),
+    *(torch.autograd.backward, torch.Tensor.backward),
+}
 
 
 def _names_cuda(value) -> bool:
