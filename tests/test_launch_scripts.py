@@ -10,13 +10,14 @@ import uuid
 from pathlib import Path
 
 import pytest
-from finetune_runs import scalars, write_data, write_models
-from launching import REPOSITORY, Launch, free_port, run_torchrun
+from finetune_runs import run_tool, scalars, write_data, write_models
+from launching import REPOSITORY, Launch, free_port, run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SCRIPTS = REPOSITORY / "examples" / "launch"
 STEPS = 10
+TP2 = ["--tensor-model-parallel-size", 2]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_one_node_and_its_second_start(workspace):
 @pytest.fixture(scope="module")
 def slurm(workspace):
     job = dict(SLURM_JOB_NODELIST="here", SLURM_JOB_NUM_NODES=1, SLURM_JOB_ID="17", PORT=free_port())
-    run(workspace, "slurm.sh", OUT="slurm", TP=2, PP=2, GPUS=4, **job)
+    run(workspace, "slurm.sh", OUT="slurm", TP=2, PP=1, **job)
     return workspace / "slurm"
 
 
@@ -110,11 +111,9 @@ def test_cached_teacher_in_two_steps(workspace):
 
 def test_from_a_megatron_checkpoint(workspace, slurm):
     """Imported at another layout; the first step finds the same p(y) as a start from the directory."""
-    save = ["import", "--hf-model", workspace / "untied", "--save", workspace / "ckpt"]
-    done = run_torchrun(
-        2, ["qtarget_megatron.commands.convert_hf", *save, "--tensor-model-parallel-size", 2], timeout=120
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    words = ["import", "--hf-model", workspace / "untied", "--save", workspace / "ckpt", *TP2]
+    for code, printed in run_ranks(2, run_tool, ("convert_hf", list(map(str, words))), timeout=120, megatron=True):
+        assert code == 0, printed[-3000:]
     run(workspace, "from_megatron_checkpoint.sh", CHECKPOINT="ckpt", OUT="continued", TP=1, PP=2, OBJECTIVE="sft")
     first, direct = (scalars(folder / "tensorboard")["p(y)"][0] for folder in (workspace / "continued", slurm))
     assert first == pytest.approx(direct, rel=1e-5)
