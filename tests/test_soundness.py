@@ -137,7 +137,11 @@ def damage(folder):
 
 
 def run_and_damage(folder, first, then):
-    return run_all({"first": first}, str(folder), []), damage(folder), run_all(then, str(folder), [])
+    """The checkpoint is one of those that have no fingerprint, by which the damage would be seen first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qtarget_megatron.megatron.fingerprint.Fingerprints.record", lambda *arguments: None)
+        saved = run_all({"first": first}, str(folder), [])
+    return saved, damage(folder), run_all(then, str(folder), [])
 
 
 @pytest.mark.distributed
@@ -162,12 +166,10 @@ def test_weights_that_are_not_finite_are_named_before_training(workspace):
     )
     assert first["first"]["code"] == 0, first["first"]["printed"][-3000:]
     bad = "got NaN or infinity in"
-    # Where a training goes on, its whole state is not the one that was saved, which is seen first.
-    changed = "weights of decoder.final_layernorm.weight are not what was saved"
     for name, pieces in {
         "student": [str(workspace / "untied-broken" / "model.safetensors"), NAMES[0], bad],
         "teacher": [str(workspace / "teacher-broken" / "model.safetensors"), NAMES[1], bad],
-        "resumed": [str(workspace / "saved"), changed],
+        "resumed": ["--load", "decoder.final_layernorm.weight", "--ckpt-step", bad],
         "exported": ["--load", "decoder.final_layernorm.weight", "--ckpt-step", bad],
         "resumed with its weights alone": ["--load", "decoder.final_layernorm.weight", "--ckpt-step", bad],
         "fine-tuned": ["--load", "decoder.final_layernorm.weight", "--ckpt-step", bad],
