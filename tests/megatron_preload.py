@@ -5,6 +5,7 @@ launching.run_ranks). Each rank would spend some twelve seconds of processor tim
 
 import argparse
 import functools
+import gc
 import inspect
 
 from qtarget_megatron.megatron import cpu_platform
@@ -34,3 +35,7 @@ if cpu_platform.activate():
     )
 
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
+
+    # Half a million objects that no rank lets go of: each collection would go through them, and copy their pages.
+    gc.collect()
+    gc.freeze()

@@ -129,8 +129,8 @@ def launches(workspace):
             name: words_of(workspace, model, *words, teacher="teacher" in name)
             for name, (model, words) in CASES[world_size].items()
         }
-        # Not forked: what is measured here is the memory of a process of its own, as training has it.
-        return run_ranks(world_size, run_all, (cases, commands(workspace) if world_size == 1 else {}), timeout=300)
+        words = commands(workspace) if world_size == 1 else {}
+        return run_ranks(world_size, run_all, (cases, words), timeout=300, megatron=True)
 
     return {world_size: launch(world_size) for world_size in CASES}
 
