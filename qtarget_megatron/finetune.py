@@ -134,8 +134,8 @@ def run(argv: list[str]) -> None:
     launch.initialize(args)
     _skip_what_is_done(args, iteration)
     flags = _resumed_flags(args)
-    if args.save is not None and args.exit_signal_handler and not args.skip_train:
-        launch.start_save_process()
+    if args.save is not None and not args.skip_train:
+        launch.prepare_saves(in_background=args.async_save)
     with Watchdog(args, keys, args.rank, args.world_size) as watchdog, ending.described(args, watchdog):
         try:
             _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, flags, store, watchdog)

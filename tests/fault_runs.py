@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import queue
 import resource
 import signal
 import sys
@@ -117,12 +116,8 @@ def run_with(words: list[str] | list[list[str]], folder: str, happening=None) ->
     """finetune with words (of this rank, where there is a list for each) in a process group of ranks.
 
     A rank that ends early writes what it printed to a file and exits at once, as it does under a launcher."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
     from qtarget_megatron import finetune
 
-    # Where Megatron starts a process for each rank, to bring the result of a write from one function to the next.
-    filesystem_async._results_queue = queue.Queue()
     rank = dist.get_rank()
     if happening is not None and happening.rank == rank:
         happening.begin()

@@ -1,6 +1,7 @@
 """How a run ends: exit code, last line, what torch's launcher shows, and that nothing is left behind."""
 
 import argparse
+import multiprocessing
 import os
 import re
 import signal
@@ -11,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from finetune_runs import COMMON, write_data, write_models
-from launching import Launch
+from launching import Launch, run_ranks
 
 from qtarget_megatron.command_line import Parser, record_cause
-from qtarget_megatron.megatron import ending, output
+from qtarget_megatron.megatron import ending, launch, output
 from qtarget_megatron.megatron.faults import explained
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -160,20 +161,20 @@ def test_ranks_end_with_their_launcher(workspace):
     words = command(workspace, "--num-workers", 1, "--save", workspace / "orphans", "--save-interval", 1)
     with Launch([*TORCHRUN, *words]) as launched:
         wait_for(lambda: in_training(launched, 3), launched)
-        # torchrun, two ranks, their data workers and processes for saves.
-        assert len(launched.processes()) >= 7
+        # torchrun, two ranks and their data workers.
+        assert len(launched.processes()) >= 5
         launched.process.kill()
         launched.process.wait()
         launched.assert_nothing_left()
         assert re.search(r"finetune: error on rank 0: torchrun \(process \d+\) is gone", launched.output())
 
 
-def test_megatrons_process_for_saves_ends_with_a_killed_command():
+def test_the_process_of_saves_in_the_background_ends_with_a_killed_command():
     program = """
 from qtarget_megatron.megatron import cpu_platform, launch
 if __name__ == "__main__":
     cpu_platform.activate()
-    launch.start_save_process()
+    launch.prepare_saves(in_background=True)
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     get_write_results_queue().put("written")
     print(get_write_results_queue().get(), flush=True)
@@ -186,6 +187,18 @@ if __name__ == "__main__":
         launched.process.kill()
         launched.process.wait()
         launched.assert_nothing_left()
+
+
+def test_a_save_that_is_waited_for_starts_no_process():
+    assert run_ranks(1, bring_an_outcome, timeout=60, megatron=True) == [("written", [])]
+
+
+def bring_an_outcome():
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    launch.prepare_saves()
+    get_write_results_queue().put("written")
+    return get_write_results_queue().get_nowait(), multiprocessing.active_children()
 
 
 def test_a_rank_that_torchrun_has_not_started_outlives_its_shell(monkeypatch):

@@ -132,8 +132,8 @@ def test_sigterm_saves_and_a_killed_rank_is_told(workspace, undisturbed):
         ended = launched.wait(timeout=120)
     # The other rank has ended by itself: torchrun would kill one that still waits.
     assert ended.returncode != 0 and "forcefully exiting" not in ended.stdout
-    # Data worker and Megatron's process for saves: nothing outlives a killed rank.
-    assert len(helpers) >= 2 and not psutil.wait_procs(helpers, timeout=120)[1]
+    # Its data worker: nothing outlives a killed rank.
+    assert helpers and not psutil.wait_procs(helpers, timeout=120)[1]
     (line,) = error_lines(ended.stdout)
     assert "another rank has ended" in line
     second = reached(workspace, name)

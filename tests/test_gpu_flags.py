@@ -53,6 +53,7 @@ def test_what_needs_transformer_engine(words):
         ["--distributed-backend", "nccl"],
         ["--use-sharp"],
         ["--moe-token-dispatcher-type", "flex"],
+        ["--async-save", "--use-persistent-ckpt-worker"],
     ],
 )
 def test_what_needs_a_gpu(words):

@@ -91,7 +91,7 @@ def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False
     for chunk in model.chunks:
         chunk.sharded_state_dict = partial(_without_views, chunk.sharded_state_dict)
     Fingerprints(model.args, model.arch).record(model.chunks, None)
-    launch.start_save_process()
+    launch.prepare_saves()
     save_checkpoint(0, model.wrapped, None, None, 0, release=True)
     on_first_rank(directory.finish)
 

@@ -54,6 +54,7 @@ _OF_A_GPU = (
     "--moe-ncclep-",
     "--moe-flex-dispatcher-",
     "--high-priority-",
+    "--use-persistent-ckpt-worker",  # without a GPU it dies, and a save waits for it for ever
 )
 # Flags some of whose values ask for it: (value -> whether that needs Transformer Engine, not just a GPU).
 _VALUES = {
@@ -85,7 +86,7 @@ def check_gpu_flags(argv: Sequence[str], args: argparse.Namespace, *, on_cpu: bo
             continue
         shown = f"{flag} {value}" if flag in _VALUES else flag
         if on_cpu:
-            raise ValueError(f"{shown} needs a GPU, and this runs on the CPU, where it would have no effect: drop it")
+            raise ValueError(f"{shown} needs a GPU, and this runs on the CPU: drop it")
         raise ValueError(
             f"{shown} needs the layers of Transformer Engine, and this runs with Megatron's local ones, where it would "
             "have no effect: install transformer_engine and do not give --transformer-impl local, or drop it"

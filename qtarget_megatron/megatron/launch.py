@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import threading
@@ -130,14 +131,16 @@ def _handling_exit_signal(args: argparse.Namespace, forward_step: Callable) -> C
     return handling
 
 
-def start_save_process() -> None:
-    """Start the process through which Megatron brings the outcome of a write to the save: deaf to SIGTERM, and ended
-    with this one. Call it before the first save.
+def prepare_saves(*, in_background: bool = False) -> None:
+    """Give Megatron the queue through which the outcome of a write comes to the save. Call it before the first save.
 
-    Megatron starts it at the first save. torchrun sends SIGTERM to the process group of each rank: the process would
-    end, and the save that --exit-signal-handler makes then would fail. It would also outlive a rank that is killed.
+    in_background (--async-save): another process writes, so the queue is one between processes. It lies in a process of
+    its own, which is deaf to SIGTERM and ends with this one. (torchrun sends SIGTERM to the process group of each rank:
+    the save that --exit-signal-handler makes then needs the queue.) Otherwise one process writes and reads. Megatron
+    would start a process for that as well: one more on each rank that has imported torch, and outlives a killed rank.
     """
-    if wheel_repairs.has_write_results_queue():
+    if not in_background:
+        wheel_repairs.set_write_results_queue(queue.Queue())
         return
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)

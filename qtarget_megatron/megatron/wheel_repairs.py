@@ -129,15 +129,8 @@ class GroupStepAdam(torch.optim.Adam):
                 self.state.get(parameter, {}).pop("step", None)
 
 
-def has_write_results_queue() -> bool:
-    """Whether Megatron has the queue that the outcome of a checkpoint's write comes through."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    return filesystem_async._results_queue is not None
-
-
 def set_write_results_queue(queue) -> None:
-    """Give Megatron the queue that it would make at the first save, in a process that outlives a killed rank."""
+    """Give Megatron the queue that it would make at the first save: the outcome of a write comes through it."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._results_queue = queue
