@@ -6,19 +6,17 @@ launching.run_ranks). Each rank would spend some twelve seconds of processor tim
 import argparse
 import functools
 import gc
-import inspect
 
 from qtarget_megatron.megatron import cpu_platform
 
 # Before Megatron, as in every command. A process that has touched CUDA cannot be forked: there, nothing is preloaded.
 if cpu_platform.activate():
-    # Megatron reads its own sources for the help of its flags, twice at every start: a fifth of a small run.
-    inspect.getsource = functools.cache(inspect.getsource)
-
     import megatron.training.training
     import tensorboard.backend.event_processing.event_accumulator
     import torch._inductor.compile_fx
     import torch.distributed.checkpoint
+    import torch.utils.tensorboard
+    from megatron.training.argument_utils import ArgumentGroupFactory
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, modeling_utils
 
     from qtarget_megatron import finetune
@@ -34,7 +32,12 @@ if cpu_platform.activate():
         verify,
     )
 
+    # Megatron parses its own sources for the help of its flags, twice at every start, and writes a text of each of 850
+    # arguments into TensorBoard's file: a quarter of a small run.
+    read = functools.partial(ArgumentGroupFactory._get_field_docstrings, ArgumentGroupFactory)
+    ArgumentGroupFactory._get_field_docstrings = staticmethod(functools.cache(read))
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
+    torch.utils.tensorboard.SummaryWriter.add_text = lambda *text, **keywords: None
 
     # Half a million objects that no rank lets go of: each collection would go through them, and copy their pages.
     gc.collect()

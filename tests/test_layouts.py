@@ -11,7 +11,7 @@ from test_finetune import launch, pp, tensors, tp
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
-STEPS = 5
+STEPS = 4
 # Bounds of a layout against one process, relative. float32: noise_floor.py. bfloat16: tensor parallelism rounds each
 # rank's part of a sum to 8 bits before they are added; without it the bits are those of one process.
 HALF = 2.0**-8
@@ -49,7 +49,18 @@ ROWS = covering(FACTORS, possible, world_size)
 # In float32 as well, where the bounds are sharp.
 ROWS += [row | {"dtype": "float32"} for row in ROWS if row["dtype"] != "float32"]
 SIZES = dict(max_position_embeddings=64, num_attention_heads=4, num_hidden_layers=4)
-OPTIONS = ["--train-iters", STEPS, "--lr", FAST, "--min-lr", FAST, "--save-hf-dtype", "float32"]
+OPTIONS = [
+    "--micro-batch-size",
+    2,
+    "--train-iters",
+    STEPS,
+    "--lr",
+    FAST,
+    "--min-lr",
+    FAST,
+    "--save-hf-dtype",
+    "float32",
+]
 EXPERTS = dict(hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16, moe_intermediate_size=24)
 EXPERTS |= dict(num_local_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
 STUDENTS = {
