@@ -312,6 +312,7 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     from qtarget_megatron.megatron.fingerprint import watch_checkpoints
     from qtarget_megatron.megatron.hf_weights import save_hf_weights
     from qtarget_megatron.megatron.model import ModelProvider
+    from qtarget_megatron.megatron.pace import Pace
     from qtarget_megatron.megatron.soundness import Soundness
     from qtarget_megatron.megatron.step import LossSettings, forward_step
 
@@ -343,11 +344,12 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint)
     watch_checkpoints(args, student, models.built, flags)
+    step = Pace(args).watched(soundness.watched(partial(forward_step, settings, on_nan)))
     launch.run_pretrain(
         args,
         datasets=DatasetProvider(args, tokenizer, objective, caches),
         model_provider=models,
-        forward_step=watchdog.watched(soundness.watched(partial(forward_step, settings, on_nan))),
+        forward_step=watchdog.watched(step),
         store=None if dist.is_initialized() else store,
     )
     soundness.finish()

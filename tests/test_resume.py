@@ -142,8 +142,13 @@ def test_every_kind_of_optimizer_resumes_with_the_state_that_was_saved(workspace
             resumed.append(f"{name}, resumed {number}")
             runs[resumed[-1]] = command(workspace, model, *flags, *layout, "--load", save)
     runs["bound elsewhere"] = command(workspace, "untied", *bound, *TP2, "--load", tmp_path / "bound-to-its-layout")
+    other = ["--ckpt-format", "torch"]
+    runs["other format"] = command(workspace, "untied", *other, "--save", tmp_path / "other", *STOP)
+    runs["other format, resumed"] = command(workspace, "untied", *other, "--load", tmp_path / "other")
     results, _ = launch(2, runs, workspace, timeout=400)
     assert_compared(results, resumed)
+    for name in ("other format", "other format, resumed"):
+        assert "checkpoints of --ckpt-format torch have no fingerprint" in results[name]["printed"], name
     assert "was saved without --dist-ckpt-optim-fully-reshardable" in (results["bound elsewhere"]["errors"] or [""])[0]
 
 
