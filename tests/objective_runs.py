@@ -18,15 +18,15 @@ def draw(rows=24, columns=211, scale=3.0, dtype=torch.float32):
     return logits.to(dtype), labels, teacher.to(dtype), torch.randn(rows)
 
 
-def run(case, logits, labels, teacher, upstream=None, **keywords):
-    """Loss and logit gradient of the package."""
+def run(case, logits, labels, teacher, upstream=None, inputs=None, **keywords):
+    """Loss and logit gradient of the package. inputs: the case's, of whole logits where these are a shard."""
     leaf = logits.clone().requires_grad_()
     loss = qtarget_cross_entropy(
         leaf,
         labels,
         objective=case.objective,
         teacher_logits=case.teacher(teacher),
-        token_inputs=case.inputs(logits, labels),
+        token_inputs=case.inputs(logits, labels) if inputs is None else inputs,
         **keywords,
     )
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)

@@ -5,8 +5,7 @@ import torch
 import torch.distributed as dist
 from launching import run_ranks
 from loss_definitions import CASES, assert_close_to_truth, truth
-
-from qtarget_megatron import qtarget_cross_entropy
+from objective_runs import run
 
 VOCAB, ROWS = 151_936, 6
 NAMES = ("sft", "dft", "eaft", "label-smoothing", "kd-T2", "target-sft", "deft", "gift")
@@ -23,27 +22,13 @@ def draw(dtype, rows=ROWS):
     return logits.to(dtype), labels, teacher.to(dtype)
 
 
-def run(case, logits, labels, teacher, inputs, **keywords):
-    leaf = logits.clone().requires_grad_()
-    loss = qtarget_cross_entropy(
-        leaf,
-        labels,
-        objective=case.objective,
-        teacher_logits=case.teacher(teacher),
-        token_inputs=inputs,
-        **keywords,
-    )
-    loss.sum().backward()
-    return loss.detach(), leaf.grad
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradient_are_the_definition(name, backend, dtype):
     case = CASES[name]
     logits, labels, teacher = draw(dtype)
-    loss, gradient = run(case, logits, labels, teacher, case.inputs(logits, labels), backend=backend)
+    loss, gradient = run(case, logits, labels, teacher, backend=backend)
     expected = truth(case, logits, labels, teacher, torch.ones(ROWS))
     # u = 0.7 z + 0.3 t up to 40: half a step of float32, for each product and for the sum.
     assert_close_to_truth(loss, gradient, expected, 3 * 40 * 2**-24 if name == "target-sft" else 0.0)
@@ -58,7 +43,7 @@ def losses_of_shards(names):
         case = CASES[name]
         inputs = case.inputs(logits, labels)
         loss, gradient = run(
-            case, logits[:, columns].clone(), labels, teacher[:, columns], inputs, group=dist.group.WORLD
+            case, logits[:, columns].clone(), labels, teacher[:, columns], inputs=inputs, group=dist.group.WORLD
         )
         results[name] = loss.numpy(), gradient.norm(dim=-1).double().numpy(), gradient.double().sum(-1).numpy()
     return results
@@ -71,7 +56,7 @@ def test_eight_ranks_give_what_one_gives():
     logits, labels, teacher = draw(torch.float32)
     for name in NAMES:
         case = CASES[name]
-        loss, gradient = run(case, logits, labels, teacher, case.inputs(logits, labels))
+        loss, gradient = run(case, logits, labels, teacher)
         for rank, results in enumerate(shards):
             # Only the order of float32 sums within a shard differs.
             torch.testing.assert_close(

@@ -18,7 +18,7 @@ import transformers
 from checkpoint_models import edit_json
 from conversion_runs import variant
 from finetune_runs import COMMON, scalars, write_data, write_models
-from launching import REPOSITORY, run_ranks, run_torchrun
+from launching import REPOSITORY, run_alone, run_ranks, run_torchrun
 from megatron_reset import reset
 from small_tokenizers import CHATML, SPECIAL, byte_tokenizer, chat
 
@@ -412,14 +412,13 @@ def test_a_killed_run_goes_on_where_it_stopped_at_another_layout(workspace, tmp_
     assert 16 <= done.count(b"\n") < 900 and not out.exists()
     partial.write_bytes(done + b'{"messages": [{"role": "us')  # a line that did not reach the disk whole
 
-    other = subprocess.run([*command, "--temp", "2"], cwd=tmp_path, capture_output=True, text=True, timeout=800)
+    module = ["qtarget_megatron.commands.score", *words, "--out"]
+    other = run_alone([*module, out, "--temp", 2], timeout=800, folder=tmp_path)
     assert other.returncode == 2
-    assert "out.jsonl.partial was begun with a different --temp: go on with the same, or delete it" in other.stderr
+    assert "out.jsonl.partial was begun with a different --temp: go on with the same, or delete it" in other.stdout
     assert partial.read_bytes().startswith(done)
 
-    again = run_torchrun(
-        2, ["qtarget_megatron.commands.score", *words, "--out", out, "--micro-batch-size", 4], timeout=240
-    )
+    again = run_torchrun(2, [*module, out, "--micro-batch-size", 4], timeout=240)
     assert again.returncode == 0, again.stdout[-3000:]
     assert f"score: going on behind the {done.count(b'\n')} samples that are scored already" in again.stdout
     assert again.stdout.count("score: wrote 900 samples with old_log_prob and weight") == 1
@@ -428,8 +427,8 @@ def test_a_killed_run_goes_on_where_it_stopped_at_another_layout(workspace, tmp_
     assert out.read_bytes().startswith(done)
 
     whole = tmp_path / "whole.jsonl"
-    done = subprocess.run([*command[:-1], str(whole)], cwd=tmp_path, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_alone([*module, whole], timeout=800, folder=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
     resumed, expected = read(out), read(whole)
     assert len(resumed) == len(expected) == 900
     for a, b in zip(resumed, expected, strict=True):
