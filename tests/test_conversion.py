@@ -54,13 +54,14 @@ LAYOUTS = {
     },
 }
 DENSE = [layout for layout in LAYOUTS[2] if "ep2" not in layout]
-# Sequence parallelism cuts no weights: a few models will do.
+# Sequence parallelism cuts no weights, and every model is cut into stages at TP2 x PP2 and with virtual ones: a few
+# models will do.
 FEW = ["llama3-tied", "qwen2-untied", "qwen3-tied", "qwen3_moe-tied"]
 COMPARED = [
     (world, layout, name)
     for world, layouts in LAYOUTS.items()
     for layout in layouts
-    for name in (FEW if layout == "tp2-sp" else WITH_EXPERTS if "ep2" in layout else COMPARED_MODELS)
+    for name in (FEW if layout in ("tp2-sp", "pp2") else WITH_EXPERTS if "ep2" in layout else COMPARED_MODELS)
 ]
 # Imported and exported: ties, biases, qk norms, a shared key/value head, both dtypes, experts in some or all layers.
 ROUND_TRIPS = ["llama3-untied", "qwen2-tied", "qwen3-untied", "biases-tied", "mistral-bf16"]
