@@ -53,7 +53,7 @@ def resize(folder, source, name, vocab_size):
 
 @pytest.fixture(scope="module")
 def models(workspace):
-    student = ["--hf-model", workspace / "untied", "--sft-train", workspace / "train.jsonl"]
+    student = ["--hf-model", workspace / "untied", "--sft-train", workspace / "train.jsonl", "--micro-batch-size", 2]
     kd, target = ["--objective", "kd"], ["--objective", "target-sft", "--objective-args", "eta=0.4"]
     return {
         **{
