@@ -307,6 +307,27 @@ def test_a_state_that_is_not_what_was_saved_ends_the_run(workspace, tmp_path):
     assert "master weights of" in error("old faulty in bf16")
 
 
+def refusal(directory):
+    from qtarget_megatron.megatron.fingerprint import _compare_sums
+
+    sums, saved = {"w": {"weights": [0, 0, 10, 5]}}, {"parameters": {"w": {"weights": [10, 4]}}}
+    with pytest.raises(ValueError) as refused:
+        _compare_sums(sums, saved, ["weights"], directory)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("release", "import the model anew, or give the layout that it was saved at"),
+        ("iter_0000002", "give the layout that it was saved at"),
+    ],
+)
+def test_a_damaged_import_is_to_be_made_anew(tmp_path, name, advice):
+    (text,) = run_ranks(1, refusal, (str(tmp_path / name),), megatron=True)
+    assert text.endswith(f"not restored as it was saved; {advice}"), text
+
+
 def words(command):
     return [str(word) for word in command]
 

@@ -304,9 +304,10 @@ def _refusal(directory: str, problems: list[tuple[str, str]], compared: int, ste
     if all(part != _WEIGHTS for part, _ in problems):
         advice.append("--no-load-optim for the weights alone")
     advice.append("the layout that it was saved at")
+    anew = "import the model anew, or " if Path(directory).name == "release" else ""
     return (
         f"{directory}: {part} of {name} are not what was saved{others}: a file is damaged, or not restored as it "
-        f"was saved; give {', '.join(advice[:-1])}{' or ' if len(advice) > 1 else ''}{advice[-1]}"
+        f"was saved; {anew}give {', '.join(advice[:-1])}{' or ' if len(advice) > 1 else ''}{advice[-1]}"
     )
 
 
