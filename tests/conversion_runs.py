@@ -210,8 +210,12 @@ def reading(directory: str, *words) -> tuple[int, int]:
 
 
 def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, int, int]]:
-    """Of an import and an export on this rank: what torch's allocator held at most, by how much the resident memory
-    grew at most, and the bytes of this rank's part of the model."""
+    """Of an import and an export on this rank, made twice: what torch's allocator held at most, by how much the
+    resident memory grew, and the bytes of this rank's part of the model.
+
+    The growth is that of the run where it was less: the first one loads more than it converts, and how many buffers the
+    libraries' threads hold at a time depends on how busy the machine is.
+    """
     from qtarget_megatron.megatron.convert import export_hf, import_hf, open_model
     from tools.benchmarking.measure import Subject
     from tools.benchmarking.measure import memory as memory_of
@@ -223,14 +227,17 @@ def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, 
     shard = sum(parameter.nbytes for chunk in model.chunks for parameter in chunk.parameters())
     del model
     reset()
+    ways = {
+        "import": lambda end: import_hf(source, Path(ckpt + end), words),
+        "export": lambda end: export_hf(source, Path(ckpt), Path(out + end), words),
+    }
     found = {}
-    for name, run in (
-        ("import", lambda: import_hf(source, Path(ckpt), words)),
-        ("export", lambda: export_hf(source, Path(ckpt), Path(out), words)),
-    ):
-        used, _ = memory_of(Subject(run), torch.device("cpu"))
-        found[name] = used.peak, used.resident, shard
-        reset()
+    for name, run in ways.items():
+        runs = []
+        for end in ("-first", ""):
+            runs.append(memory_of(Subject(partial(run, end)), torch.device("cpu"))[0])
+            reset()
+        found[name] = max(used.peak for used in runs), min(used.resident for used in runs), shard
     return found
 
 

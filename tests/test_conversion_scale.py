@@ -82,10 +82,9 @@ def runs(folder):
         jobs = {}
         for layout, words in layouts.items():
             jobs[f"reading {layout}"] = ("reading", folder / large(layout), *words)
-            # The first run of a process loads more than it converts.
-            for name in ("small", "large") if large(layout) == "large" else ("experts",):
-                paths = [folder / part for part in (name, f"ckpt-{name}-{layout}", f"out-{name}-{layout}")]
-                jobs[f"memory {name} {layout}"] = ("memory", *paths, *words)
+            name = large(layout)
+            paths = [folder / part for part in (name, f"ckpt-{name}-{layout}", f"out-{name}-{layout}")]
+            jobs[f"memory {name} {layout}"] = ("memory", *paths, *words)
         if world == 1:
             source = ["--hf-model", folder / "small"]
             jobs["import"] = ("convert", "import", *source, "--save", folder / "ckpt")
