@@ -49,18 +49,8 @@ ROWS = covering(FACTORS, possible, world_size)
 # In float32 as well, where the bounds are sharp.
 ROWS += [row | {"dtype": "float32"} for row in ROWS if row["dtype"] != "float32"]
 SIZES = dict(max_position_embeddings=64, num_attention_heads=4, num_hidden_layers=4)
-OPTIONS = [
-    "--micro-batch-size",
-    2,
-    "--train-iters",
-    STEPS,
-    "--lr",
-    FAST,
-    "--min-lr",
-    FAST,
-    "--save-hf-dtype",
-    "float32",
-]
+OPTIONS = ["--micro-batch-size", 2, "--train-iters", STEPS, "--lr", FAST, "--min-lr", FAST]
+OPTIONS += ["--save-hf-dtype", "float32"]
 EXPERTS = dict(hidden_size=32, intermediate_size=48, num_key_value_heads=2, head_dim=16, moe_intermediate_size=24)
 EXPERTS |= dict(num_local_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
 STUDENTS = {
