@@ -213,8 +213,8 @@ def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, 
     """Of an import and an export on this rank, made twice: what torch's allocator held at most, by how much the
     resident memory grew, and the bytes of this rank's part of the model.
 
-    The growth is that of the run where it was less: the first one loads more than it converts, and how many buffers the
-    libraries' threads hold at a time depends on how busy the machine is.
+    The growth is that of the run where it was less: the first one loads more than it converts. On a busy machine an
+    export grows by 9 MB more now and then, outside of torch's allocator; what holds them is not known.
     """
     from qtarget_megatron.megatron.convert import export_hf, import_hf, open_model
     from tools.benchmarking.measure import Subject
