@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import json
 import os
@@ -131,6 +130,9 @@ def tokens(count: int) -> list[int]:
 
 def run_all(jobs: dict[str, tuple]) -> dict[str, object]:
     """Run each job, (name of a function below, its arguments...), on every rank of this launch."""
+    from tools.benchmarking.measure import return_large_blocks
+
+    return_large_blocks()
     results = {}
     for name, (function, *arguments) in jobs.items():
         printed = io.StringIO()
@@ -213,15 +215,11 @@ def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, 
     """Of an import and an export on this rank, made twice: what torch's allocator held at most, by how much the
     resident memory grew, and the bytes of this rank's part of the model.
 
-    The growth is that of the run where it was less: the first one loads more than it converts. On a busy machine an
-    export grows by 9 MB more now and then, outside of torch's allocator; what holds them is not known.
+    The allocator is watched in a run of its own: the profiler that does it holds megabytes of events, more or fewer.
     """
     from qtarget_megatron.megatron.convert import export_hf, import_hf, open_model
-    from tools.benchmarking.measure import Subject
-    from tools.benchmarking.measure import memory as memory_of
+    from tools.benchmarking import measure
 
-    # Memory that is freed goes back to the system, and is not mistaken for what a run needs: mallopt(M_MMAP_THRESHOLD).
-    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)
     words, source = [str(word) for word in words], Path(directory)
     model = open_model(source, words)
     shard = sum(parameter.nbytes for chunk in model.chunks for parameter in chunk.parameters())
@@ -233,11 +231,12 @@ def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, 
     }
     found = {}
     for name, run in ways.items():
-        runs = []
-        for end in ("-first", ""):
-            runs.append(memory_of(Subject(partial(run, end)), torch.device("cpu"))[0])
-            reset()
-        found[name] = max(used.peak for used in runs), min(used.resident for used in runs), shard
+        used, _ = measure.memory(measure.Subject(partial(run, "-watched")), torch.device("cpu"))
+        reset()
+        # Afterwards: what a first run loads into memory is there already.
+        _, resident = measure.resident(partial(run, ""))
+        reset()
+        found[name] = used.peak, resident, shard
     return found
 
 

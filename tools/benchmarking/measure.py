@@ -96,8 +96,8 @@ def memory(subject: Subject, device: torch.device) -> tuple[Memory, Any]:
 
     The allocator's figures are exact: it records every allocation and release itself (on the CPU through torch's
     profiler), those inside of compiled code too. They do not show what a library takes from the system by itself;
-    resident memory does, to a few MiB. Memory that was freed before goes back to the system first: the run may not
-    find it resident.
+    resident memory does, to a few MiB, and with the profiler's own events in it, some 350 bytes each. Memory that was
+    freed before goes back to the system first: the run may not find it resident.
     """
     subject.prepare()
     _return_freed_memory()
@@ -124,11 +124,11 @@ def memory(subject: Subject, device: torch.device) -> tuple[Memory, Any]:
 def resident(run: Callable[[], Any]) -> tuple[float, int | None]:
     """Seconds of one run, and the growth of the process's resident memory at its peak; None where Linux does not tell.
 
-    Memory that was freed before goes back to the system first, and during the run where it is 1 MiB or more, so that
-    what the C library keeps for later is not mistaken for what the run needs.
+    Memory that was freed before goes back to the system first, and during the run where it is 1 MiB or more, if
+    return_large_blocks() was called when the process began; so that what the C library keeps for later is not mistaken
+    for what the run needs.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    return_large_blocks()
     _return_freed_memory()
     before = _reset_resident_peak()
     started = time.perf_counter()
@@ -137,6 +137,16 @@ def resident(run: Callable[[], Any]) -> tuple[float, int | None]:
     grown = None if before is None else max(_status("VmHWM") - before, 0)
     del result
     return taken, grown
+
+
+def return_large_blocks() -> None:
+    """Let blocks of 1 MiB or more go back to the system as soon as they are freed, from now on (glibc).
+
+    glibc raises this limit with each larger block that is freed; the blocks below it come from its heap, and stay
+    there. A later call does not empty the heap: what was freed in it is given out first, whatever the size.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _return_freed_memory() -> None:
