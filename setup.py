@@ -26,8 +26,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 CSRC = Path("csrc")
-CPU_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/scalar.cpp"]
-CUDA_SOURCES = ["cuda/launch.cu", "cuda/rows_fp32.cu", "cuda/rows_bf16.cu", "cuda/rows_fp16.cu"]
+CPU_SOURCES = ["binding.cpp", "cpu/dispatch.cpp", "cpu/scalar.cpp", "cpu/tokens.cpp"]
+CUDA_SOURCES = ["cuda/launch.cu", "cuda/rows_fp32.cu", "cuda/rows_bf16.cu", "cuda/rows_fp16.cu", "cuda/tokens.cu"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # row_math.h carries unrolling hints for nvcc; only explicit fused multiply-adds are wanted.
 CXX_FLAGS += ["-Wno-unknown-pragmas", "-ffp-contract=off"]

@@ -13,6 +13,7 @@
 
 #include "core.h"
 #include "cpu/dispatch.h"
+#include "cpu/tokens.h"
 #if defined(QTARGET_WITH_CUDA)
 #include "cuda/launch.h"
 #endif
@@ -38,13 +39,21 @@ qtarget::MatrixView matrix(const MatrixTuple& tuple) {
             std::get<2>(tuple)};
 }
 
+qtarget::Layout layout_of(const LayoutTuple& layout) {
+    return {std::get<0>(layout), std::get<1>(layout), std::get<2>(layout), std::get<3>(layout)};
+}
+
+void check_residuals(size_t count) {
+    if (count > static_cast<size_t>(qtarget::kMaxResiduals)) {
+        throw std::invalid_argument("at most 2 residuals, got " + std::to_string(count));
+    }
+}
+
 qtarget::ShardArgs shard_args(const MatrixTuple& logits, const MatrixTuple& teacher, Address labels,
                               int64_t rows, int64_t valid_columns, int64_t vocab_start,
                               int64_t ignore_index,
                               const std::vector<std::pair<double, double>>& residuals) {
-    if (residuals.size() > static_cast<size_t>(qtarget::kMaxResiduals)) {
-        throw std::invalid_argument("at most 2 residuals, got " + std::to_string(residuals.size()));
-    }
+    check_residuals(residuals.size());
     qtarget::ShardArgs shard{};
     shard.logits = matrix(logits);
     shard.teacher = matrix(teacher);
@@ -67,8 +76,7 @@ qtarget::StatisticsArgs statistics_args(const MatrixTuple& logits, const MatrixT
     const qtarget::StatisticsArgs args = {
         shard_args(logits, teacher, labels, rows, valid_columns, vocab_start, ignore_index,
                    residuals),
-        {std::get<0>(layout), std::get<1>(layout), std::get<2>(layout), std::get<3>(layout)},
-        pointer<float>(out)};
+        layout_of(layout), pointer<float>(out)};
     const int64_t expected = qtarget::partial_width(args.layout, args.shard.num_residuals);
     if (args.layout.top_k < 0 || width != expected) {
         throw std::invalid_argument("this layout has " + std::to_string(expected) +
@@ -93,6 +101,60 @@ qtarget::GradientArgs gradient_args(const MatrixTuple& logits, const MatrixTuple
             pointer<const float>(scales[3]),
             pointer<const float>(scales[4]),
             matrix(out)};
+}
+
+// Addresses of partials, supervised, out.
+qtarget::MergeArgs merge_args(const std::vector<Address>& tensors, bool wide, int64_t ranks,
+                              int64_t rows, const LayoutTuple& layout,
+                              const std::vector<std::tuple<double, double, double>>& residuals) {
+    if (tensors.size() != 3) throw std::invalid_argument("tensors must hold 3 addresses");
+    check_residuals(residuals.size());
+    qtarget::MergeArgs args{};
+    args.partials = pointer<const void>(tensors[0]);
+    args.wide = wide;
+    args.supervised = pointer<const bool>(tensors[1]);
+    args.ranks = ranks;
+    args.rows = rows;
+    args.layout = layout_of(layout);
+    for (const auto& [a, b, rounding] : residuals)
+        args.residuals[args.num_residuals++] = {a, b, rounding};
+    args.out = pointer<double>(tensors[2]);
+    return args;
+}
+
+// Addresses of merged, supervised, loss, totals, out_loss, maxima, scales; each mass is an address
+// (0: none) and a value.
+qtarget::WeighArgs weigh_args(const std::vector<Address>& tensors, bool wide, int64_t rows,
+                              const LayoutTuple& layout,
+                              const std::vector<std::pair<Address, double>>& masses,
+                              const std::vector<Address>& guards) {
+    if (tensors.size() != 7) throw std::invalid_argument("tensors must hold 7 addresses");
+    if (masses.empty()) throw std::invalid_argument("masses must begin with the label's");
+    check_residuals(masses.size() - 1);
+    if (guards.size() > static_cast<size_t>(qtarget::kMaxGuards)) {
+        throw std::invalid_argument("at most " + std::to_string(qtarget::kMaxGuards) +
+                                    " guards, got " + std::to_string(guards.size()));
+    }
+    qtarget::WeighArgs args{};
+    args.merged = pointer<const double>(tensors[0]);
+    args.supervised = pointer<const bool>(tensors[1]);
+    args.rows = rows;
+    args.layout = layout_of(layout);
+    args.num_residuals = static_cast<int>(masses.size()) - 1;
+    args.loss = pointer<const double>(tensors[2]);
+    const auto mass = [&](size_t index) {
+        return qtarget::Mass{pointer<const double>(masses[index].first), masses[index].second};
+    };
+    args.label_mass = mass(0);
+    for (int r = 0; r < args.num_residuals; ++r) args.residual_masses[r] = mass(1 + r);
+    for (const Address guard : guards)
+        args.guards[args.num_guards++] = pointer<const double>(guard);
+    args.totals = pointer<double>(tensors[3]);
+    args.wide = wide;
+    args.out_loss = pointer<void>(tensors[4]);
+    args.maxima = pointer<void>(tensors[5]);
+    args.scales = pointer<double>(tensors[6]);
+    return args;
 }
 
 py::dict build_info() {
@@ -149,6 +211,25 @@ PYBIND11_MODULE(_C, module) {
         py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
         "vocab_start"_a, "ignore_index"_a, "residuals"_a, "columns"_a, "scales"_a, "out"_a,
         "num_threads"_a, py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "cpu_merge",
+        [](std::vector<Address> tensors, bool wide, int64_t ranks, int64_t rows, LayoutTuple layout,
+           std::vector<std::tuple<double, double, double>> residuals, int num_threads) {
+            qtarget::cpu_merge(merge_args(tensors, wide, ranks, rows, layout, residuals),
+                               num_threads);
+        },
+        py::kw_only(), "tensors"_a, "wide"_a, "ranks"_a, "rows"_a, "layout"_a, "residuals"_a,
+        "num_threads"_a, py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "cpu_weigh",
+        [](std::vector<Address> tensors, bool wide, int64_t rows, LayoutTuple layout,
+           std::vector<std::pair<Address, double>> masses, std::vector<Address> guards,
+           int num_threads) {
+            qtarget::cpu_weigh(weigh_args(tensors, wide, rows, layout, masses, guards),
+                               num_threads);
+        },
+        py::kw_only(), "tensors"_a, "wide"_a, "rows"_a, "layout"_a, "masses"_a, "guards"_a,
+        "num_threads"_a, py::call_guard<py::gil_scoped_release>());
 
 #if defined(QTARGET_WITH_CUDA)
     module.def(
@@ -178,6 +259,25 @@ PYBIND11_MODULE(_C, module) {
         },
         py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
         "vocab_start"_a, "ignore_index"_a, "residuals"_a, "columns"_a, "scales"_a, "out"_a,
+        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "cuda_merge",
+        [](std::vector<Address> tensors, bool wide, int64_t ranks, int64_t rows, LayoutTuple layout,
+           std::vector<std::tuple<double, double, double>> residuals, int device, Address stream) {
+            qtarget::cuda_merge(merge_args(tensors, wide, ranks, rows, layout, residuals),
+                               device, stream);
+        },
+        py::kw_only(), "tensors"_a, "wide"_a, "ranks"_a, "rows"_a, "layout"_a, "residuals"_a,
+        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "cuda_weigh",
+        [](std::vector<Address> tensors, bool wide, int64_t rows, LayoutTuple layout,
+           std::vector<std::pair<Address, double>> masses, std::vector<Address> guards,
+           int device, Address stream) {
+            qtarget::cuda_weigh(weigh_args(tensors, wide, rows, layout, masses, guards),
+                               device, stream);
+        },
+        py::kw_only(), "tensors"_a, "wide"_a, "rows"_a, "layout"_a, "masses"_a, "guards"_a,
         "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
 #endif
 }

@@ -20,9 +20,11 @@
 
 #if defined(__CUDACC__)
 #define QTARGET_FN static __host__ __device__ __forceinline__
+#define QTARGET_FN_MEMBER __host__ __device__ __forceinline__
 #else
 // Internal linkage: files compiled for different instruction sets must not share one copy.
 #define QTARGET_FN static inline __attribute__((always_inline))
+#define QTARGET_FN_MEMBER __attribute__((always_inline)) inline
 #endif
 
 namespace qtarget {

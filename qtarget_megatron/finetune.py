@@ -50,7 +50,7 @@ from qtarget_megatron.megatron.arguments import (
 )
 from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
 from qtarget_megatron.megatron.faults import explained
-from qtarget_megatron.megatron.gpu_flags import check_gpu_flags
+from qtarget_megatron.megatron.gpu_flags import check_fine_tuning, check_gpu_flags
 from qtarget_megatron.megatron.progress import Progress
 from qtarget_megatron.megatron.resume_flags import ResumedFlags, check_schedule, read_saved
 from qtarget_megatron.megatron.saved_files import iteration_folder, newest_complete, prepare_start
@@ -117,6 +117,7 @@ def run(argv: list[str]) -> None:
     _fill_in(args, student)
     apply_nan_choice(args)
     check_backend(args, on_cpu=on_cpu)
+    check_fine_tuning(args, live_teacher=args.teacher_hf is not None, on_cpu=on_cpu)
     _check(args, student, objective)
     tokenizer, teacher, teacher_weights = _check_models(args, student)
     caches = _open_caches(args, student, tokenizer)

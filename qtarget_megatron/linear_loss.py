@@ -9,10 +9,12 @@ except for the last chunk: its logits lie in the one buffer that both passes use
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,12 +35,15 @@ from qtarget_megatron.token_loss import (
     check_labels,
     evaluate,
     flat_inputs,
-    reshaped,
-    scattered,
     true_vocab_size,
     vocabulary_shard,
 )
 
+AUTO = "auto"
+# Tokens of a chunk by default. On a GPU the gradient of the weight is read and written once a chunk, which is to be
+# little beside the matrix products (by their sizes; not measured).
+_CHUNK_SIZES = {"cuda": 2048}
+_CHUNK_SIZE = 512
 # Columns of the weight's gradient that one product of 16-bit matrices makes before it is added up in float32.
 _COLUMN_TILE = 8192
 
@@ -59,7 +64,7 @@ def qtarget_linear_cross_entropy(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     sequence_parallel: bool = False,
-    chunk_size: int = 512,
+    chunk_size: int | Literal["auto"] = AUTO,
     backend: str = "auto",
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
@@ -77,14 +82,15 @@ def qtarget_linear_cross_entropy(
             smaller one). Default: all that vocab_size leaves.
         logit_scale: of the first model's logits, not of the teacher's. A finite number above 0.
         sequence_parallel: hidden and teacher_hidden are sharded over group along their first dimension.
-        chunk_size: tokens whose logits exist at a time.
+        chunk_size: tokens whose logits exist at a time. "auto": 512, on a GPU 2048.
         others: as in qtarget_cross_entropy.
 
     Returns:
         float32 loss per token (float64 for float64 hidden), shape of labels; bitwise equal on every rank of the group.
 
-    The gradient of the weight is added up in float32. Where the weight has Megatron's main_grad, it is added to that,
-    and grad_added_to_main_grad is set, as Megatron's fused accumulation does.
+    The gradient of the weight is added up in float32 (on the CPU each chunk's product is rounded to the weight's dtype
+    before that, on a GPU none is where torch can add it up so). Where the weight has Megatron's main_grad, it is added
+    to that, and grad_added_to_main_grad is set, as Megatron's fused accumulation does.
 
     Memory: the gradients, chunk_size rows of student and teacher logits (from forward to backward), and O(N H).
     Collectives over group: one all-gather of the statistics, as in qtarget_cross_entropy, and in backward one
@@ -103,9 +109,10 @@ def qtarget_linear_cross_entropy(
             teacher_hidden, teacher_weight = teacher_hidden.to(dtype), teacher_weight.to(dtype)
     given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
     check_second_model(objective, labels, given, sparse_teacher)
+    chunk_size = tokens_at_a_time(chunk_size, device)
     if not objective.needs_teacher:
         teacher_hidden = teacher_weight = sparse_teacher = None
-    _check(hidden, weight, labels, teacher_hidden, teacher_weight, group, sequence_parallel, chunk_size)
+    _check(hidden, weight, labels, teacher_hidden, teacher_weight, group, sequence_parallel)
     in_range("logit_scale", logit_scale, 0, math.inf, open_low=True)
     if logit_scale != 1:
         hidden = hidden * logit_scale
@@ -140,7 +147,7 @@ def qtarget_linear_cross_entropy(
     loss = loss.reshape(labels.shape)
     if not return_statistics:
         return loss
-    return loss, reshaped(scattered(spec.statistics, rows, labels.numel()), labels.shape)
+    return loss, spec.statistics.scattered(rows, supervised.reshape(-1)).reshaped(labels.shape)
 
 
 @dataclass
@@ -239,6 +246,7 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
             if spec.overwrites_logits:
                 logits.spoil()
         spec.statistics, ctx.shift = merge_parts(
+            spec.backend,
             collectives.gather_partials(partials, spec.group),
             labels,
             spec.sparse_teacher,
@@ -246,15 +254,13 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
             vocab_size=spec.vocab_size,
             ignore_index=spec.shard["ignore_index"],
         )
-        kept_loss, ctx.token_gradient = evaluate(spec.objective, spec.statistics, spec.inputs)
+        kept_loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)
         ctx.spec, ctx.hidden_shape = spec, hidden.shape
         # The parameter itself: main_grad is an attribute of that object.
         ctx.weight = weight
         ctx.logits = logits if any(ctx.needs_input_grad) else None
         ctx.save_for_backward(kept, taught, teacher_weight, labels)
-        loss = kept_loss.new_zeros(spec.num_tokens, dtype=work)
-        loss[spec.rows] = kept_loss.to(work)
-        return loss
+        return kept_loss.new_zeros(spec.num_tokens).index_copy_(0, spec.rows, kept_loss)
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -302,8 +308,12 @@ class _WeightGradient:
         self._is_empty = not into_main_grad
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
+        beta = 0 if self._is_empty else 1
         if hidden.dtype == self._sum.dtype:
-            torch.addmm(self._sum, logit_gradient.t(), hidden, beta=0 if self._is_empty else 1, out=self._sum)
+            torch.addmm(self._sum, logit_gradient.t(), hidden, beta=beta, out=self._sum)
+        elif hidden.device.type == "cuda" and _adds_up_wide(hidden.device, hidden.dtype):
+            # One product, never rounded to 16 bits, for one pass over the sum.
+            torch.addmm(self._sum, logit_gradient.t(), hidden, out_dtype=self._sum.dtype, beta=beta, out=self._sum)
         else:
             for start in range(0, self._sum.shape[0], _COLUMN_TILE):
                 tile = slice(start, start + _COLUMN_TILE)
@@ -323,6 +333,26 @@ class _WeightGradient:
         weight.grad_added_to_main_grad = True
         # Megatron's hook adds this to main_grad after all where an embedding shares the weight.
         return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+@functools.cache
+def _adds_up_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of 16-bit matrices to a float32 one there; it depends on its version."""
+    total, matrix = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(total, matrix, matrix, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def tokens_at_a_time(chunk_size: int | Literal["auto"], device: str) -> int:
+    """A chunk's number of tokens on a type of device. ValueError for one that is none."""
+    if chunk_size == AUTO:
+        return _CHUNK_SIZES.get(device, _CHUNK_SIZE)
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be 'auto' or a number of tokens, 1 or more, got {chunk_size!r}")
+    return chunk_size
 
 
 def _whole_gradient(kept_gradient: Tensor, spec: _Spec, shape: torch.Size) -> Tensor:
@@ -346,9 +376,7 @@ def _kept_rows(supervised: Tensor) -> Tensor:
     return supervised.nonzero().squeeze(1)
 
 
-def _check(hidden, weight, labels, teacher_hidden, teacher_weight, group, sequence_parallel, chunk_size) -> None:
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a number of tokens, 1 or more, got {chunk_size!r}")
+def _check(hidden, weight, labels, teacher_hidden, teacher_weight, group, sequence_parallel) -> None:
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 token ids, got {labels.dtype}")
     _check_pair("hidden", hidden, "weight", weight, labels, group, sequence_parallel)

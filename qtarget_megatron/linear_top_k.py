@@ -80,7 +80,7 @@ def linear_top_k(
         partials[chunk] = kernel.partial_statistics(logits, None, labels[chunk], request=request, **shard)
         values, ids = _largest(logits[:, : shard["valid_columns"]], k)
         keys[chunk, : ids.shape[1]] = _packed(values, ids + shard["vocab_start"])
-    statistics = merge(collectives.gather_partials(partials, group), labels == 0, request)
+    statistics = merge(kernel, collectives.gather_partials(partials, group), labels == 0, request)
     keys = collectives.gather_partials(keys, group).transpose(0, 1).flatten(1)
     values, ids = _unpacked(keys.topk(k, dim=-1).values)
     log_p = (values.double() - statistics.max[:, None]) - statistics.sum_exp.log()[:, None]

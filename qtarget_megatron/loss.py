@@ -23,7 +23,7 @@ from qtarget_megatron.sparse_teacher import (
     partial_statistics,
 )
 from qtarget_megatron.statistics import TokenStatistics
-from qtarget_megatron.token_loss import check_labels, evaluate, flat_inputs, reshaped, true_vocab_size, vocabulary_shard
+from qtarget_megatron.token_loss import check_labels, evaluate, flat_inputs, true_vocab_size, vocabulary_shard
 
 
 def qtarget_cross_entropy(
@@ -106,7 +106,7 @@ def qtarget_cross_entropy(
     loss = loss.reshape(labels.shape)
     if not return_statistics:
         return loss
-    return loss, reshaped(spec.statistics, labels.shape)
+    return loss, spec.statistics.reshaped(labels.shape)
 
 
 @dataclass
@@ -132,6 +132,7 @@ class _QTargetCrossEntropy(torch.autograd.Function):
         request = spec.objective.request
         partials = partial_statistics(spec.backend, logits, spec.teacher, labels, request=request, **spec.shard)
         spec.statistics, ctx.shift = merge_parts(
+            spec.backend,
             collectives.gather_partials(partials, spec.group),
             labels,
             spec.teacher,
@@ -139,11 +140,12 @@ class _QTargetCrossEntropy(torch.autograd.Function):
             vocab_size=spec.vocab_size,
             ignore_index=spec.shard["ignore_index"],
         )
-        loss, ctx.token_gradient = evaluate(spec.objective, spec.statistics, spec.inputs)
+        work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)
         ctx.spec, ctx.consumed = spec, False
         # Saved, so that autograd notices a teacher that was overwritten in between.
         ctx.save_for_backward(logits, labels, spec.teacher if isinstance(spec.teacher, Tensor) else None)
-        return loss.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        return loss
 
     @staticmethod
     def backward(ctx, grad_loss):

@@ -125,7 +125,7 @@ def partial_statistics(
         for start in range(0, max(len(labels), 1), step):
             rows = slice(start, start + step)
             piece = logits[rows] if scratch else logits[rows].clone()
-            piece[kept.within(rows)] = -torch.inf
+            kept.write(torch.full_like(kept.logits[rows], -torch.inf), piece, rows)
             parts.append(backend.partial_statistics(piece, None, labels[rows], request=dense_request, **shard))
         dense = torch.cat(parts)
         dense[:, 3] = kept.label_logit(dense[:, 3], labels)
@@ -142,6 +142,7 @@ def partial_statistics(
 
 
 def merge_parts(
+    kernel: ModuleType,
     partials: Tensor,
     labels: Tensor,
     teacher: Teacher,
@@ -157,7 +158,7 @@ def merge_parts(
     """
     supervised = labels != ignore_index
     if not isinstance(teacher, SparseTeacher):
-        return merge(partials, supervised, request), None
+        return merge(kernel, partials, supervised, request), None
     dense, top = partials.double().split(request.width, dim=-1)
     dense = dense.clone()
     shift = torch.zeros(len(request.residuals), *supervised.shape, dtype=torch.float64, device=partials.device)
@@ -175,14 +176,14 @@ def merge_parts(
         constant = b * tail
         if teacher.rule == "student":
             # Rounded, a and b do not add up to the coefficient that the tail was given.
-            constant = constant + (a + b - of_tail[index][0]) * torch.where(z_max.isfinite(), z_max, 0)
-        shift[index] = torch.where(supervised, constant, 0)
+            constant = constant + (a + b - of_tail[index][0]) * z_max.masked_fill(~z_max.isfinite(), 0)
+        shift[index] = constant.masked_fill(~supervised, 0)
         _add_constant(dense, column, request, shift[index], partials.dtype)
         if request.residual_label:
             # Of a label outside of the kept entries, on the first of the shards over which it is added up.
-            dense[0, :, column + request.residual_width - 1] = torch.where(in_tail, of_label, 0)
+            dense[0, :, column + request.residual_width - 1] = of_label.masked_fill(~in_tail, 0)
     parts = torch.stack([dense, top], dim=1).flatten(0, 1)
-    return merge(parts, supervised, request, coefficients), shift
+    return merge(kernel, parts, supervised, request, coefficients), shift
 
 
 def logit_gradient(
@@ -222,7 +223,9 @@ def logit_gradient(
     dense_max = centre.to(residual_max.dtype).contiguous()
     dense_scale = _moved(residual_scale, dense_max.double() - centre)
     if teacher.rule == "drop":
-        dense_scale[[index for index, (_, b) in enumerate(residuals) if b != 0]] = 0
+        for index, (_, b) in enumerate(residuals):
+            if b != 0:
+                dense_scale[index] = 0
     backend.logit_gradient(
         logits,
         None,
@@ -238,24 +241,25 @@ def logit_gradient(
     for (a, b), maximum, mass in zip(coefficients, residual_max, residual_scale, strict=True):
         u = reference.residual_logits(kept.logits, kept.log_p, a, b)
         weight = (u - maximum[:, None]).to(gradient.dtype).exp()
-        gradient -= torch.where(mass[:, None] == 0, 0, weight * mass[:, None])
-    gradient -= torch.where(kept.ids == labels[:, None], label_scale[:, None], 0)
+        gradient -= (weight * mass[:, None]).masked_fill(mass[:, None] == 0, 0)
+    gradient -= label_scale[:, None].masked_fill(kept.ids != labels[:, None], 0)
     active = (labels != ignore_index) & ((scale != 0) | (label_scale != 0) | (residual_scale != 0).any(0))
-    gradient = torch.where(active[:, None], gradient, 0)
-    out[kept.index] = gradient[kept.here].to(out.dtype)
+    kept.write(gradient.masked_fill(~active[:, None], 0), out)
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """The kept entries that lie on this rank's shard.
+    """The kept entries that lie on this rank's shard. Nothing here waits for a GPU: no shape depends on the data.
 
-    ids: [n, K]. here: [n, K] bool. index: (rows, columns) of those here, in the order of here. logits, log_p: [n, K] of
-    the student and the teacher, -inf where not here.
+    ids: [n, K]. here: [n, K] bool. first: [n, 1], the first slot that is here, 0 where none is. columns: [n, K] of the
+    shard; of a slot that is not here, that of the first. logits, log_p: [n, K] of the student and the teacher, -inf
+    where not here.
     """
 
     ids: Tensor
     here: Tensor
-    index: tuple[Tensor, Tensor]
+    first: Tensor
+    columns: Tensor
     logits: Tensor
     log_p: Tensor
 
@@ -263,22 +267,32 @@ class _Kept:
     def of(cls, logits: Tensor, teacher: SparseTeacher, vocab_start: int, valid_columns: int) -> _Kept:
         local = teacher.ids - vocab_start
         here = (teacher.ids >= 0) & (local >= 0) & (local < valid_columns)
-        rows, slots = here.nonzero(as_tuple=True)
-        index = rows, local[rows, slots]
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        z = torch.full(here.shape, -torch.inf, dtype=work, device=logits.device)
-        z[here] = logits[index].to(work)
-        return cls(teacher.ids, here, index, z, torch.where(here, teacher.log_p.to(work), -torch.inf))
+        if here.shape[1] == 0:
+            first = here.new_zeros(len(here), 0, dtype=torch.int64)
+            return cls(teacher.ids, here, first, local, local.to(work), teacher.log_p.to(work))
+        local = local.masked_fill(~here, 0)
+        first = here.int().argmax(-1, keepdim=True)
+        columns = torch.where(here, local, local.gather(1, first))
+        z = logits.gather(1, columns).to(work).masked_fill(~here, -torch.inf)
+        return cls(teacher.ids, here, first, columns, z, teacher.log_p.to(work).masked_fill(~here, -torch.inf))
 
-    def within(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Index of the entries in a run of rows, counted from its first."""
-        inside = (self.index[0] >= rows.start) & (self.index[0] < rows.stop)
-        return self.index[0][inside] - rows.start, self.index[1][inside]
+    def write(self, values: Tensor, out: Tensor, rows: slice = slice(None)) -> None:
+        """Put values [n, K] of the entries here into their columns of out, of a run of rows.
+
+        The slots of a row that are not here write what its first one writes; in a row without any, what stands there.
+        """
+        if values.shape[1] == 0:
+            return
+        here, first, columns = self.here[rows], self.first[rows], self.columns[rows]
+        values = values.to(out.dtype)
+        otherwise = torch.where(here.gather(1, first), values.gather(1, first), out.gather(1, columns[:, :1]))
+        out.scatter_(1, columns, torch.where(here, values, otherwise))
 
     def label_logit(self, otherwise: Tensor, labels: Tensor) -> Tensor:
         """The label's logit where it is kept and here."""
         is_label = self.here & (self.ids == labels[:, None])
-        found = torch.where(is_label, self.logits, 0).sum(-1)
+        found = self.logits.masked_fill(~is_label, 0).sum(-1)
         return torch.where(is_label.any(-1), found.to(otherwise.dtype), otherwise)
 
 
@@ -300,7 +314,7 @@ def _teacher_columns(request: StatisticsRequest):
 
 def _moved(sums: Tensor, change: Tensor) -> Tensor:
     """Sums of exponentials whose exponents all change by that; a change that is not finite leaves them."""
-    return (sums * torch.where(change.isfinite(), change, 0).exp()).to(sums.dtype)
+    return (sums * change.masked_fill(~change.isfinite(), 0).exp()).to(sums.dtype)
 
 
 def _add_constant(dense: Tensor, column: int, request: StatisticsRequest, constant: Tensor, dtype: torch.dtype) -> None:
@@ -309,7 +323,7 @@ def _add_constant(dense: Tensor, column: int, request: StatisticsRequest, consta
     dense[..., column] = exact.to(dtype).double()
     change = exact - dense[..., column]
     if request.residual_entropy:
-        dense[..., column + 3] += dense[..., column + 1] * torch.where(change.isfinite(), change, 0)
+        dense[..., column + 3] += dense[..., column + 1] * change.masked_fill(~change.isfinite(), 0)
     for sums in range(column + 1, column + 3 + request.residual_entropy):
         dense[..., sums] = _moved(dense[..., sums], change)
 
@@ -323,8 +337,10 @@ def _kept_statistics(
     """
     is_label = kept.here & (kept.ids == labels[:, None])
     slots = kept.ids.shape[1]
-    position = torch.where(is_label.any(-1), is_label.int().argmax(-1), slots)
-    position = torch.where(labels == ignore_index, -1, position)
+    position = torch.full_like(labels, slots)
+    if slots:
+        position = is_label.int().argmax(-1).masked_fill(~is_label.any(-1), slots)
+    position = position.masked_fill(labels == ignore_index, -1)
     top = reference.partial_statistics(
         kept.logits,
         kept.log_p,
@@ -344,8 +360,7 @@ def _kept_statistics(
             if request.residuals[index][1] == 0:
                 top[:, column] = -torch.inf
                 top[:, column + 1 : column + request.residual_width] = 0
-        supervised = labels != ignore_index
-        top = torch.where(supervised[:, None], top, torch.zeros_like(top))
+        top = top.masked_fill((labels == ignore_index)[:, None], 0)
     return top
 
 
@@ -357,10 +372,10 @@ def _take_out(dense: Tensor, column: int, request: StatisticsRequest, a: float, 
     """
     centre, maximum = dense[:, :1], dense[:, column, None]
     shifted = (reference.residual_logits(kept.logits, None, a, 0.0) - maximum).to(kept.logits.dtype)
-    weight = torch.where(kept.here, shifted.exp(), 0)
+    weight = shifted.exp().masked_fill(~kept.here, 0)
 
     def total(values: Tensor) -> Tensor:
-        return torch.where(weight == 0, 0, weight * values).sum(-1).to(dense.dtype)
+        return (weight * values).masked_fill(weight == 0, 0).sum(-1).to(dense.dtype)
 
     dense[:, column + 1] = (dense[:, column + 1] - total(torch.ones_like(weight))).clamp_min(0)
     dense[:, column + 2] -= total(kept.logits - centre)
@@ -375,7 +390,7 @@ def _log_tail(dense: Tensor, teacher: SparseTeacher, vocab_size: int) -> Tensor:
         return torch.zeros_like(log_mass)
     if teacher.rule == "uniform":
         others = vocab_size - (teacher.ids >= 0).sum(-1)
-        return torch.where(others > 0, log_mass - others.clamp_min(1).double().log(), -torch.inf)
+        return (log_mass - others.clamp_min(1).double().log()).masked_fill(others <= 0, -torch.inf)
     m, s = dense[..., 0], dense[..., 1]
-    log_others = torch.logsumexp(torch.where(s > 0, m + s.log(), -torch.inf), dim=0)
-    return torch.where(log_others == -torch.inf, -torch.inf, log_mass - log_others)
+    log_others = torch.logsumexp((m + s.log()).masked_fill(~(s > 0), -torch.inf), dim=0)
+    return (log_mass - log_others).masked_fill(log_others == -torch.inf, -torch.inf)

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ from torch import Tensor
 MAX_RESIDUALS = 2
 _BASE_WIDTH = 4
 _RESIDUAL_WIDTH = 3
+_MERGED_BASE, _MERGED_RESIDUAL = 5, 4
+_TOTALS = 3
 
 Residuals = tuple[tuple[float, float], ...]
 
@@ -78,6 +81,21 @@ class StatisticsRequest:
         """Numbers per token and rank that travel in the one collective (float32 each)."""
         return _BASE_WIDTH + self.collision + self.top_k + self.residual_width * len(self.residuals)
 
+    @property
+    def merged_rows(self) -> int:
+        """Statistics of a token over the whole vocabulary, besides its largest logits; see TokenStatistics.of."""
+        return _MERGED_BASE + self.collision + self._merged_residual * len(self.residuals)
+
+    @property
+    def merged_sums(self) -> list[int]:
+        """Which of them are sum_exp, of the logits and of each residual."""
+        first = _MERGED_BASE + self.collision
+        return [1, *(first + self._merged_residual * index + 1 for index in range(len(self.residuals)))]
+
+    @property
+    def _merged_residual(self) -> int:
+        return _MERGED_RESIDUAL + self.residual_entropy + self.residual_label
+
 
 @dataclass
 class ResidualStatistics:
@@ -119,6 +137,8 @@ class TokenStatistics:
     label_mass:     c_y.
     residual_mass:  sum of c_r over the residuals.
     trust:          c_y / (c_y + c_r), NaN where the total mass is 0.
+
+    rows, request:  what all but top_logits are views of, see of(), and what they hold; None where put together by hand.
     """
 
     supervised: Tensor
@@ -133,6 +153,70 @@ class TokenStatistics:
     label_mass: Tensor | None = None
     residual_mass: Tensor | None = None
     trust: Tensor | None = None
+    rows: Tensor | None = field(default=None, repr=False)
+    request: StatisticsRequest | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        rows: Tensor,
+        supervised: Tensor,
+        request: StatisticsRequest,
+        top_logits: Tensor | None = None,
+        *,
+        evaluated: bool = False,
+    ) -> TokenStatistics:
+        """The statistics whose tensors are views of rows, float64 ``[request.merged_rows + 3, N]``::
+
+        always                  max, sum_exp, log_p, p, entropy
+        collision               collision
+        for each residual       max, sum_exp, lse, mean_logit
+            residual_entropy    entropy
+            residual_label      log_p
+        where evaluated         label_mass, residual_mass, trust
+        """
+        values = iter(rows.unbind())
+
+        def residual() -> ResidualStatistics:
+            always = [next(values) for _ in range(_MERGED_RESIDUAL)]
+            entropy = next(values) if request.residual_entropy else None
+            return ResidualStatistics(*always, entropy, next(values) if request.residual_label else None)
+
+        stats = cls(
+            supervised,
+            *(next(values) for _ in range(_MERGED_BASE)),
+            collision=next(values) if request.collision else None,
+            top_logits=top_logits,
+            residuals=tuple(residual() for _ in request.residuals),
+            rows=rows,
+            request=request,
+        )
+        if evaluated:
+            stats.label_mass, stats.residual_mass, stats.trust = values
+        return stats
+
+    def reshaped(self, shape: torch.Size) -> TokenStatistics:
+        """With every [N, ...] tensor as [*shape, ...]; of statistics that have been evaluated."""
+        top_logits = self.top_logits
+        return TokenStatistics.of(
+            self.rows.reshape(-1, *shape),
+            self.supervised.reshape(shape),
+            self.request,
+            None if top_logits is None else top_logits.reshape(*shape, -1),
+            evaluated=True,
+        )
+
+    def scattered(self, tokens: Tensor, supervised: Tensor) -> TokenStatistics:
+        """As those of all tokens, [N], of which these are at the positions tokens and the others not supervised."""
+        rows = self.rows.new_zeros(len(self.rows), len(supervised))
+        for row in self.request.merged_sums:
+            rows[row] = 1
+        top_logits = self.top_logits
+        if top_logits is not None:
+            whole = top_logits.new_zeros(len(supervised), top_logits.shape[1])
+            top_logits = whole.index_copy_(0, tokens, top_logits)
+        rows.index_copy_(1, tokens, self.rows)
+        return TokenStatistics.of(rows, supervised, self.request, top_logits, evaluated=True)
 
     @property
     def lse(self) -> Tensor:
@@ -169,11 +253,16 @@ class TokenStatistics:
 
 
 def merge(
-    partials: Tensor, supervised: Tensor, request: StatisticsRequest, coefficients: Residuals | None = None
+    kernel: ModuleType,
+    partials: Tensor,
+    supervised: Tensor,
+    request: StatisticsRequest,
+    coefficients: Residuals | None = None,
 ) -> TokenStatistics:
     """Merge the partials of all ranks into statistics over the whole vocabulary.
 
     Args:
+        kernel: a backend's module, from qtarget_megatron.kernels.
         partials: ``[T, N, request.width]``, one slice per tensor-parallel rank, in rank order.
         supervised: ``[N]`` bool; the partials of the other tokens are 0, as the kernels write them, and so are their
             statistics.
@@ -182,104 +271,25 @@ def merge(
 
     A shard without any finite column has m = -inf and contributes nothing. A NaN anywhere stays NaN.
     """
-    # One layout for every rank and every device: the sums below run over dim 0 in rank order. As few operations as
-    # can be: on a GPU each is a launch.
     coefficients = coefficients or kernel_coefficients(request.residuals, partials.dtype)
-    columns = iter(partials.double().unbind(-1))
-    m, s, e, z_y = (next(columns) for _ in range(_BASE_WIDTH))
-    ignored = ~supervised
-
-    shift = _Shift(m)
-    # e is centred on the local maximum; centre it on the global one.
-    sum_exp, centred = shift.totals(s, shift.recentred(e, s))
-    sum_exp = sum_exp.masked_fill(ignored, 1.0)
-    log_sum = sum_exp.log()
-    # Subtracting the maximum first keeps the precision of the label logit at large offsets.
-    label_logit = _summed(z_y)
-    log_p = (label_logit - shift.max) - log_sum
-
-    collision = top_logits = None
-    if request.collision:
-        (collision,) = shift.totals(next(columns), power=2)
-        collision = collision / sum_exp**2
+    rows = torch.empty(request.merged_rows + _TOTALS, partials.shape[1], dtype=torch.float64, device=partials.device)
+    kernel.merge(partials, supervised, request=request, residuals=_rounded(request.residuals, coefficients), out=rows)
+    top_logits = None
     if request.top_k:
-        of_all_ranks = torch.cat([next(columns).t() for _ in range(request.top_k)], dim=-1)
-        top_logits = of_all_ranks.topk(request.top_k, dim=-1).values if len(partials) > 1 else of_all_ranks
-
-    residuals = []
-    for exact, rounded in zip(request.residuals, coefficients, strict=True):
-        m_u, s_u, x_u = (next(columns) for _ in range(_RESIDUAL_WIDTH))
-        shift_u = _Shift(m_u)
-        sums = [s_u, x_u]
+        first = _BASE_WIDTH + request.collision
+        top_logits = partials[..., first : first + request.top_k].double().transpose(0, 1).flatten(1)
         if len(partials) > 1:
-            # A shard whose logits are all -inf but which carries residual mass makes the mean -inf, as it should.
-            sums[1] = x_u + (m - shift.max).masked_fill(s_u == 0, 0.0) * s_u
-        if request.residual_entropy:
-            sums.append(shift_u.recentred(next(columns), s_u))
-        sum_exp_u, cross, *centred_u = shift_u.totals(*sums)
-        sum_exp_u = sum_exp_u.masked_fill(ignored, 1.0)
-        log_sum_u = sum_exp_u.log()
-        entropy_u = log_r_y = None
-        if request.residual_entropy:
-            entropy_u = log_sum_u - centred_u[0] / sum_exp_u
-        if request.residual_label:
-            log_r_y = (_combined(rounded, label_logit, _summed(next(columns))) - shift_u.max) - log_sum_u
-        lse_u = shift_u.max * _rounding(exact, rounded) + log_sum_u
-        mean = cross / sum_exp_u + shift.max
-        residuals.append(ResidualStatistics(shift_u.max, sum_exp_u, lse_u, mean, entropy_u, log_r_y))
-
-    return TokenStatistics(
-        supervised=supervised,
-        max=shift.max,
-        sum_exp=sum_exp,
-        log_p=log_p,
-        p=log_p.exp().masked_fill(ignored, 0.0),
-        entropy=log_sum - centred / sum_exp,
-        collision=collision,
-        top_logits=top_logits,
-        residuals=tuple(residuals),
-    )
+            top_logits = top_logits.topk(request.top_k, dim=-1).values
+    return TokenStatistics.of(rows, supervised, request, top_logits)
 
 
-def _combined(coefficients: tuple[float, float], z: Tensor, t: Tensor) -> Tensor:
-    """a z + b t; a coefficient of 0 removes its operand."""
-    return sum((c * value for c, value in zip(coefficients, (z, t), strict=True) if c != 0), torch.zeros_like(z))
+@functools.lru_cache
+def _rounded(exact: Residuals, rounded: Residuals) -> tuple[tuple[float, float, float], ...]:
+    """(a, b) of each residual as the kernels read them, and what turns the maximum of u into that of the exact ones,
+    where u has one operand."""
 
+    def factor(exact: tuple[float, float], rounded: tuple[float, float]) -> float:
+        operands = [(c, r) for c, r in zip(exact, rounded, strict=True) if r != 0]
+        return operands[0][0] / operands[0][1] if len(operands) == 1 else 1.0
 
-def _rounding(exact: tuple[float, float], rounded: tuple[float, float]) -> float:
-    """What turns the maximum of u into that of the exact coefficients, where u has one operand."""
-    operands = [(c, r) for c, r in zip(exact, rounded, strict=True) if r != 0]
-    return operands[0][0] / operands[0][1] if len(operands) == 1 else 1.0
-
-
-class _Shift:
-    """Moves sums centred on each rank's maximum [T, N] to the global maximum [N]; of one rank they are there."""
-
-    def __init__(self, local_max: Tensor):
-        self._alone = len(local_max) == 1
-        self.max = local_max[0] if self._alone else local_max.amax(0)
-        if self._alone:
-            return
-        empty = local_max == -torch.inf
-        self._offset = (local_max - self.max).masked_fill(empty, 0.0)
-        self._factor = self._offset.exp().masked_fill(empty, 0.0)
-        self._gone = self._factor == 0
-
-    def recentred(self, local_sum: Tensor, weights: Tensor) -> Tensor:
-        """sum_k w_k (z_k - m) of each rank, as a sum of w_k (z_k - global m); weights: sum_k w_k."""
-        return local_sum if self._alone else local_sum + self._offset * weights
-
-    def totals(self, *local_sums: Tensor, power: int = 1) -> tuple[Tensor, ...]:
-        """Sums over ranks of sum_k exp(power (z_k - m)) terms, moved to the global maximum."""
-        if self._alone:
-            return tuple(local_sum[0] for local_sum in local_sums)
-        sums = torch.stack(local_sums)
-        scaled = sums * self._factor**power
-        # factor 0 belongs to an empty shard or to one that underflows; its -inf mean logit must not turn into NaN,
-        # while a NaN has to survive.
-        return scaled.masked_fill(self._gone & (sums == sums), 0.0).sum(1).unbind()
-
-
-def _summed(column: Tensor) -> Tensor:
-    """Over the ranks, of which all but one have 0."""
-    return column[0] if len(column) == 1 else column.sum(0)
+    return tuple((*pair, factor(given, pair)) for given, pair in zip(exact, rounded, strict=True))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,9 +20,8 @@ _REAL_DTYPES = {
 
 @dataclass(frozen=True)
 class TokenGradient:
-    """What the gradient kernel needs of each token besides its logits, float64: maxima, and masses over sums.
-
-    exp(z - max) * (mass / sum_exp), not exp(z - lse): an order of magnitude less rounding error.
+    """What the gradient kernel needs of each token besides its logits: maxima, and masses over sums; as of
+    kernels.reference.weigh.
 
     maxima: [1 + R, N], of z and of each residual's u. scales: [2 + R, N], of exp(z - max), of the label, and of each
     residual's exp(u - max).
@@ -31,19 +30,10 @@ class TokenGradient:
     maxima: Tensor
     scales: Tensor
 
-    @classmethod
-    def of(cls, stats: TokenStatistics, residual_masses: list[Tensor]) -> TokenGradient:
-        of_residuals = [mass / r.sum_exp for mass, r in zip(residual_masses, stats.residuals, strict=True)]
-        return cls(
-            maxima=torch.stack([stats.max, *(r.max for r in stats.residuals)]),
-            scales=torch.stack([stats.total_mass / stats.sum_exp, stats.label_mass, *of_residuals]),
-        )
-
     def kernel_arguments(self, upstream: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Keywords of logit_gradient in dtype, for the upstream gradient [N] of each token's loss."""
-        upstream = upstream.double()
         # A token masked out downstream has upstream exactly 0: its NaN must not leak.
-        scales = (self.scales * upstream).masked_fill(upstream == 0, 0.0).to(dtype).contiguous()
+        scales = (self.scales * upstream).masked_fill_(upstream == 0, 0.0).to(dtype)
         maxima = self.maxima.to(dtype).contiguous()
         return dict(
             max_=maxima[0],
@@ -59,30 +49,38 @@ class TokenGradient:
 
 
 def evaluate(
-    objective: Objective, stats: TokenStatistics, inputs: Mapping[str, Tensor]
+    kernel: ModuleType,
+    objective: Objective,
+    stats: TokenStatistics,
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, TokenGradient]:
-    """Loss [N] in float64, 0 where not supervised, and what the gradient needs; masses and trust enter stats."""
+    """Loss [N] in dtype, 0 where not supervised, and what the gradient needs; masses and trust enter stats.
+
+    kernel: a backend's module. stats: from statistics.merge.
+    """
     loss, label_mass, residual_masses = objective.evaluate(stats, inputs)
-    ignored = ~stats.supervised
-
-    def per_token(value) -> Tensor:
-        if not isinstance(value, Tensor):
-            value = torch.full_like(stats.p, value)
-        return value.to(stats.p).expand_as(ignored).masked_fill(ignored, 0.0)
-
     if len(residual_masses) != len(objective.residuals):
         raise ValueError(
             f"objective {objective.name!r} has {len(objective.residuals)} residual(s) but returned "
             f"{len(residual_masses)} residual mass(es): return one for each"
         )
-    residual_masses = [per_token(mass) for mass in residual_masses]
-    stats.label_mass = per_token(label_mass)
-    stats.residual_mass = sum(residual_masses[1:], residual_masses[0]) if residual_masses else per_token(0.0)
-    stats.trust = per_token(stats.label_mass / stats.total_mass)
-    # A NaN statistic must reach the loss even where an objective's own guards would hide it.
-    for statistic in (stats.log_p, *(residual.mean_logit for residual in stats.residuals), *inputs.values()):
-        loss = torch.where(statistic == statistic, loss, statistic)
-    return per_token(loss), TokenGradient.of(stats, residual_masses)
+
+    def per_token(value) -> Tensor | float:
+        return value.to(stats.p).expand_as(stats.p).contiguous() if isinstance(value, Tensor) else value
+
+    loss, maxima, scales = kernel.weigh(
+        stats.rows,
+        stats.supervised,
+        request=objective.request,
+        loss=per_token(loss if isinstance(loss, Tensor) else torch.full_like(stats.p, loss)),
+        label_mass=per_token(label_mass),
+        residual_masses=[per_token(mass) for mass in residual_masses],
+        guards=[value.contiguous() for value in inputs.values()],
+        dtype=dtype,
+    )
+    stats.label_mass, stats.residual_mass, stats.trust = stats.rows[-3:].unbind()
+    return loss, TokenGradient(maxima, scales)
 
 
 def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -139,31 +137,3 @@ def flat_inputs(
             check_token_input(name, value[supervised])
         inputs[name] = value.reshape(-1).double()
     return inputs
-
-
-def reshaped(stats: TokenStatistics, shape: torch.Size) -> TokenStatistics:
-    """The statistics with every [N, ...] tensor as [*shape, ...]."""
-    return _mapped(stats, lambda name, value: value.reshape(*shape, *value.shape[1:]))
-
-
-def scattered(stats: TokenStatistics, rows: Tensor, num_tokens: int) -> TokenStatistics:
-    """Statistics of the tokens at rows, as those of num_tokens tokens of which the others are not supervised."""
-
-    def scatter(name: str, value: Tensor) -> Tensor:
-        fill = 1 if name == "sum_exp" else 0
-        whole = value.new_full((num_tokens, *value.shape[1:]), fill)
-        whole[rows] = value
-        return whole
-
-    return _mapped(stats, scatter)
-
-
-def _mapped(stats: TokenStatistics, function) -> TokenStatistics:
-    """The statistics with function(name, tensor) in place of every tensor."""
-
-    def convert(record):
-        values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-        tensors = {name: function(name, value) for name, value in values.items() if isinstance(value, Tensor)}
-        return dataclasses.replace(record, **tensors)
-
-    return dataclasses.replace(convert(stats), residuals=tuple(convert(residual) for residual in stats.residuals))

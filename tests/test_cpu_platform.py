@@ -66,7 +66,9 @@ def test_a_backward_function_may_name_cuda_however_backward_is_called():
         "x = torch.zeros(3, requires_grad=True)\n"
         "Double.apply(x).sum().backward()\n"
         "torch.autograd.backward(Double.apply(x), torch.full((3,), 4.0))\n"
-        "assert x.grad.tolist() == [7.0] * 3, x.grad\n"
+        "Double.apply(x).backward(torch.full((3,), 4.0))\n"
+        "Double.apply(x).sum().backward(gradient=torch.tensor(9.0))\n"
+        "assert x.grad.tolist() == [2.0 + 5.0 + 5.0 + 10.0] * 3, x.grad\n"
     )
     assert result.returncode == 0, result.stderr
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "rows.h"
+#include "tokens.h"
 
 namespace qtarget {
 namespace {
@@ -41,17 +42,24 @@ template <class Args>
 using Launcher = void (*)(const Args&, cudaStream_t);
 
 template <class Args>
+void launch(Launcher<Args> launcher, const Args& args, int64_t rows, int device, uintptr_t stream) {
+    if (rows == 0) return;
+    // The grid counts rows in 32 bits.
+    if (rows > INT_MAX) throw std::invalid_argument("the CUDA kernels take fewer than 2^31 rows");
+    const DeviceGuard guard(device);
+    launcher(args, reinterpret_cast<cudaStream_t>(stream));
+    check(cudaGetLastError());
+}
+
+template <class Args>
 void launch(const Launcher<Args> (&by_dtype)[3], const Args& args, int64_t columns, int device,
             uintptr_t stream) {
-    if (args.shard.rows == 0) return;
-    // The kernels count a row's packs, and the grid its rows, in 32 bits.
-    if (args.shard.rows > INT_MAX || columns > INT_MAX - 64) {
-        throw std::invalid_argument("the CUDA kernels take fewer than 2^31 rows and columns");
+    // The kernels count a row's packs in 32 bits.
+    if (columns > INT_MAX - 64) {
+        throw std::invalid_argument("the CUDA kernels take fewer than 2^31 columns");
     }
-    const DeviceGuard guard(device);
-    by_dtype[static_cast<int>(args.shard.logits.dtype)](args,
-                                                        reinterpret_cast<cudaStream_t>(stream));
-    check(cudaGetLastError());
+    launch(by_dtype[static_cast<int>(args.shard.logits.dtype)], args, args.shard.rows, device,
+           stream);
 }
 
 }  // namespace
@@ -66,6 +74,14 @@ void cuda_logit_gradient(const GradientArgs& args, int device, uintptr_t stream)
     const Launcher<GradientArgs> by_dtype[] = {launch_gradient_fp32, launch_gradient_bf16,
                                                launch_gradient_fp16};
     launch(by_dtype, args, args.columns, device, stream);
+}
+
+void cuda_merge(const MergeArgs& args, int device, uintptr_t stream) {
+    launch(launch_merge, args, args.rows, device, stream);
+}
+
+void cuda_weigh(const WeighArgs& args, int device, uintptr_t stream) {
+    launch(launch_weigh, args, args.rows, device, stream);
 }
 
 }  // namespace qtarget

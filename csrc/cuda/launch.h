@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../core.h"
+#include "../token_math.h"
 
 namespace qtarget {
 
@@ -12,5 +13,7 @@ namespace qtarget {
 // is refused.
 void cuda_partial_statistics(const StatisticsArgs& args, int device, uintptr_t stream);
 void cuda_logit_gradient(const GradientArgs& args, int device, uintptr_t stream);
+void cuda_merge(const MergeArgs& args, int device, uintptr_t stream);
+void cuda_weigh(const WeighArgs& args, int device, uintptr_t stream);
 
 }  // namespace qtarget

@@ -35,8 +35,8 @@ def choose(backend: str, device: str, dtype: torch.dtype) -> ModuleType:
     """The module that serves logits of a device type and dtype.
 
     auto takes cpp for CPU tensors, cuda for CUDA tensors and reference for float64. Where the native module has no
-    CUDA half, auto takes reference for CUDA tensors and says so once. ValueError where backend cannot serve them, or
-    where there is no native module.
+    CUDA half, or none for this GPU, auto takes reference for CUDA tensors and says so once. ValueError where backend
+    cannot serve them, or where there is no native module.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
@@ -44,10 +44,10 @@ def choose(backend: str, device: str, dtype: torch.dtype) -> ModuleType:
     if backend == "auto":
         if dtype not in _NATIVE_DTYPES:
             return reference
-        if device == "cuda" and not native.has_cuda():
+        if device == "cuda" and (problem := native.cuda_problem()) is not None:
             warnings.warn(
-                "qtarget_megatron was built without CUDA: backend='auto' uses the PyTorch reference on the GPU, which "
-                "stores softmax-sized temporaries. Rebuild where nvcc is found.",
+                f"{problem}: backend='auto' uses the PyTorch reference on the GPU, which stores softmax-sized "
+                "temporaries. Rebuild where nvcc is found.",
                 stacklevel=4,
             )
             return reference
@@ -62,7 +62,7 @@ def choose(backend: str, device: str, dtype: torch.dtype) -> ModuleType:
         raise ValueError(f"backend={backend!r} needs {wanted} tensors, got {device} logits: move them or use 'auto'")
     if dtype not in _NATIVE_DTYPES:
         raise ValueError(f"backend={backend!r} takes float32, bfloat16 or float16 logits, got {dtype}: use 'reference'")
-    if backend == "cuda" and not native.has_cuda():
-        raise ValueError("backend='cuda' needs a build with CUDA: rebuild where nvcc is found, or use 'reference'")
+    if backend == "cuda" and (problem := native.cuda_problem()) is not None:
+        raise ValueError(f"backend='cuda': {problem}: rebuild where nvcc is found, or use 'reference'")
     native.extension()
     return native

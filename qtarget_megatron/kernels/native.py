@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -44,9 +45,27 @@ def _why_missing(error: ImportError) -> str:
     return f"the copy in {folder} has none for Python {version}: run pip install . in a checkout with this Python"
 
 
+@functools.cache
 def has_cuda() -> bool:
     """Whether the extension was built with the CUDA kernels. ValueError where there is no extension."""
     return extension().build_info()["cuda"]
+
+
+def cuda_problem() -> str | None:
+    """Why the CUDA kernels do not run on the current GPU; None where they do. ValueError without an extension."""
+    if not has_cuda():
+        return "qtarget_megatron was built without CUDA, where no nvcc was found"
+    return _problem_of(*torch.cuda.get_device_capability())
+
+
+@functools.cache
+def _problem_of(major: int, minor: int) -> str | None:
+    built = [int(arch) for arch in extension().build_info()["cuda_archs"].split(";")]
+    # Machine code runs on the same major version from its own minor on, the PTX of the newest on all that follow.
+    if any(arch // 10 == major and arch % 10 <= minor for arch in built) or max(built) <= 10 * major + minor:
+        return None
+    names = ", ".join(f"sm_{arch}" for arch in built)
+    return f"qtarget_megatron was built for {names}, and this GPU is sm_{major}{minor}"
 
 
 def partial_statistics(
@@ -76,9 +95,8 @@ def partial_statistics(
     """
     shard = _shard(logits, teacher_logits, labels, request.residuals, vocab_start, valid_columns, ignore_index)
     out = torch.empty(logits.shape[0], request.width, dtype=torch.float32, device=logits.device)
-    layout = (request.collision, request.top_k, request.residual_entropy, request.residual_label)
     _function("partial_statistics", logits)(
-        **shard, layout=layout, width=request.width, out=out.data_ptr(), **_execution(logits)
+        **shard, layout=_layout(request), width=request.width, out=out.data_ptr(), **_execution(logits)
     )
     if request.top_k and logits.device.type == "cuda":
         end = request.width - request.residual_width * len(request.residuals)
@@ -151,6 +169,94 @@ def logit_gradient(
     _function("logit_gradient", logits)(
         **shard, columns=columns, scales=addresses, out=_matrix(out), **_execution(logits)
     )
+
+
+def merge(
+    partials: Tensor,
+    supervised: Tensor,
+    *,
+    request: StatisticsRequest,
+    residuals: Sequence[tuple[float, float, float]],
+    out: Tensor,
+) -> None:
+    """Write the statistics over the whole vocabulary into the first rows of ``out``; as of reference.merge.
+
+    partials: ``[T, N, request.width]`` float32 or float64. Ranks are added up in rank order, in float64.
+    """
+    ranks, rows, width = partials.shape
+    if width != request.width or out.shape[0] < request.merged_rows or out.shape[1] != rows:
+        raise ValueError(
+            f"partials must be [T, N, {request.width}] and out [{request.merged_rows} or more, N], got "
+            f"{list(partials.shape)} and {list(out.shape)}"
+        )
+    _check_token_tensors(partials.device, (rows,), supervised=supervised)
+    _check_token_tensors(partials.device, out.shape, out=out)
+    _function("merge", partials)(
+        tensors=[partials.contiguous().data_ptr(), supervised.data_ptr(), out.data_ptr()],
+        wide=_is_wide(partials.dtype),
+        ranks=ranks,
+        rows=rows,
+        layout=_layout(request),
+        residuals=list(residuals),
+        **_execution(partials),
+    )
+
+
+def weigh(
+    rows: Tensor,
+    supervised: Tensor,
+    *,
+    request: StatisticsRequest,
+    loss: Tensor,
+    label_mass: Tensor | float,
+    residual_masses: Sequence[Tensor | float],
+    guards: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An objective's loss and masses per token, made ready for the gradient; as of reference.weigh."""
+    tokens, residuals = rows.shape[1], len(request.residuals)
+    masses = [label_mass, *residual_masses]
+    given = [loss, *guards, *(mass for mass in masses if isinstance(mass, Tensor))]
+    for value in given:
+        _check_token_tensors(rows.device, (tokens,), **{"loss, masses and guards": value})
+    _check_token_tensors(rows.device, (tokens,), supervised=supervised)
+    _check_token_tensors(rows.device, (request.merged_rows + 3, tokens), rows=rows)
+    out_loss = torch.empty(tokens, dtype=dtype, device=rows.device)
+    maxima = torch.empty(1 + residuals, tokens, dtype=dtype, device=rows.device)
+    scales = torch.empty(2 + residuals, tokens, dtype=torch.float64, device=rows.device)
+    tensors = (rows, supervised, loss, rows[-3:], out_loss, maxima, scales)
+    _function("weigh", rows)(
+        tensors=[tensor.data_ptr() for tensor in tensors],
+        wide=_is_wide(dtype),
+        rows=tokens,
+        layout=_layout(request),
+        masses=[(mass.data_ptr(), 0.0) if isinstance(mass, Tensor) else (0, float(mass)) for mass in masses],
+        guards=[guard.data_ptr() for guard in guards],
+        **_execution(rows),
+    )
+    return out_loss, maxima, scales
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"partials, losses and maxima are float32 or float64, got {dtype}")
+    return dtype == torch.float64
+
+
+def _layout(request: StatisticsRequest) -> tuple[bool, int, bool, bool]:
+    return request.collision, request.top_k, request.residual_entropy, request.residual_label
+
+
+def _check_token_tensors(device: torch.device, shape: Sequence[int], **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        dtype = torch.bool if name == "supervised" else torch.float64
+        if tensor.dtype != dtype or tensor.shape != tuple(shape) or tensor.device != device:
+            raise ValueError(
+                f"{name} must be {dtype} of shape {tuple(shape)} on {device}, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call .contiguous()")
 
 
 def _shard(

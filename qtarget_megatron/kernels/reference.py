@@ -6,10 +6,12 @@ made in float64 and rounded last, as the native kernels round it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from qtarget_megatron.statistics import Residuals, StatisticsRequest, kernel_coefficients
+from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, kernel_coefficients
 
 
 def partial_statistics(
@@ -101,6 +103,125 @@ def logit_gradient(
     gradient[rows, local[rows]] -= label_scale[rows]
     out[:, :valid_columns] = torch.where(active[:, None], gradient, torch.zeros_like(gradient)).to(out.dtype)
     out[:, valid_columns:] = 0
+
+
+def merge(
+    partials: Tensor,
+    supervised: Tensor,
+    *,
+    request: StatisticsRequest,
+    residuals: Sequence[tuple[float, float, float]],
+    out: Tensor,
+) -> None:
+    """Write the statistics over the whole vocabulary, see TokenStatistics.of, into the first rows of ``out``.
+
+    partials: ``[T, N, request.width]``, in rank order. residuals: (a, b) as the kernels rounded them, and the factor
+    that turns the maximum of u into that of the exact coefficients.
+    """
+    columns = iter(partials.double().unbind(-1))
+    m, s, e, z_y = (next(columns) for _ in range(4))
+    ignored = ~supervised
+    shift = _Shift(m)
+    # e is centred on the local maximum; centre it on the global one.
+    sum_exp, centred = shift.totals(s, shift.recentred(e, s))
+    sum_exp = sum_exp.masked_fill(ignored, 1.0)
+    log_sum = sum_exp.log()
+    # Subtracting the maximum first keeps the precision of the label logit at large offsets.
+    label_logit = z_y.sum(0)
+    log_p = (label_logit - shift.max) - log_sum
+    rows = [shift.max, sum_exp, log_p, log_p.exp().masked_fill(ignored, 0.0), log_sum - centred / sum_exp]
+    if request.collision:
+        (collision,) = shift.totals(next(columns), power=2)
+        rows.append(collision / sum_exp**2)
+    for _ in range(request.top_k):
+        next(columns)
+    for a, b, rounding in residuals:
+        m_u, s_u, x_u = (next(columns) for _ in range(3))
+        shift_u = _Shift(m_u)
+        sums = [s_u, x_u]
+        if len(partials) > 1:
+            # A shard whose logits are all -inf but which carries residual mass makes the mean -inf, as it should.
+            sums[1] = x_u + (m - shift.max).masked_fill(s_u == 0, 0.0) * s_u
+        if request.residual_entropy:
+            sums.append(shift_u.recentred(next(columns), s_u))
+        sum_exp_u, cross, *centred_u = shift_u.totals(*sums)
+        sum_exp_u = sum_exp_u.masked_fill(ignored, 1.0)
+        log_sum_u = sum_exp_u.log()
+        rows += [shift_u.max, sum_exp_u, shift_u.max * rounding + log_sum_u, cross / sum_exp_u + shift.max]
+        if request.residual_entropy:
+            rows.append(log_sum_u - centred_u[0] / sum_exp_u)
+        if request.residual_label:
+            of_label = residual_logits(label_logit, next(columns).sum(0), a, b)
+            rows.append((of_label - shift_u.max) - log_sum_u)
+    torch.stack(rows, out=out[: len(rows)])
+
+
+class _Shift:
+    """Moves sums centred on each rank's maximum [T, N] to the global maximum [N]; of one rank they are there."""
+
+    def __init__(self, local_max: Tensor):
+        self._alone = len(local_max) == 1
+        self.max = local_max.amax(0)
+        empty = local_max == -torch.inf
+        self._offset = (local_max - self.max).masked_fill(empty, 0.0)
+        self._factor = self._offset.exp().masked_fill(empty, 0.0)
+        self._gone = self._factor == 0
+
+    def recentred(self, local_sum: Tensor, weights: Tensor) -> Tensor:
+        """sum_k w_k (z_k - m) of each rank, as a sum of w_k (z_k - global m); weights: sum_k w_k."""
+        return local_sum if self._alone else local_sum + self._offset * weights
+
+    def totals(self, *local_sums: Tensor, power: int = 1) -> tuple[Tensor, ...]:
+        """Sums over ranks of sum_k exp(power (z_k - m)) terms, moved to the global maximum."""
+        if self._alone:
+            return tuple(local_sum[0] for local_sum in local_sums)
+        sums = torch.stack(local_sums)
+        scaled = sums * self._factor**power
+        # factor 0 belongs to an empty shard or to one that underflows; its -inf mean logit must not turn into NaN,
+        # while a NaN has to survive.
+        return scaled.masked_fill(self._gone & (sums == sums), 0.0).sum(1).unbind()
+
+
+def weigh(
+    rows: Tensor,
+    supervised: Tensor,
+    *,
+    request: StatisticsRequest,
+    loss: Tensor,
+    label_mass: Tensor | float,
+    residual_masses: Sequence[Tensor | float],
+    guards: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An objective's loss and masses per token, made ready for the gradient; 0 where not supervised.
+
+    rows: of TokenStatistics.of, whose last three this fills in. loss, masses, guards: float64 ``[N]``; a mass may be
+    one number for all tokens. A NaN among the guards, in log p(y) or in a residual's mean logit reaches the loss.
+
+    Returns the loss ``[N]`` and, of z and each residual's u, the maxima ``[1 + R, N]``, in dtype; and the scales of
+    exp(z - max), of the label, and of each residual's exp(u - max), ``[2 + R, N]`` in float64:
+    exp(z - max) * (mass / sum_exp), not exp(z - lse): an order of magnitude less rounding error.
+    """
+    ignored = ~supervised
+
+    def per_token(value: Tensor | float) -> Tensor:
+        if not isinstance(value, Tensor):
+            value = torch.full_like(rows[0], value)
+        return value.masked_fill(ignored, 0.0)
+
+    stats = TokenStatistics.of(rows, supervised, request)
+    masses = [per_token(mass) for mass in residual_masses]
+    label_mass, residual_mass = per_token(label_mass), sum(masses[1:], masses[0]) if masses else per_token(0.0)
+    total = label_mass + residual_mass
+    torch.stack([label_mass, residual_mass, per_token(label_mass / total)], out=rows[-3:])
+    for statistic in (stats.log_p, *(residual.mean_logit for residual in stats.residuals), *guards):
+        loss = torch.where(statistic == statistic, loss, statistic)
+    scales = [mass / residual.sum_exp for mass, residual in zip(masses, stats.residuals, strict=True)]
+    return (
+        per_token(loss).to(dtype),
+        torch.stack([stats.max, *(residual.max for residual in stats.residuals)]).to(dtype),
+        torch.stack([total / stats.sum_exp, label_mass, *scales]),
+    )
 
 
 def _valid(logits: Tensor, valid_columns: int) -> Tensor:

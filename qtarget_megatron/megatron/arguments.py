@@ -13,6 +13,7 @@ import torch
 from qtarget_megatron import kernels, objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.kernels import BACKENDS
+from qtarget_megatron.linear_loss import AUTO
 from qtarget_megatron.megatron.shape import layer_flags
 from qtarget_megatron.planning import division_problems, expert_problems, stage_problems
 from qtarget_megatron.sparse_teacher import TAIL_RULES
@@ -137,9 +138,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--qtarget-chunk-size",
         type=int,
-        default=512,
+        default=AUTO,
         metavar="TOKENS",
-        help="supervised tokens whose logits exist at a time, of student and teacher (default: 512)",
+        help="supervised tokens whose logits exist at a time, of student and teacher (default: 512, on a GPU 2048)",
     )
     group.add_argument(
         "--qtarget-materialize-logits",
@@ -193,20 +194,27 @@ def iso_date(text: str) -> str:
 def implementation_flags(*, on_cpu: bool) -> list[str]:
     """Megatron flags that keep it to components this machine has; the user's own flags come later and win.
 
-    Without Transformer Engine: Megatron's local layers. Without it and Apex: none of their fused kernels.
+    Without Transformer Engine: Megatron's local layers. Megatron's fused kernels are extension modules of Apex's, which
+    Transformer Engine does not bring and Apex may be built without: each flag goes by the modules that it needs.
     """
-    transformer_engine, apex = (importlib.util.find_spec(name) is not None for name in ("transformer_engine", "apex"))
+
+    def has(*modules: str) -> bool:
+        return not on_cpu and all(importlib.util.find_spec(name) is not None for name in modules)
+
     # 0 stands for the whole of --sft-valid; Megatron's own default is 100 batches.
     flags = ["--no-one-logger", "--eval-iters", "0"]
     if on_cpu:
         flags += ["--distributed-backend", "gloo", "--num-workers", "0"]
-    if on_cpu or not transformer_engine:
-        flags += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"]
-    else:
+    if has("transformer_engine"):
         # Its layers ask for a state of their own, which a checkpoint of local layers does not hold.
         flags += ["--dist-ckpt-strictness", "log_unexpected"]
-    if on_cpu or not (transformer_engine or apex):
-        flags += ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"]
+    else:
+        flags += ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"]
+    if not has("fused_weight_gradient_mlp_cuda"):
+        # Megatron's output layer refuses to be built, whoever's the other layers are.
+        flags.append("--no-gradient-accumulation-fusion")
+    if not has("scaled_upper_triang_masked_softmax_cuda", "scaled_masked_softmax_cuda", "scaled_softmax_cuda"):
+        flags.append("--no-masked-softmax-fusion")
     return flags
 
 
@@ -386,7 +394,7 @@ def check_backend(args: argparse.Namespace, *, on_cpu: bool) -> None:
 
 def check_head(args: argparse.Namespace) -> None:
     """Refuse flags under which the output layer's weight must be used by its own module only. Raises ValueError."""
-    if args.qtarget_chunk_size < 1:
+    if args.qtarget_chunk_size != AUTO and args.qtarget_chunk_size < 1:
         raise ValueError(f"--qtarget-chunk-size must be a number of tokens, 1 or more, got {args.qtarget_chunk_size}")
     if args.qtarget_materialize_logits:
         return

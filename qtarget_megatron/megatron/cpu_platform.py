@@ -83,10 +83,15 @@ class _CudaOnCpu(TorchFunctionMode):
         retain_graph=None,
         create_graph=False,
         inputs=None,
-        **unused,
+        *,
+        gradient=None,
     ):
         """torch.autograd.backward with this mode on: torch takes a mode off while it handles a call, and Megatron's
-        backward functions name CUDA devices (they run inside this call under activation recomputation)."""
+        backward functions name CUDA devices (they run inside this call under activation recomputation).
+
+        gradient: what Tensor.backward calls grad_tensors.
+        """
+        grad_tensors = gradient if grad_tensors is None else grad_tensors
         tensors, grads = (
             (value,) if value is None or isinstance(value, torch.Tensor) else tuple(value)
             for value in (tensors, grad_tensors)

@@ -91,3 +91,39 @@ def check_gpu_flags(argv: Sequence[str], args: argparse.Namespace, *, on_cpu: bo
             f"{shown} needs the layers of Transformer Engine, and this runs with Megatron's local ones, where it would "
             "have no effect: install transformer_engine and do not give --transformer-impl local, or drop it"
         )
+
+
+def check_fine_tuning(args: argparse.Namespace, *, live_teacher: bool, on_cpu: bool) -> None:
+    """ValueError for a flag of a GPU under which Megatron would train something else than this model, or fail late.
+
+    The weights are loaded when the model is built; a live teacher is stacked on the student, outside of its module
+    tree, and what the pipeline sends is as wide as both.
+    """
+    for key in ("fp8_param_gather", "fp4_param_gather"):
+        if getattr(args, key, False) and not args.skip_train:
+            raise ValueError(
+                f"{_flag(key)}: the optimizer would begin with the random numbers that the parameters hold before the "
+                "weights are loaded, and write them over the model: drop it (--fp8-format alone is served)"
+            )
+    if args.init_model_with_meta_device:
+        raise ValueError("--init-model-with-meta-device would drop the weights, which are loaded on the way: drop it")
+    if args.cuda_graph_impl == "full_iteration":
+        raise ValueError(
+            "--cuda-graph-impl full_iteration: a step reads its batch and looks at its loss on the host: give local or "
+            "transformer_engine"
+        )
+    if not live_teacher:
+        return
+    if args.cuda_graph_impl == "transformer_engine":
+        raise ValueError(
+            "--cuda-graph-impl transformer_engine captures layers as wide as student and live teacher together: give "
+            "local, or cache the teacher (--teacher-cache)"
+        )
+    for key in ("tp_comm_overlap", *(() if on_cpu else ("use_cpu_initialization",))):
+        if getattr(args, key):
+            what = "has buffers of the student's width" if key == "tp_comm_overlap" else "leaves the teacher on the CPU"
+            raise ValueError(f"{_flag(key)} {what}: drop it, or cache the teacher (--teacher-cache)")
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"

@@ -6,10 +6,13 @@ losses = model(tokens, position_ids, mask, labels=labels, loss_mask=loss_mask, o
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from qtarget_megatron import objectives
 from qtarget_megatron.data import IGNORE_INDEX
+from qtarget_megatron.linear_loss import AUTO
 from qtarget_megatron.megatron.step import LossContext, LossSettings, output_processor
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.statistics import TokenStatistics
@@ -23,8 +26,8 @@ class OutputProcessor:
 
     objective: a name with arguments (``"focal", "gamma=2"``) or an Objective; one without a second model, since the
     model has none (a teacher needs `qtarget_megatron.finetune`, or `qtarget_cross_entropy` with its logits).
-    vocab_size: of the true vocabulary, without padding. chunk_size: tokens whose logits exist at a time; None makes
-    Megatron's own output layer make all of them.
+    vocab_size: of the true vocabulary, without padding. chunk_size: tokens whose logits exist at a time, see
+    `qtarget_linear_cross_entropy`; None makes Megatron's own output layer make all of them.
     statistics: of the last micro-batch, `[s, b]` (probability, entropy, masses of each token), for logs.
     Collectives: those of `qtarget_linear_cross_entropy`, over the output layer's tensor-parallel group.
 
@@ -39,7 +42,7 @@ class OutputProcessor:
         objective: str | Objective,
         *arguments: str,
         vocab_size: int,
-        chunk_size: int | None = 512,
+        chunk_size: int | Literal["auto"] | None = AUTO,
         backend: str = "auto",
     ):
         if isinstance(objective, str):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from qtarget_megatron import objectives, planning
 from qtarget_megatron.checkpoint import CORRECTION, Architecture, hf_tensor_shapes
+from qtarget_megatron.linear_loss import tokens_at_a_time
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
@@ -161,7 +162,7 @@ def _summary(args, layout: Layout, student: Architecture, teacher: Architecture 
 def _fill(plan: Plan, sizes: Sizes, objective, entries: int | None, options: PlanOptions) -> None:
     """Everything of a plan whose layout divides."""
     args, layout = sizes.args, sizes.layout
-    chunk = args.qtarget_chunk_size
+    chunk = tokens_at_a_time(args.qtarget_chunk_size, "cpu" if args.cpu else "cuda")
     fused = not args.qtarget_materialize_logits
     form = "fused" if fused else "whole"
     modes = {}

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.training import get_args
 from torch import Tensor
 
 from qtarget_megatron.data import IGNORE_INDEX
-from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
+from qtarget_megatron.linear_loss import AUTO, qtarget_linear_cross_entropy
 from qtarget_megatron.loss import qtarget_cross_entropy
 from qtarget_megatron.megatron.batches import Batches
-from qtarget_megatron.megatron.faults import ON_NAN, NotFinite
+from qtarget_megatron.megatron.loss_check import LossCheck
 from qtarget_megatron.megatron.output_head import OutputHead, check_head, logit_scale
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.objectives import Objective
@@ -33,18 +31,20 @@ class LossSettings:
     """What the loss needs besides the model.
 
     vocab_size, teacher_vocab_size: of the true vocabularies (the teacher's only where it is the smaller one).
-    backend: of the kernels. chunk_size: tokens whose logits exist at a time; None makes those of a whole micro-batch.
-    teacher_tail: the rule for the mass that a cached teacher does not keep. teacher_cost: of a live teacher. batches:
-    where micro-batches come from.
+    backend: of the kernels. chunk_size: tokens whose logits exist at a time, see qtarget_linear_cross_entropy; None
+    makes those of a whole micro-batch.
+    teacher_tail: the rule for the mass that a cached teacher does not keep. teacher_cost: of a live teacher.
+    loss_check: of NaN. batches: where micro-batches come from.
     """
 
     objective: Objective
     vocab_size: int
     backend: str = "auto"
-    chunk_size: int | None = 512
+    chunk_size: int | Literal["auto"] | None = AUTO
     teacher_vocab_size: int | None = None
     teacher_tail: str = "uniform"
     teacher_cost: TeacherCost = field(default_factory=TeacherCost)
+    loss_check: LossCheck = field(default_factory=LossCheck)
     batches: Batches = field(default_factory=Batches)
 
 
@@ -146,7 +146,7 @@ def _known_logits(logits: Tensor, settings: LossSettings, group) -> Tensor:
 def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iterator, model):
     """Megatron's forward_step_func, once its first two arguments are bound: (output tensor, loss function).
 
-    on_nan: see check_loss.
+    on_nan: see LossCheck.
     """
     is_last, routers = get_attr_wrapped_model(model, "post_process"), get_attr_wrapped_model(model, "routers")
     if is_last or routers or get_attr_wrapped_model(model, "pre_process"):
@@ -184,7 +184,7 @@ def sum_loss(
     """
     loss_sum = token_losses.sum()
     if on_nan is not None:
-        check_loss(loss_sum, context.samples, on_nan, in_training=in_training)
+        context.settings.loss_check.look(loss_sum.detach(), context.samples, on_nan, in_training=in_training)
     statistics = context.statistics
     num_tokens = context.settings.objective.num_tokens(
         labels != IGNORE_INDEX, context.token_inputs, statistics.label_mass
@@ -195,29 +195,6 @@ def sum_loss(
     return loss_sum, num_tokens.to(torch.int), entries
 
 
-def check_loss(loss_sum: Tensor, samples: Tensor, on_nan: str, *, in_training: bool) -> None:
-    """Look at the loss of a micro-batch. on_nan: "stop" raises NotFinite, "skip" prints a line in training.
-
-    Under --rerun-mode validate_results Megatron's own procedure takes the place of the exception.
-    """
-    machine = get_rerun_state_machine()
-    if on_nan == "stop" and machine.get_mode() != RerunMode.DISABLED:
-        machine.validate_result(
-            result=loss_sum,
-            rejection_func=lambda value: not torch.isfinite(value).item(),
-            message="finite loss",
-            tolerance=0.0,
-            fatal=True,
-        )
-    elif not torch.isfinite(loss_sum):
-        records = f"record(s) {samples.tolist()} (counted from 0)"
-        where = f"the loss of {records} is {loss_sum.item()} on rank {dist.get_rank()}"
-        if on_nan == "stop":
-            raise NotFinite(f"{where}: {ON_NAN}")
-        if in_training and parallel_state.get_tensor_model_parallel_rank() == 0:
-            print(f"qtarget_megatron: step {get_args().curr_iteration + 1} is skipped: {where}", flush=True)
-
-
 def step_report(context: LossContext) -> dict[str, Tensor]:
     """Totals of a training step, as report() gives them: supervised tokens of the global batch and, with a second
     model, its time and its memory on a rank of the last stage, as the mean over data-parallel ranks."""
@@ -225,11 +202,11 @@ def step_report(context: LossContext) -> dict[str, Tensor]:
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     supervised = context.statistics.supervised.sum()
 
-    def total(value, parts: int) -> Tensor:
-        # Megatron divides by the sum of the counts.
-        return torch.stack(
-            [torch.as_tensor(v, dtype=torch.float32, device=supervised.device) for v in (value, 1 / parts)]
-        )
+    def total(value: Tensor | float, parts: int) -> Tensor:
+        # Filled on the device: a copy to it would wait. Megatron divides by the sum of the counts.
+        pair = torch.full((2,), 1 / parts, device=supervised.device)
+        pair[0] = value
+        return pair
 
     entries = {"supervised tokens": total(supervised, micro_batches * ranks)}
     cost, kept = context.settings.teacher_cost, context.sparse_teacher
@@ -244,19 +221,18 @@ def step_report(context: LossContext) -> dict[str, Tensor]:
 
 def report(stats: TokenStatistics, loss_sum: Tensor, num_tokens: Tensor) -> dict[str, Tensor]:
     """(sum, count) of the loss over num_tokens and of each statistic over the supervised tokens, by their log names."""
-    supervised = stats.supervised.sum()
-    trusted = stats.supervised & ~stats.trust.isnan()
-
-    def pair(total: Tensor, count: Tensor = supervised) -> Tensor:
-        return torch.stack([total.float(), count.float()])
-
-    return {
-        "lm loss": pair(loss_sum, num_tokens),
-        # Undefined where the total mass is 0, so it has a count of its own.
-        "trust": pair(stats.trust[trusted].sum(), trusted.sum()),
-        "p(y)": pair(stats.p.sum()),
-        "entropy": pair(stats.entropy.sum()),
-        "label mass": pair(stats.label_mass.sum()),
-        "residual mass": pair(stats.residual_mass.sum()),
-        "total mass": pair(stats.total_mass.sum()),
+    supervised = stats.supervised
+    # Undefined where the total mass is 0, so it has a count of its own.
+    undefined = stats.trust.isnan()
+    columns = {
+        "trust": (stats.trust.masked_fill(undefined, 0.0), supervised & ~undefined),
+        "p(y)": (stats.p, supervised),
+        "entropy": (stats.entropy, supervised),
+        "label mass": (stats.label_mass, supervised),
+        "residual mass": (stats.residual_mass, supervised),
+        "total mass": (stats.total_mass, supervised),
     }
+    # In one sum: on a GPU each operation is a launch.
+    sums = torch.stack([part for pair in columns.values() for part in pair]).flatten(1).sum(1).float()
+    entries = {"lm loss": torch.stack([loss_sum.float(), num_tokens.float()])}
+    return entries | dict(zip(columns, sums.view(-1, 2), strict=True))

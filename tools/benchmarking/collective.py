@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qtarget_megatron import collectives, objectives, qtarget_cross_entropy
+from qtarget_megatron import collectives, kernels, objectives, qtarget_cross_entropy
 from qtarget_megatron.statistics import merge
 from tools.benchmarking import peers
 from tools.benchmarking.kernels import ETA
@@ -53,7 +53,7 @@ def _subjects(tokens: int) -> dict[str, Callable[[], Any]]:
     supervised = torch.ones(tokens, dtype=torch.bool)
 
     def gather(objective, partials: Tensor) -> None:
-        merge(collectives.gather_partials(partials, group), supervised, objective.request)
+        merge(kernels.native, collectives.gather_partials(partials, group), supervised, objective.request)
 
     def reduce(numbers: list[Tensor]) -> None:
         first, *others = numbers

@@ -1,0 +1,33 @@
+#include "tokens.h"
+
+namespace qtarget {
+namespace {
+
+// Starting threads takes longer than so many tokens.
+constexpr int64_t kSerialTokens = 512;
+
+template <class Args, class Function>
+void for_tokens(const Args& args, int num_threads, const Function& function) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (args.rows > kSerialTokens)
+    for (int64_t row = 0; row < args.rows; ++row) function(args, row);
+}
+
+}  // namespace
+
+void cpu_merge(const MergeArgs& args, int num_threads) {
+    if (args.wide) {
+        for_tokens(args, num_threads, merge_token<double>);
+    } else {
+        for_tokens(args, num_threads, merge_token<float>);
+    }
+}
+
+void cpu_weigh(const WeighArgs& args, int num_threads) {
+    if (args.wide) {
+        for_tokens(args, num_threads, weigh_token<double>);
+    } else {
+        for_tokens(args, num_threads, weigh_token<float>);
+    }
+}
+
+}  // namespace qtarget
