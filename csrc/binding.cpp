@@ -157,6 +157,14 @@ qtarget::WeighArgs weigh_args(const std::vector<Address>& tensors, bool wide, in
     return args;
 }
 
+// Addresses of scales, upstream, out.
+qtarget::ChainArgs chain_args(const std::vector<Address>& tensors, bool wide, int64_t count,
+                              int64_t stride, int64_t rows, int64_t upstream_stride) {
+    if (tensors.size() != 3) throw std::invalid_argument("tensors must hold 3 addresses");
+    return {pointer<const double>(tensors[0]), count, stride, rows,
+            pointer<const void>(tensors[1]),   upstream_stride, wide, pointer<void>(tensors[2])};
+}
+
 py::dict build_info() {
     py::dict info;
     info["cpu"] = qtarget::compiled_isas();
@@ -230,6 +238,15 @@ PYBIND11_MODULE(_C, module) {
         },
         py::kw_only(), "tensors"_a, "wide"_a, "rows"_a, "layout"_a, "masses"_a, "guards"_a,
         "num_threads"_a, py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "cpu_chain",
+        [](std::vector<Address> tensors, bool wide, int64_t count, int64_t stride, int64_t rows,
+           int64_t upstream_stride, int num_threads) {
+            qtarget::cpu_chain(chain_args(tensors, wide, count, stride, rows, upstream_stride),
+                               num_threads);
+        },
+        py::kw_only(), "tensors"_a, "wide"_a, "count"_a, "stride"_a, "rows"_a, "upstream_stride"_a,
+        "num_threads"_a, py::call_guard<py::gil_scoped_release>());
 
 #if defined(QTARGET_WITH_CUDA)
     module.def(
@@ -278,6 +295,15 @@ PYBIND11_MODULE(_C, module) {
                                device, stream);
         },
         py::kw_only(), "tensors"_a, "wide"_a, "rows"_a, "layout"_a, "masses"_a, "guards"_a,
+        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
+    module.def(
+        "cuda_chain",
+        [](std::vector<Address> tensors, bool wide, int64_t count, int64_t stride, int64_t rows,
+           int64_t upstream_stride, int device, Address stream) {
+            qtarget::cuda_chain(chain_args(tensors, wide, count, stride, rows, upstream_stride),
+                               device, stream);
+        },
+        py::kw_only(), "tensors"_a, "wide"_a, "count"_a, "stride"_a, "rows"_a, "upstream_stride"_a,
         "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
 #endif
 }

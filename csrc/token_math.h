@@ -4,6 +4,7 @@
 //
 // merge_token    the partials of all ranks -> statistics over the whole vocabulary
 // weigh_token    those, and an objective's loss and masses -> its loss, and what the gradient needs
+// chain_token    the latter, and the upstream gradient of the loss -> the scales of the gradient
 #pragma once
 
 #include "row_math.h"
@@ -231,6 +232,29 @@ QTARGET_FN void weigh_token(const WeighArgs& args, int64_t row) {
         const int64_t index = merged_residual_row(args.layout, r);
         maxima[(1 + r) * args.rows] = static_cast<T>(merged(index));
         scales[(2 + r) * args.rows] = masses[r] / merged(index + 1);
+    }
+}
+
+struct ChainArgs {
+    const double* scales;  // [count, stride], of which the first rows columns
+    int64_t count;
+    int64_t stride;
+    int64_t rows;
+    const void* upstream;  // [rows]
+    int64_t upstream_stride;
+    bool wide;  // upstream and out are float64, otherwise float32
+    void* out;  // [count, rows], contiguous
+};
+
+template <class T>
+QTARGET_FN void chain_token(const ChainArgs& args, int64_t row) {
+    const double upstream = static_cast<double>(
+        static_cast<const T*>(args.upstream)[row * args.upstream_stride]);
+    T* const out = static_cast<T*>(args.out) + row;
+    for (int64_t index = 0; index < args.count; ++index) {
+        // A token masked out downstream has upstream exactly 0: its NaN must not leak.
+        const double scale = args.scales[index * args.stride + row] * upstream;
+        out[index * args.rows] = static_cast<T>(upstream == 0.0 ? 0.0 : scale);
     }
 }
 

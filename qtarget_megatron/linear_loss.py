@@ -231,11 +231,12 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         taught = None if teacher_hidden is None else spec.select(teacher_hidden)
         request = spec.objective.request
         work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        # Without a supervised token there is no chunk.
         width = request.width if spec.sparse_teacher is None else 2 * request.width
-        partials = torch.empty(len(labels), width, dtype=work, device=hidden.device)
+        partials = [torch.empty(0, width, dtype=work, device=hidden.device)] if len(labels) == 0 else []
         logits = _Logits(spec)
         for chunk in spec.chunks():
-            partials[chunk] = partial_statistics(
+            part = partial_statistics(
                 spec.backend,
                 *logits.of(chunk, kept, weight.detach(), taught, teacher_weight),
                 labels[chunk],
@@ -243,11 +244,12 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
                 **spec.shard,
                 scratch=True,
             )
+            partials.append(part)
             if spec.overwrites_logits:
                 logits.spoil()
         spec.statistics, ctx.shift = merge_parts(
             spec.backend,
-            collectives.gather_partials(partials, spec.group),
+            collectives.gather_partials(partials[0] if len(partials) == 1 else torch.cat(partials), spec.group),
             labels,
             spec.sparse_teacher,
             request=request,
@@ -283,7 +285,7 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
                 residuals=spec.objective.residuals,
                 shift=None if ctx.shift is None else ctx.shift[:, chunk],
                 **spec.shard,
-                **ctx.token_gradient.rows(chunk).kernel_arguments(upstream[chunk], grad_loss.dtype),
+                **ctx.token_gradient.rows(chunk).kernel_arguments(spec.backend, upstream[chunk]),
                 out=gradient,
             )
             if wants_hidden:

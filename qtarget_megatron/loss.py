@@ -160,7 +160,6 @@ class _QTargetCrossEntropy(torch.autograd.Function):
             ctx.consumed = True
         logits, labels, dense_teacher = ctx.saved_tensors
         out = logits if spec.inplace else torch.empty_like(logits)
-        work = torch.float64 if logits.dtype == torch.float64 else torch.float32
         logit_gradient(
             spec.backend,
             logits.detach(),
@@ -169,7 +168,7 @@ class _QTargetCrossEntropy(torch.autograd.Function):
             residuals=spec.objective.residuals,
             shift=ctx.shift,
             **spec.shard,
-            **ctx.token_gradient.kernel_arguments(grad_loss, work),
+            **ctx.token_gradient.kernel_arguments(spec.backend, grad_loss),
             out=out.detach(),
         )
         if spec.inplace:

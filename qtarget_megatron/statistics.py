@@ -28,6 +28,7 @@ import math
 from dataclasses import dataclass, field
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,8 @@ Residuals = tuple[tuple[float, float], ...]
 @functools.lru_cache
 def kernel_coefficients(residuals: Residuals, dtype: torch.dtype) -> Residuals:
     """(a, b) of each residual as a kernel reads them whose sums have this dtype, float32 or float64."""
-    return tuple(tuple(torch.tensor(pair, dtype=dtype).tolist()) for pair in residuals)
+    as_read = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+    return tuple(tuple(float(as_read(coefficient)) for coefficient in pair) for pair in residuals)
 
 
 @dataclass(frozen=True)

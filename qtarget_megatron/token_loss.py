@@ -30,11 +30,12 @@ class TokenGradient:
     maxima: Tensor
     scales: Tensor
 
-    def kernel_arguments(self, upstream: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Keywords of logit_gradient in dtype, for the upstream gradient [N] of each token's loss."""
-        # A token masked out downstream has upstream exactly 0: its NaN must not leak.
-        scales = (self.scales * upstream).masked_fill_(upstream == 0, 0.0).to(dtype)
-        maxima = self.maxima.to(dtype).contiguous()
+    def kernel_arguments(self, kernel: ModuleType, upstream: Tensor) -> dict[str, Tensor]:
+        """Keywords of logit_gradient, for the upstream gradient [N] of each token's loss, in its dtype.
+
+        kernel: a backend's module.
+        """
+        maxima, scales = self.maxima.contiguous(), kernel.chain(self.scales, upstream)
         return dict(
             max_=maxima[0],
             scale=scales[0],
@@ -67,7 +68,11 @@ def evaluate(
         )
 
     def per_token(value) -> Tensor | float:
-        return value.to(stats.p).expand_as(stats.p).contiguous() if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        if value.dtype != stats.p.dtype or value.shape != stats.p.shape:
+            value = value.to(stats.p).expand_as(stats.p)
+        return value.contiguous()
 
     loss, maxima, scales = kernel.weigh(
         stats.rows,
@@ -86,6 +91,8 @@ def evaluate(
 def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
     """ValueError for a label outside of the vocabulary; on the CPU only, elsewhere the check would wait."""
     if labels.device.type != "cpu":
+        return
+    if labels.numel() == 0 or (labels.min() >= 0 and labels.max() < vocab_size):
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if wrong.any():

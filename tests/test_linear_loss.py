@@ -311,7 +311,7 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2,
         (dict(weight=WEIGHT.bfloat16()), "hidden and weight must have one dtype, got torch.float32 and torch.bfloat16"),
         (dict(labels=LABELS.int()), "labels must be int64 token ids"),
         (dict(labels=LABELS + 5), r"labels must be in 0\.\.4"),
-        (dict(chunk_size=0), "chunk_size must be a number of tokens, 1 or more, got 0"),
+        (dict(chunk_size=0), "chunk_size must be .auto. or a number of tokens, 1 or more, got 0"),
         (dict(objective="sft"), "objective must come from"),
         (dict(objective=objectives.kd()), "needs a second model: pass teacher_hidden and teacher_weight"),
         (

@@ -30,4 +30,12 @@ void cpu_weigh(const WeighArgs& args, int num_threads) {
     }
 }
 
+void cpu_chain(const ChainArgs& args, int num_threads) {
+    if (args.wide) {
+        for_tokens(args, num_threads, chain_token<double>);
+    } else {
+        for_tokens(args, num_threads, chain_token<float>);
+    }
+}
+
 }  // namespace qtarget

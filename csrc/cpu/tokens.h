@@ -7,5 +7,6 @@ namespace qtarget {
 
 void cpu_merge(const MergeArgs& args, int num_threads);
 void cpu_weigh(const WeighArgs& args, int num_threads);
+void cpu_chain(const ChainArgs& args, int num_threads);
 
 }  // namespace qtarget

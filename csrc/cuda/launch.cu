@@ -84,4 +84,8 @@ void cuda_weigh(const WeighArgs& args, int device, uintptr_t stream) {
     launch(launch_weigh, args, args.rows, device, stream);
 }
 
+void cuda_chain(const ChainArgs& args, int device, uintptr_t stream) {
+    launch(launch_chain, args, args.rows, device, stream);
+}
+
 }  // namespace qtarget

@@ -15,5 +15,6 @@ void cuda_partial_statistics(const StatisticsArgs& args, int device, uintptr_t s
 void cuda_logit_gradient(const GradientArgs& args, int device, uintptr_t stream);
 void cuda_merge(const MergeArgs& args, int device, uintptr_t stream);
 void cuda_weigh(const WeighArgs& args, int device, uintptr_t stream);
+void cuda_chain(const ChainArgs& args, int device, uintptr_t stream);
 
 }  // namespace qtarget

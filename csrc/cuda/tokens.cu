@@ -18,6 +18,12 @@ __global__ void __launch_bounds__(kTokensPerBlock) weigh_kernel(const WeighArgs 
     if (row < args.rows) weigh_token<T>(args, row);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kTokensPerBlock) chain_kernel(const ChainArgs args) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock + threadIdx.x;
+    if (row < args.rows) chain_token<T>(args, row);
+}
+
 unsigned blocks_of(int64_t rows) {
     return static_cast<unsigned>((rows + kTokensPerBlock - 1) / kTokensPerBlock);
 }
@@ -37,6 +43,14 @@ void launch_weigh(const WeighArgs& args, cudaStream_t stream) {
         weigh_kernel<double><<<blocks_of(args.rows), kTokensPerBlock, 0, stream>>>(args);
     } else {
         weigh_kernel<float><<<blocks_of(args.rows), kTokensPerBlock, 0, stream>>>(args);
+    }
+}
+
+void launch_chain(const ChainArgs& args, cudaStream_t stream) {
+    if (args.wide) {
+        chain_kernel<double><<<blocks_of(args.rows), kTokensPerBlock, 0, stream>>>(args);
+    } else {
+        chain_kernel<float><<<blocks_of(args.rows), kTokensPerBlock, 0, stream>>>(args);
     }
 }
 

@@ -9,5 +9,6 @@ namespace qtarget {
 
 void launch_merge(const MergeArgs& args, cudaStream_t stream);
 void launch_weigh(const WeighArgs& args, cudaStream_t stream);
+void launch_chain(const ChainArgs& args, cudaStream_t stream);
 
 }  // namespace qtarget

@@ -237,6 +237,33 @@ def weigh(
     return out_loss, maxima, scales
 
 
+def chain(scales: Tensor, upstream: Tensor) -> Tensor:
+    """The scales times the upstream gradient of each token's loss, in its dtype; as of reference.chain.
+
+    scales: float64 ``[count, N]`` with adjacent columns. upstream: ``[N]`` float32 or float64, of any stride.
+    """
+    count, rows = scales.shape
+    wide = _is_wide(upstream.dtype)
+    if scales.dtype != torch.float64 or upstream.shape != (rows,) or upstream.device != scales.device:
+        raise ValueError(
+            f"scales must be float64 [count, N] and upstream [N] on the same device, got {scales.dtype} "
+            f"{list(scales.shape)} on {scales.device} and {list(upstream.shape)} on {upstream.device}"
+        )
+    if rows > 1 and scales.stride(1) != 1:
+        raise ValueError(f"scales must have adjacent columns, got strides {scales.stride()}: call .contiguous()")
+    out = torch.empty(count, rows, dtype=upstream.dtype, device=scales.device)
+    _function("chain", scales)(
+        tensors=[scales.data_ptr(), upstream.data_ptr(), out.data_ptr()],
+        wide=wide,
+        count=count,
+        stride=scales.stride(0),
+        rows=rows,
+        upstream_stride=upstream.stride(0),
+        **_execution(scales),
+    )
+    return out
+
+
 def _is_wide(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"partials, losses and maxima are float32 or float64, got {dtype}")

@@ -224,6 +224,14 @@ def weigh(
     )
 
 
+def chain(scales: Tensor, upstream: Tensor) -> Tensor:
+    """The scales ``[count, N]`` times the upstream gradient ``[N]`` of each token's loss, in the dtype of the latter.
+
+    A token masked out downstream has upstream exactly 0: its NaN must not leak.
+    """
+    return (scales * upstream).masked_fill_(upstream == 0, 0.0).to(upstream.dtype)
+
+
 def _valid(logits: Tensor, valid_columns: int) -> Tensor:
     logits = logits[:, :valid_columns]
     return logits if logits.dtype == torch.float64 else logits.float()
