@@ -64,6 +64,7 @@ def qtarget_linear_cross_entropy(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     sequence_parallel: bool = False,
+    num_supervised: int | None = None,
     chunk_size: int | Literal["auto"] = AUTO,
     backend: str = "auto",
     return_statistics: bool = False,
@@ -82,6 +83,7 @@ def qtarget_linear_cross_entropy(
             smaller one). Default: all that vocab_size leaves.
         logit_scale: of the first model's logits, not of the teacher's. A finite number above 0.
         sequence_parallel: hidden and teacher_hidden are sharded over group along their first dimension.
+        num_supervised: how many labels are not ignore_index, where the host knows it: then it does not wait for a GPU.
         chunk_size: tokens whose logits exist at a time. "auto": 512, on a GPU 2048.
         others: as in qtarget_cross_entropy.
 
@@ -97,7 +99,8 @@ def qtarget_linear_cross_entropy(
     all-reduce of dHidden [n, H] for the n supervised tokens; with sequence_parallel instead one all-gather of hidden
     (and of teacher_hidden) in forward and one reduce-scatter of dHidden in backward.
 
-    Raises ValueError as qtarget_cross_entropy does, for a chunk_size below 1 and for a logit_scale that is none.
+    Raises ValueError as qtarget_cross_entropy does, for a chunk_size below 1, for a logit_scale that is none and (on the
+    CPU) for a num_supervised that is not theirs.
     """
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must come from qtarget_megatron.objectives, got {type(objective).__name__}")
@@ -121,7 +124,7 @@ def qtarget_linear_cross_entropy(
     check_labels(labels, vocab_size, ignore_index)
     supervised = labels != ignore_index
     inputs = flat_inputs(objective, token_inputs, labels, supervised)
-    rows = _kept_rows(supervised.reshape(-1))
+    rows = _kept_rows(supervised.reshape(-1), num_supervised)
 
     spec = _Spec(
         backend=kernels.select(backend, hidden),
@@ -371,11 +374,19 @@ def _whole_gradient(kept_gradient: Tensor, spec: _Spec, shape: torch.Size) -> Te
     return whole(collectives.sum_in_place(kept_gradient, spec.group)).reshape(shape)
 
 
-def _kept_rows(supervised: Tensor) -> Tensor:
+def _kept_rows(supervised: Tensor, count: int | None) -> Tensor:
     """Flat positions of the supervised tokens; of all tokens in a CUDA graph, which cannot depend on the data."""
-    if supervised.is_cuda and torch.cuda.is_current_stream_capturing():
-        return torch.arange(supervised.numel(), device=supervised.device)
-    return supervised.nonzero().squeeze(1)
+    if supervised.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return torch.arange(supervised.numel(), device=supervised.device)
+        if count is not None:
+            return torch.nonzero_static(supervised, size=count).squeeze(1)
+    rows = supervised.nonzero().squeeze(1)
+    if count not in (None, len(rows)):
+        raise ValueError(
+            f"num_supervised: expected the number of labels that are not ignore_index, {len(rows)}, got {count}"
+        )
+    return rows
 
 
 def _check(hidden, weight, labels, teacher_hidden, teacher_weight, group, sequence_parallel) -> None:

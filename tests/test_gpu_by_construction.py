@@ -139,7 +139,7 @@ def test_the_loss_of_logits_never_waits(name, ranks):
     assert kernels.calls == ["partial_statistics", "merge", "weigh", "chain", "logit_gradient"]
 
 
-def head(objective, backward):
+def head(objective, backward, **options):
     hidden, weight = matrix(TOKENS, HIDDEN, requires_grad=True), matrix(VOCABULARY, HIDDEN, requires_grad=True)
     weight.main_grad = torch.empty(VOCABULARY, HIDDEN, device=GPU)
     labels, token_inputs = inputs(objective)
@@ -155,6 +155,7 @@ def head(objective, backward):
         return_statistics=True,
         chunk_size=4,
         **teacher,
+        **options,
     )
     gradients = backward(torch.ones_like(losses))[:2]
     assert {tensor.device for tensor in (losses, *gradients)} == {GPU} and on_gpu(stats)
@@ -168,9 +169,12 @@ def test_the_fused_head_can_be_captured(name, ranks):
     assert kernels.calls == [*["partial_statistics"] * 2, "merge", "weigh", *["chain", "logit_gradient"] * 2]
 
 
-def test_the_fused_head_waits_for_the_number_of_supervised_tokens_alone():
-    with gpu(1, capturing=False) as (_, backward), pytest.raises(DynamicOutputShapeException, match="nonzero"):
-        head(OBJECTIVES["sft"], backward)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_fused_head_waits_for_the_number_of_supervised_tokens_alone(name):
+    with gpu(1, capturing=False) as (_, backward):
+        with pytest.raises(DynamicOutputShapeException, match="nonzero"):
+            head(OBJECTIVES[name], backward)
+        head(OBJECTIVES[name], backward, num_supervised=5)
 
 
 @pytest.mark.parametrize("rule", TAIL_RULES)

@@ -40,8 +40,8 @@ class Batches:
         *,
         is_last: bool,
     ) -> dict[str, Tensor]:
-        """The next micro-batch of this data-parallel rank, cut for context parallelism. "sample" stays on the CPU;
-        before the last stage side inputs and a cached teacher are left out.
+        """The next micro-batch of this data-parallel rank, see on_this_rank. "sample" stays on the CPU; before the
+        last stage side inputs and a cached teacher are left out.
 
         Where routers add to the loss of a training, a step's micro-batches are read at its first one: the step's
         number of supervised tokens, which is to divide all gradients, scales what they add. Collective, there alone:
@@ -74,12 +74,17 @@ def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
 
 
 def on_this_rank(read: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A micro-batch as the loader has it, on this rank's device and cut for context parallelism."""
+    """A micro-batch as the loader has it, on this rank's device and cut for context parallelism.
+
+    "num_supervised" is added, [] on the CPU: of the labels, where the host knows it, which are not cut then.
+    """
     batch = {key: value if key == "sample" else value.cuda(non_blocking=True) for key, value in read.items()}
     cp_group = parallel_state.get_context_parallel_group()
     if cp_group.size() > 1:
         per_token = {key: value for key, value in batch.items() if value.dim() > 1}
         batch |= get_batch_on_this_cp_rank(per_token, is_hybrid_cp=False, cp_group=cp_group)
+    elif not read["labels"].is_cuda:
+        batch["num_supervised"] = (read["labels"] != IGNORE_INDEX).sum()
     return batch
 
 

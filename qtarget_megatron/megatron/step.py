@@ -54,7 +54,7 @@ class LossContext:
 
     token_inputs: the objective's side inputs by name, each [b, s] like the labels. sparse_teacher: a cached second
     model, of [b, s] tokens; reading_ms: what reading it took, of each sample [b]. samples: their records in the data,
-    counted from 0, [b] on the CPU.
+    counted from 0, [b] on the CPU. num_supervised: of the labels, where the host knows it.
     """
 
     settings: LossSettings
@@ -62,6 +62,7 @@ class LossContext:
     sparse_teacher: SparseTeacher | None = None
     reading_ms: Tensor | None = None
     samples: Tensor | None = None
+    num_supervised: int | None = None
     teacher: OutputHead | None = None
     statistics: TokenStatistics | None = None
 
@@ -129,6 +130,7 @@ def output_processor(
             teacher_vocab_size=settings.teacher_vocab_size,
             logit_scale=scale,
             sequence_parallel=output_layer.sequence_parallel,
+            num_supervised=context.num_supervised,
             chunk_size=settings.chunk_size,
             **shared,
         )
@@ -156,6 +158,7 @@ def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iter
     context = LossContext(settings)
     if is_last:
         context.samples = batch["sample"]
+        context.num_supervised = batch["num_supervised"].item() if "num_supervised" in batch else None
         context.token_inputs = {name: batch[batch_key(name)] for name in settings.objective.token_inputs}
         if "teacher_ids" in batch:
             kept = (batch[name] for name in ("teacher_ids", "teacher_log_p", "teacher_tail"))
