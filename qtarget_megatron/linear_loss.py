@@ -99,8 +99,8 @@ def qtarget_linear_cross_entropy(
     all-reduce of dHidden [n, H] for the n supervised tokens; with sequence_parallel instead one all-gather of hidden
     (and of teacher_hidden) in forward and one reduce-scatter of dHidden in backward.
 
-    Raises ValueError as qtarget_cross_entropy does, for a chunk_size below 1, for a logit_scale that is none, and on the
-    CPU for a num_supervised that is not theirs.
+    Raises ValueError as qtarget_cross_entropy does, for a chunk_size below 1, for a logit_scale that is none, and on
+    the CPU for a num_supervised that is not theirs.
     """
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must come from qtarget_megatron.objectives, got {type(objective).__name__}")
