@@ -287,7 +287,9 @@ class _Kept:
         here, first, columns = self.here[rows], self.first[rows], self.columns[rows]
         values = values.to(out.dtype)
         otherwise = torch.where(here.gather(1, first), values.gather(1, first), out.gather(1, columns[:, :1]))
-        out.scatter_(1, columns, torch.where(here, values, otherwise))
+        # Not scatter_, which copies a whole 16-bit matrix on the CPU.
+        row = torch.arange(len(out), device=out.device)[:, None].expand_as(columns)
+        out.index_put_((row, columns), torch.where(here, values, otherwise))
 
     def label_logit(self, otherwise: Tensor, labels: Tensor) -> Tensor:
         """The label's logit where it is kept and here."""
