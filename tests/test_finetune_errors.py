@@ -122,6 +122,10 @@ CASES = {
         ["empty.py", "registers no objective", "@objectives.register"],
     ),
     "chunks of no tokens": ({"--qtarget-chunk-size": 0}, ["--qtarget-chunk-size", "1 or more", "0"]),
+    "chunks of some other size": (
+        {"--qtarget-chunk-size": "many"},
+        ["--qtarget-chunk-size: expected auto or a number of tokens, got 'many'"],
+    ),
     "TP that does not divide the heads": (
         {"--tensor-model-parallel-size": 3},
         ["3", "4 attention heads", "[1, 2, 4]"],

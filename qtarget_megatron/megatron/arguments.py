@@ -137,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--qtarget-chunk-size",
-        type=int,
+        type=chunk_size,
         default=AUTO,
         metavar="TOKENS",
         help="supervised tokens whose logits exist at a time, of student and teacher (default: 512, on a GPU 2048)",
@@ -189,6 +189,16 @@ def iso_date(text: str) -> str:
         return datetime.date.fromisoformat(text).isoformat()
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a date YYYY-MM-DD, got {text!r}") from None
+
+
+def chunk_size(text: str) -> int | str:
+    """A number of tokens, or AUTO, for argparse, which reads the default as well."""
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {AUTO} or a number of tokens, got {text!r}") from None
 
 
 def implementation_flags(*, on_cpu: bool) -> list[str]:
