@@ -82,6 +82,18 @@ FAULTS = {
 }
 
 
+def commands(workspace):
+    """A model to a checkpoint and back at another layout, and a comparison with transformers: (command, words)."""
+    experts, latent = (["--hf-model", workspace / name] for name in ("experts", "latent"))
+    whole = [*SHARED, *ep(1, 1)]
+    checkpoint = workspace / "imported"
+    return {
+        "import": ["import", *experts, "--save", checkpoint, *ep(2), *GROUPED],
+        "export": ["export", *experts, "--load", checkpoint, "--save-hf", workspace / "exported", *whole],
+        "check": ["check", *latent, *whole, *GROUPED],
+    }
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("transformer-engine")
@@ -128,7 +140,7 @@ def local(workspace):
 
 @pytest.fixture(scope="module")
 def engine(workspace, local):
-    """Transformer Engine's layers; the results of the last rank."""
+    """Transformer Engine's layers: the results of runs on the last rank, what commands print on the first."""
     flags = {name: flags for name, (flags, _) in MORE.items()} | LAYOUTS
     runs = {name: [*words(workspace, name), *more] for name, more in flags.items()}
     for name in EXPORTED:
@@ -142,12 +154,17 @@ def engine(workspace, local):
     runs = {name: ([str(word) for word in run], fault) for name, (run, fault) in runs.items()}
     # A folder of their own: both kinds of layers have runs of one name.
     (workspace / "engine").mkdir()
-    results = run_ranks(2, transformer_engine_runs.run_all, (runs, str(workspace / "engine")), timeout=300)
-    for rank, outcome in enumerate(results):
-        for name, result in outcome.items():
+    tools = {name: ("convert_hf", [str(word) for word in command]) for name, command in commands(workspace).items()}
+    arguments = runs, tools, str(workspace / "engine")
+    results = run_ranks(2, transformer_engine_runs.run_all, arguments, timeout=300)
+    for rank, (trained, converted) in enumerate(results):
+        for name, result in trained.items():
             expected = (2,) if name == "a norm has another name" else (0, None)
             assert result["code"] in expected, f"{name} on rank {rank}:\n{result['printed'][-3000:]}"
-    return results[-1]
+        for name, (code, printed) in converted.items():
+            assert code == 0, f"{name} on rank {rank}:\n{printed[-3000:]}"
+    trained, converted = results[-1][0], results[0][1]
+    return trained | {name: printed for name, (_, printed) in converted.items()}
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *MORE])
@@ -180,6 +197,17 @@ def test_local_layers_resume_from_a_checkpoint_of_transformer_engines(workspace,
     load = ["--load", workspace / "engine-tied"]
     runs = {"tied": [*words(workspace, "tied"), *pp(2), *DISTRIBUTED_OPTIMIZER, *load]}
     assert_same_training(launch(2, runs, workspace, timeout=120)["tied"], local["tied at PP2"], first_step=2)
+
+
+def test_a_conversion_gives_the_same_bits_at_another_layout(workspace, engine):
+    found, expected = tensors(workspace / "exported"), tensors(workspace / "experts")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_latent_attention_at_tp2_computes_what_transformers_does(engine):
+    """No local layers to compare with: they refuse it."""
+    assert engine["check"].rstrip().endswith(": equal")
 
 
 def test_the_layers_are_transformer_engines(engine):

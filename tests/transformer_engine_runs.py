@@ -1,4 +1,4 @@
-"""Fine-tuning runs on Megatron's layers for Transformer Engine, over the stand-in for it, on the CPU.
+"""Fine-tuning runs, and commands, on Megatron's layers for Transformer Engine, over the stand-in for it, on the CPU.
 
 Megatron looks for Transformer Engine when it is imported. So these ranks are processes of their own, in which nothing
 has imported it yet: launch them by launching.run_ranks without megatron=True.
@@ -21,10 +21,14 @@ FLAGS = ["--transformer-impl", "transformer_engine", "--no-rope-fusion"]
 FLAGS += ["--distributed-backend", "gloo", "--num-workers", 0]
 
 
-def run_all(runs: dict[str, tuple[list, str | None]], folder: str) -> dict[str, dict]:
-    """finetune_runs.run_all of (words, name of a fault below that the stand-in has meanwhile, or None).
+def run_all(
+    runs: dict[str, tuple[list, str | None]], commands: dict[str, tuple[str, list]], folder: str
+) -> tuple[dict[str, dict], dict[str, tuple[int, str]]]:
+    """finetune_runs.run_all of (words, name of a fault below that the stand-in has meanwhile, or None); then
+    finetune_runs.run_tool of each command's name and words.
 
-    Each result has under "layers" how many of Transformer Engine's layers were built, by the names of their classes.
+    Each run's result has under "layers" how many of Transformer Engine's layers were built, by the names of their
+    classes.
     """
     _prepare()
     results = {}
@@ -32,7 +36,7 @@ def run_all(runs: dict[str, tuple[list, str | None]], folder: str) -> dict[str, 
         with _counted() as layers, FAULTS[fault]() if fault else contextlib.nullcontext():
             (result,) = finetune_runs.run_all({name: [*FLAGS, *words]}, folder).values()
         results[name] = result | {"layers": dict(layers)}
-    return results
+    return results, {name: finetune_runs.run_tool(tool, [*words, *FLAGS]) for name, (tool, words) in commands.items()}
 
 
 def _prepare() -> None:
@@ -45,14 +49,17 @@ def _prepare() -> None:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     from qtarget_megatron import finetune
+    from qtarget_megatron.megatron import convert
 
     assert HAVE_TE and Path(transformer_engine.__file__).is_relative_to(STAND_IN)
     torch.cuda.get_device_capability = lambda *device: (9, 0)
-    for name in ("implementation_flags", "check_gpu_flags"):
-        setattr(finetune, name, functools.partial(_as_on_a_gpu, getattr(finetune, name)))
+    for module in (finetune, convert):
+        for name in ("implementation_flags", "check_gpu_flags"):
+            setattr(module, name, functools.partial(_as_on_a_gpu, getattr(module, name)))
 
 
 def _as_on_a_gpu(function, *args, on_cpu: bool):
+    """The flags that a machine with a GPU and Transformer Engine gets, and those that it refuses."""
     return function(*args, on_cpu=False)
 
 
