@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import sys
 from collections import Counter
 from pathlib import Path
 from unittest import mock
 
+import conversion_runs
 import finetune_runs
+from megatron_reset import reset
 
 STAND_IN = Path(__file__).parent / "transformer_engine_stand_in"
 # What a GPU has beside the flags that finetune finds by itself, and what the stand-in does not have.
@@ -22,10 +25,14 @@ FLAGS += ["--distributed-backend", "gloo", "--num-workers", 0]
 
 
 def run_all(
-    runs: dict[str, tuple[list, str | None]], commands: dict[str, tuple[str, list]], folder: str
-) -> tuple[dict[str, dict], dict[str, tuple[int, str]]]:
-    """finetune_runs.run_all of (words, name of a fault below that the stand-in has meanwhile, or None); then
-    finetune_runs.run_tool of each command's name and words.
+    runs: dict[str, tuple[list, str | None]],
+    commands: dict[str, tuple[str, list]],
+    models: dict[str, tuple[str, list]],
+    folder: str,
+) -> tuple[dict[str, dict], dict[str, tuple[int, str]], dict[str, float]]:
+    """finetune_runs.run_all of (words, name of a fault below that the stand-in has meanwhile, or None);
+    finetune_runs.run_tool of each command's name and words; of each model's directory and flags by how much its logits
+    differ at most from transformers'.
 
     Each run's result has under "layers" how many of Transformer Engine's layers were built, by the names of their
     classes.
@@ -36,7 +43,19 @@ def run_all(
         with _counted() as layers, FAULTS[fault]() if fault else contextlib.nullcontext():
             (result,) = finetune_runs.run_all({name: [*FLAGS, *words]}, folder).values()
         results[name] = result | {"layers": dict(layers)}
-    return results, {name: finetune_runs.run_tool(tool, [*words, *FLAGS]) for name, (tool, words) in commands.items()}
+    converted = {name: finetune_runs.run_tool(tool, [*words, *FLAGS]) for name, (tool, words) in commands.items()}
+    return results, converted, {name: _difference(Path(model), words) for name, (model, words) in models.items()}
+
+
+def _difference(directory: Path, words: list) -> float:
+    from qtarget_megatron.megatron.agreement import compare_with_transformers
+    from qtarget_megatron.megatron.convert import open_model
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        model = open_model(directory, [str(word) for word in [*FLAGS, *words]])
+        found = compare_with_transformers(model, directory, conversion_runs.tokens(model.args.seq_length))
+    reset()
+    return found.max_difference
 
 
 def _prepare() -> None:

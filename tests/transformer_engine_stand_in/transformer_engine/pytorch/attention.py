@@ -14,7 +14,8 @@ from .module.base import TransformerEngineBaseModule
 class DotProductAttention(TransformerEngineBaseModule):
     """Causal attention over [sequence, batch, heads, channels], softmax in float32.
 
-    num_attention_heads, num_gqa_groups: of all ranks. kv_channels: of keys and values, or of each.
+    num_attention_heads, num_gqa_groups: of all ranks. kv_channels: of keys and values, or of each. window_size: tokens
+    before and behind the one that attends, itself not counted; none behind it.
     """
 
     def __init__(
@@ -34,7 +35,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         softmax_scale: float | None = None,
     ):
         super().__init__()
-        if (attn_mask_type, window_size, attention_dropout, attention_type) != ("causal", None, 0.0, "self"):
+        before, behind = window_size or (-1, 0)
+        if (attn_mask_type, behind, attention_dropout, attention_type) != ("causal", 0, 0.0, "self"):
             raise NotImplementedError("the stand-in for Transformer Engine has causal self-attention alone")
         self.tp_size = tp_size if tp_group is None else dist.get_world_size(tp_group)
         self.set_tensor_parallel_group(tp_group)
@@ -43,6 +45,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         self.num_gqa_groups_per_partition = divide(self.num_gqa_groups, self.tp_size)
         channels = (kv_channels, kv_channels) if isinstance(kv_channels, int) else kv_channels
         self.hidden_size_per_attention_head_k, self.hidden_size_per_attention_head_v = channels
+        self.window_size = before, behind
         self.softmax_scale = channels[0] ** -0.5 if softmax_scale is None else softmax_scale
 
     def forward(self, query_layer, key_layer, value_layer, attention_mask=None, *, attn_mask_type: str = "causal"):
@@ -57,7 +60,9 @@ class DotProductAttention(TransformerEngineBaseModule):
         key, value = (tensor.repeat_interleave(heads // groups, dim=1) for tensor in (key, value))
         scores = torch.einsum("bhqc,bhkc->bhqk", query.float(), key.float()) * self.softmax_scale
         length = scores.shape[-1]
-        future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        position = torch.arange(length, device=scores.device)
+        distance, before = position[:, None] - position, self.window_size[0]
+        unseen = (distance < 0) | ((distance > before) if before >= 0 else False)
+        weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
         out = torch.einsum("bhqk,bhkc->qbhc", weights, value.float())
         return out.to(value.dtype).flatten(2)

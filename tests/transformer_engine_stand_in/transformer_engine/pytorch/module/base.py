@@ -67,7 +67,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
             set_tensor_model_parallel_attributes(bias, True, 0, 1)
 
 
-def unfused(fuse_wgrad_accumulation: bool) -> None:
+def refuse_fused_gradients(fuse_wgrad_accumulation: bool) -> None:
     if fuse_wgrad_accumulation:
         raise NotImplementedError("the stand-in for Transformer Engine does not fuse gradients into their accumulation")
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..distributed import divide
-from .base import TransformerEngineBaseModule, unfused
+from .base import TransformerEngineBaseModule, refuse_fused_gradients
 
 
 class GroupedLinear(TransformerEngineBaseModule):
@@ -36,7 +36,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         single_grouped_bias: bool = False,
     ):
         super().__init__()
-        unfused(fuse_wgrad_accumulation)
+        refuse_fused_gradients(fuse_wgrad_accumulation)
         if bias or single_grouped_weight or single_grouped_bias:
             raise NotImplementedError("the stand-in for Transformer Engine has a weight for each expert, and no biases")
         self._join(tp_group, tp_size, parallel_mode, sequence_parallel)

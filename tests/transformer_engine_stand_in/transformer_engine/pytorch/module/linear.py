@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..distributed import AllGather, AllReduce, Copy, ReduceScatter, divide
-from .base import TransformerEngineBaseModule, unfused
+from .base import TransformerEngineBaseModule, refuse_fused_gradients
 from .norm import rms_norm
 
 
@@ -34,7 +34,7 @@ class Linear(TransformerEngineBaseModule):
         device: torch.device | str = "cuda",
     ):
         super().__init__()
-        unfused(fuse_wgrad_accumulation)
+        refuse_fused_gradients(fuse_wgrad_accumulation)
         self.rng_tracker_name = rng_tracker_name
         self._build(
             in_features,
@@ -47,6 +47,7 @@ class Linear(TransformerEngineBaseModule):
         )
 
     def _build(self, in_features, out_features, parallel, kind, init, bias, return_bias) -> None:
+        """parallel, kind, init: what _join takes, dtype and device, and what _add_weight takes besides."""
         self._join(*parallel)
         self.in_features = divide(in_features, self.tp_size) if self.parallel_mode == "row" else in_features
         self.out_features = divide(out_features, self.tp_size) if self.parallel_mode == "column" else out_features
@@ -94,7 +95,7 @@ class LayerNormLinear(Linear):
         device: torch.device | str = "cuda",
     ):
         TransformerEngineBaseModule.__init__(self)
-        unfused(fuse_wgrad_accumulation)
+        refuse_fused_gradients(fuse_wgrad_accumulation)
         if normalization != "RMSNorm" or zero_centered_gamma or return_layernorm_output or parallel_mode == "row":
             raise NotImplementedError("the stand-in for Transformer Engine has a plain RMSNorm before a linear layer")
         self.normalization, self.zero_centered_gamma, self.eps = normalization, zero_centered_gamma, eps
