@@ -45,8 +45,17 @@ LAYOUTS = {
     "experts at EP2": ep(2),
     "latent at DP2": [],
 }
-# What else Transformer Engine's layers can do -> the reference.
+# What else Transformer Engine's layers do -> flags, the reference.
 MORE = {
+    "untied at DP2 with overlapped communication": (
+        [*DISTRIBUTED_OPTIMIZER, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 500],
+        "untied at DP2",
+    ),
+    "untied at TP2 with sequence parallelism and recomputation": (
+        [*SHARED, "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1],
+        "untied at TP2 with sequence parallelism",
+    ),
+    "untied at PP2 with two stages a rank": ([*pp(2), "--num-virtual-stages-per-pipeline-rank", 2], "untied at DP2"),
     "grouped experts at DP2": (GROUPED, "experts at DP2"),
     "grouped experts at EP2": ([*ep(2), *GROUPED], "experts at EP2"),
     # Local layers refuse latent attention at TP2.
