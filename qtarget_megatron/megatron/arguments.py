@@ -137,10 +137,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--qtarget-chunk-size",
-        type=int,
+        type=_tokens,
         default=AUTO,
         metavar="TOKENS",
-        help="supervised tokens whose logits exist at a time, of student and teacher (default: 512, on a GPU 2048)",
+        help="supervised tokens whose logits exist at a time, of student and teacher (default: auto, which is 512, on a GPU 2048)",
     )
     group.add_argument(
         "--qtarget-materialize-logits",
@@ -181,6 +181,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="run on the CPU over gloo; the default where no GPU is found, refused where one is",
     )
     return parser
+
+
+def _tokens(text: str) -> int | str:
+    # argparse converts a default that is text as well.
+    return text if text == AUTO else int(text)
 
 
 def iso_date(text: str) -> str:
