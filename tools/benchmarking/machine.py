@@ -32,7 +32,10 @@ def describe() -> dict[str, str]:
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "megatron-core", "transformers", "liger-kernel")},
+        **{
+            name: _version(name)
+            for name in ("torch", "megatron-core", "transformers", "transformer-engine", "liger-kernel")
+        },
         "compiler of the CPU kernels": f"{_compiler(build['compiler'])}, built for {', '.join(build['cpu'])}",
         "CPU kernels run as": extension.cpu_isa(),
         "torch's CPU kernels run as": torch.backends.cpu.get_cpu_capability(),
