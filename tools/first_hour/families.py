@@ -93,10 +93,12 @@ def write_model(folder: Path, family: str, *, tied: bool, dtype=torch.float32, *
     sizes = SIZES | dict(num_hidden_layers=4, tie_word_embeddings=tied) | extra | changes
     model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**sizes))
     generator = torch.Generator().manual_seed(sum(map(ord, f"{family}{tied}")))
+    # Logits of the same size at any width.
+    scale = 0.15 * (SIZES["hidden_size"] / sizes["hidden_size"]) ** 0.5
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * 0.15 if parameter.dim() > 1 else 1 + noise * 0.3)
+            parameter.copy_(noise * scale if parameter.dim() > 1 else 1 + noise * 0.3)
     model.to(dtype)
     for buffer in corrections(model):
         buffer.data = torch.randn(buffer.shape, generator=generator) * 0.1
@@ -107,3 +109,14 @@ def write_model(folder: Path, family: str, *, tied: bool, dtype=torch.float32, *
 def corrections(model) -> list[torch.Tensor]:
     """What DeepSeek's routers add to their scores: float32 in a model of any dtype."""
     return [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+
+
+def engine_sizes(family: str) -> dict[str, int]:
+    """Of write_model: sizes that divide by what Transformer Engine's kernels ask for."""
+    given = FAMILIES[family][1]
+    heads = SIZES["num_attention_heads"]
+    sizes = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    sizes["num_key_value_heads"] = 4 if given["num_key_value_heads"] == heads else 2
+    larger = dict(head_dim=64, moe_intermediate_size=256, q_lora_rank=64, kv_lora_rank=64, v_head_dim=64)
+    larger |= dict(qk_nope_head_dim=64, qk_rope_head_dim=32)
+    return sizes | {key: value for key, value in larger.items() if key in given}
