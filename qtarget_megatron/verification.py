@@ -389,7 +389,6 @@ def _distance(actual: Tensor, expected: Tensor, whole: Tensor) -> float:
 
 
 def _errors(loss: Tensor, expected: Tensor, distances: dict[str, float]) -> Errors:
-    loss = loss.detach()
     difference = ((loss.double() - expected).abs() / expected.abs().clamp(min=1)).max().item()
     finite = {name: value if math.isfinite(value) else math.inf for name, value in distances.items()}
     worst = max(finite, key=finite.get)

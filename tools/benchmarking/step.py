@@ -20,7 +20,6 @@ WARM_UP_STEPS = 2
 SUPERVISED = 0.6
 
 _STEP = re.compile(r"\biteration\s+\d+\s*/.*?elapsed time per iteration \(ms\):\s*([\d.]+)")
-_LOSS = re.compile(r"\biteration\s+\d+\s*/.*?\blm loss: (\S+)")
 _TEACHER = {key: re.compile(rf"\biteration\s+\d+\s*/.*?{key}: ([\d.E+-]+)") for key in ("teacher ms", "teacher MiB")}
 _PEAKS = re.compile(r"peak memory per rank \(GiB\):((?: [\d.]+)+)")
 
@@ -104,9 +103,10 @@ def training(shape: Shape, words: list[str]) -> list[str]:
     return [*command, "--train-iters", str(shape.steps), "--lr", "1e-5", "--log-interval", "1"]
 
 
-def losses(text: str) -> list[float]:
-    """The losses in the log of a training."""
-    return [float(value) for value in _LOSS.findall(text)]
+def logged(text: str, name: str) -> list[float]:
+    """What the log of a training says of each step: "lm loss", "grad norm"."""
+    found = re.findall(rf"\biteration\s+\d+\s*/.*?\b{name}: (\S+)", text)
+    return [float(value) for value in found]
 
 
 def caching(shape: Shape) -> list[str]:

@@ -1,6 +1,6 @@
 """Run the first hour on a GPU: every check of this repository that needs one, in order, and write benchmarks/GPU.md.
 
-    make gpu                                       # everything; about an hour on one GPU, more steps on several
+    make gpu                                       # everything that can be run here
     python tools/gpu.py --list                     # the steps, and how long each may take
     python tools/gpu.py --only kernels --only head # only these
     python tools/gpu.py --again                    # also what has passed at this commit
@@ -16,7 +16,8 @@ The first step installs the package in the environment that runs this, from this
 pip, setuptools, wheel, pybind11, pytest and matplotlib must be there, as they are in that of make. Transformer Engine,
 Apex and Liger are used where they are installed: put them into the same environment first.
 
-Exit code: 0 no step failed, 1 a step failed, 2 bad usage, 3 there is no GPU, 130 interrupted.
+Exit code: 0 no step failed, 1 a step failed, 2 bad usage, 3 there is no GPU, 130 interrupted (make turns each other
+than 0 into its own 2).
 """
 
 from __future__ import annotations
@@ -82,15 +83,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def find_gpus() -> tuple[Gpus | None, str]:
-    """The GPUs, if there are any, and torch's version. No context is made on them: their memory is the steps'."""
+    """The GPUs, if there are any, and torch's version. No context is made on them where nvidia-smi says what they are:
+    their memory is the steps'."""
     import torch
 
     if not torch.cuda.is_available():
         return None, torch.__version__
     words = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
-    first = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()[0]
-    name, driver, capability = (part.strip() for part in first.split(","))
-    major, minor = map(int, capability.split("."))
+    try:
+        first = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()[0]
+        name, driver, capability = (part.strip() for part in first.split(","))
+        major, minor = map(int, capability.split("."))
+    except (OSError, subprocess.SubprocessError):
+        name, driver = torch.cuda.get_device_name(), "unknown"
+        major, minor = torch.cuda.get_device_capability()
     return Gpus(f"{name}, driver {driver}", torch.cuda.device_count(), (major, minor)), torch.__version__
 
 

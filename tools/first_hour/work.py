@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tools.benchmarking import machine, step, workers
 
+LOGGED = ("lm loss", "grad norm")
+Curves = dict[str, list[float]]  # of each, a value a step
 # Float32 products as they are, not in TF32: what is compared with the CPU's.
 FLOAT32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 
@@ -57,13 +59,15 @@ class Work:
 
     def train(
         self, shape: step.Shape, words: Sequence[str], size: int = 1, environment: Mapping[str, str] | None = None
-    ) -> list[float]:
-        """The losses that a training logs, on what step.write has written; Failed where one is not finite."""
-        losses = step.losses(self.ranks(step.training(shape, list(words)), size, environment))
-        # Megatron's console has one figure for the first two steps.
-        if len(losses) < shape.steps - 1 or not all(map(math.isfinite, losses)):
-            raise Failed(f"expected {shape.steps - 1} finite losses or more, got {losses}")
-        return losses
+    ) -> Curves:
+        """What a training logs, on what step.write has written; Failed where a value is not finite."""
+        text = self.ranks(step.training(shape, list(words)), size, environment)
+        curves = {name: step.logged(text, name) for name in LOGGED}
+        for name, values in curves.items():
+            # Megatron's console has one figure for the first two steps.
+            if len(values) < shape.steps - 1 or not all(map(math.isfinite, values)):
+                raise Failed(f"{name}: expected {shape.steps - 1} finite values or more, got {values}")
+        return curves
 
     def needs_gpus(self, count: int) -> None:
         if self.gpus < count:
