@@ -26,6 +26,7 @@ help:
 	@echo '  make test        run every test'
 	@echo '  make test-quick  run the tests that are not marked slow (about two minutes)'
 	@echo '  make bench       measure time and memory next to torch and Megatron (about 12 minutes, idle machine)'
+	@echo '  make gpu         on a machine with a GPU: run what needs one, write benchmarks/GPU.md'
 	@echo '  make lint        check style (ruff)'
 	@echo '  make format      apply the style'
 	@echo '  make install     only make the environment in $(VENV) and build the package'
@@ -37,6 +38,7 @@ help:
 	@echo '  PYTEST_ARGS="-k trust -x"    more arguments for pytest'
 	@echo '  DEMO_ARGS="--help"           arguments for the demo'
 	@echo '  BENCH_ARGS="kernels --quick" what to measure (--help lists it; default: all)'
+	@echo '  GPU_ARGS="--only kernels"    which steps of make gpu (--help lists all options)'
 	@echo 'By hand: $(PY) -m qtarget_megatron.finetune --help'
 
 .PHONY: install
@@ -88,6 +90,11 @@ test-quick: $(BUILD)
 .PHONY: bench
 bench: $(BUILD)
 	@$(PY) tools/benchmark.py $(or $(BENCH_ARGS),all)
+
+# The first hour on a GPU; on a machine without one it says so in a line.
+.PHONY: gpu
+gpu: $(BUILD)
+	@$(PY) tools/gpu.py $(GPU_ARGS)
 
 .PHONY: lint
 lint: $(BUILD)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -238,12 +238,13 @@ class Expected:
 
 @dataclass(frozen=True)
 class Setting:
-    """How the loss is computed: the groups of the layout (None: one rank), sequence parallelism and the backend."""
+    """The layout's groups (None: one rank), sequence parallelism, backend, and what calls what computes the loss."""
 
     tensor_group: collectives.Group = None
     data_group: collectives.Group = None
     sequence_parallel: bool = False
     backend: str = "auto"
+    run: Callable[[Callable[[], tuple]], tuple] = lambda compute: compute()
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,8 @@ def _rows(problem: Problem, setting: Setting) -> slice:
     return slice(start, start + count)
 
 
-def _measure_logits(problem, objective, setting, sparse_teacher, expected) -> Errors:
+def _logits(problem, objective, setting, sparse_teacher) -> tuple[Tensor, Tensor]:
+    """Loss [T] of this rank's columns of the logits, and its gradient to them."""
     mine = _columns(problem, setting)
     leaf = problem.logits[:, mine].to(problem.hidden.dtype).requires_grad_()
     live = objective.needs_teacher and sparse_teacher is None
@@ -311,8 +313,12 @@ def _measure_logits(problem, objective, setting, sparse_teacher, expected) -> Er
         vocab_size=problem.vocab_size,
         backend=setting.backend,
     )
-    (gradient,) = torch.autograd.grad(loss, leaf, problem.upstream)
-    error = _distance(gradient, expected.gradient[:, mine], expected.gradient)
+    return loss.detach(), *torch.autograd.grad(loss, leaf, problem.upstream)
+
+
+def _measure_logits(problem, objective, setting, sparse_teacher, expected) -> Errors:
+    loss, gradient = setting.run(lambda: _logits(problem, objective, setting, sparse_teacher))
+    error = _distance(gradient, expected.gradient[:, _columns(problem, setting)], expected.gradient)
     return _errors(loss, expected.loss, {"logits": error})
 
 
@@ -342,8 +348,8 @@ def _fused(problem, objective, setting, sparse_teacher, labels, upstream) -> tup
 
 
 def _measure_fused(problem, objective, setting, sparse_teacher, expected) -> Errors:
-    loss, hidden_gradient, weight_gradient, _ = _fused(
-        problem, objective, setting, sparse_teacher, problem.labels, problem.upstream
+    loss, hidden_gradient, weight_gradient, _ = setting.run(
+        lambda: _fused(problem, objective, setting, sparse_teacher, problem.labels, problem.upstream)
     )
     of_hidden = expected.gradient @ problem.weight.double()
     of_weight = expected.gradient.t() @ problem.hidden.double()
@@ -383,7 +389,6 @@ def _distance(actual: Tensor, expected: Tensor, whole: Tensor) -> float:
 
 
 def _errors(loss: Tensor, expected: Tensor, distances: dict[str, float]) -> Errors:
-    loss = loss.detach()
     difference = ((loss.double() - expected).abs() / expected.abs().clamp(min=1)).max().item()
     finite = {name: value if math.isfinite(value) else math.inf for name, value in distances.items()}
     worst = max(finite, key=finite.get)

@@ -6,15 +6,9 @@ from pathlib import Path
 import torch
 import transformers
 
-VOCAB, PADDED = 131, 144  # odd vocabulary; the padded one divides by 1, 2, 3 and 4
-SIZES = dict(
-    vocab_size=VOCAB,
-    hidden_size=48,
-    intermediate_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=12,
-    max_position_embeddings=64,
-)
+from tools.first_hour.families import SIZES, corrections
+
+PADDED = 144  # of the odd vocabulary; it divides by 1, 2, 3 and 4
 # head_dim 6 is not hidden_size / heads = 4. With 1 or 3 groups a rank's share cuts through a group.
 CASES = {
     "llama-tied": ("Llama", dict(num_key_value_heads=6, tie_word_embeddings=True)),
@@ -61,11 +55,6 @@ def make_model(case: str, dtype=torch.bfloat16):
         for buffer in corrections(model):
             buffer.data = torch.randn(buffer.shape, generator=generator) * 0.1
     return model
-
-
-def corrections(model) -> list[torch.Tensor]:
-    """What DeepSeek's routers add to their scores: float32 in a model of any dtype."""
-    return [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
 
 
 def edit_json(path: Path, **changes) -> None:

@@ -215,12 +215,15 @@ COLLECTIVE = [
 ]
 
 
+PARTS = ["kernels", "head", "collective", "step", "growth", "convert", "cuda", "cuda-head"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (
             ["speed"],
-            "unknown part 'speed': expected kernels, head, collective, step, growth, convert, cuda, all or report",
+            f"unknown part 'speed': expected {', '.join(PARTS)}, all or report",
         ),
         (["cuda"], "cuda needs an NVIDIA GPU"),
         (["report", "--out", "empty"], "holds no results to report"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_models import CASES, PADDED, VOCAB, assert_same_bits, edit_json, make_model
+from checkpoint_models import CASES, PADDED, assert_same_bits, edit_json, make_model
 from safetensors.torch import load_file, save_file
 
 from qtarget_megatron.checkpoint import (
@@ -24,6 +24,7 @@ from qtarget_megatron.checkpoint import (
     merge_parameter,
     partition_dim,
 )
+from tools.first_hour.families import VOCAB
 
 TP_SIZES = (1, 2, 3, 4)
 

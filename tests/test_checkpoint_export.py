@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoint_models import CASES, VOCAB, assert_same_bits, edit_json, make_model
+from checkpoint_models import CASES, assert_same_bits, edit_json, make_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +24,7 @@ from qtarget_megatron.checkpoint import (
 )
 from qtarget_megatron.checkpoint.safetensors_file import PlannedTensor, SafetensorsFile
 from qtarget_megatron.resumable import check_output_directory
+from tools.first_hour.families import VOCAB
 
 TOKENIZER = {
     "tokenizer.json": '{"model": 1}',

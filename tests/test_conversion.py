@@ -6,19 +6,19 @@ import shutil
 import pytest
 import torch
 import transformers
-from checkpoint_models import VOCAB, assert_same_bits
+from checkpoint_models import assert_same_bits
 from conversion_runs import (
-    FAMILIES,
     checkpoint_names,
     read_tensors,
     run_all,
     tokens,
     variant,
-    write_model,
 )
 from finetune_runs import COMMON, write_data, write_models
 from launching import run_ranks
 from safetensors.torch import load_file, save_file
+
+from tools.first_hour.families import FAMILIES, VOCAB, write_model
 
 # The first test of a launch waits for all of its jobs.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -6,12 +6,13 @@ import re
 import pytest
 import transformers
 from checkpoint_models import assert_same_bits
-from conversion_runs import read_tensors, run_all, write_model
+from conversion_runs import read_tensors, run_all
 from launching import run_ranks
 from safetensors.torch import load_file, save_file
 
 from qtarget_megatron.checkpoint import Architecture, HFReader
 from qtarget_megatron.resumable import ResumableDirectory
+from tools.first_hour.families import write_model
 
 # The first test of a launch waits for all of its jobs.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]

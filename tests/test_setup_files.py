@@ -153,5 +153,5 @@ def test_failed_build_is_not_taken_for_a_finished_one(checkout):
 def test_make_alone_teaches(checkout):
     done = make(checkout)
     assert done.returncode == 0
-    for target in ("demo", "test", "test-quick", "lint", "clean"):
+    for target in ("demo", "test", "test-quick", "gpu", "lint", "clean"):
         assert f"make {target} " in done.stdout

@@ -12,8 +12,11 @@ collective   one all-gather and merge against Megatron's three all-reduces, 2 an
 step         training steps of the fine-tuning command on a small random model, 1 rank and 2 tensor-parallel ranks
 growth       how time grows with tokens, vocabulary and shards, and memory with tokens
 convert      a random model of Qwen2.5-1.5B's shape from Hugging Face to Megatron and back, 2 and 4 ranks; 10 GB of disk
-cuda         kernels on a GPU, 8192 x 131072 in bfloat16, with Megatron's fused loss and Liger's where installed
-all          all of them; cuda only where there is a GPU
+cuda         kernels on a GPU, 8192 x 131072 in bfloat16, with Megatron's fused loss, and Liger's and Transformer
+             Engine's where installed
+cuda-head    output layer and loss on a GPU, hidden size 4096, chunks of 512 to 4096 tokens and what the weight's
+             gradient takes of each, with torch's linear_cross_entropy and Liger's
+all          all of them; cuda and cuda-head only where there is a GPU
 
 Writes to --out, a file at a time and each only when it is complete: NAME.json (every run's time), REPORT.md and the
 pictures. Peers take turns run by run in one process, so that a slow moment meets them all; the report gives medians,
@@ -135,11 +138,12 @@ def _names(given: list[str]) -> list[str]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the pictures are drawn by matplotlib, which is not installed: pip install matplotlib")
     wanted = list(PLANS) if "all" in given else [name for name in PLANS if name in given]
-    if "cuda" in wanted and not _has_gpu():
-        if "cuda" in given:
-            raise ValueError("cuda needs an NVIDIA GPU, and torch finds none here")
-        print("benchmark: there is no GPU: cuda is left out")
-        wanted.remove("cuda")
+    of_a_gpu = [name for name in wanted if name.startswith("cuda")]
+    if of_a_gpu and not _has_gpu():
+        if any(name in given for name in of_a_gpu):
+            raise ValueError(f"{of_a_gpu[0]} needs an NVIDIA GPU, and torch finds none here")
+        print(f"benchmark: there is no GPU: {' and '.join(of_a_gpu)} are left out")
+        wanted = [name for name in wanted if name not in of_a_gpu]
     return wanted
 
 

@@ -140,7 +140,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=chunk_size,
         default=AUTO,
         metavar="TOKENS",
-        help="supervised tokens whose logits exist at a time, of student and teacher (default: 512, on a GPU 2048)",
+        help="supervised tokens whose logits exist at a time, of student and teacher (default: auto: 512, on a GPU "
+        "2048)",
     )
     group.add_argument(
         "--qtarget-materialize-logits",

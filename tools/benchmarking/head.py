@@ -8,15 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from qtarget_megatron import objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
 from tools.benchmarking import figures, peers
-from tools.benchmarking.kernels import ETA
+from tools.benchmarking.kernels import ETA, left_out
 from tools.benchmarking.measure import Subject, alternate, memory
 
 IGNORED = -100
-FUSED, MAIN_GRAD = "fused head", "fused head, main_grad"
+FUSED, MAIN_GRAD, FROZEN = "fused head", "fused head, main_grad", "fused head, frozen weight"
 WHOLE, TORCH, EAGER = "whole logits, in place", "whole logits, torch", "whole logits, eager"
 # Gradients of float32 and of bfloat16 products that are summed in another order, as a share of the largest entry.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
@@ -25,7 +26,9 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 @dataclass(frozen=True)
 class Case:
     """A shape. supervised: share of the tokens with a label; teacher: measure target-sft with a second head of the same
-    shape, else sft; chunk_sizes: of the fused head, the first one also with the ignored tokens."""
+    shape, else sft; chunk_sizes: of the fused head, the first one also with the ignored tokens. peers: measure other
+    packages' output layer and loss in one as well, and the fused head at each chunk size without the weight's gradient.
+    """
 
     tokens: int
     hidden: int
@@ -34,6 +37,8 @@ class Case:
     chunk_sizes: list[int] = field(default_factory=lambda: [512])
     supervised: list[float] = field(default_factory=lambda: [1.0, 0.3])
     teacher: bool = False
+    peers: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def _run_once(case: Case) -> None:
 
 
 def methods(case: Case, head: Head, share: float) -> dict[tuple[str, int | None], Subject]:
-    """(name, chunk size) -> forward and backward: loss per token, gradients of hidden states and weight."""
+    """(name, chunk size) -> forward and backward: loss per token or its sum, gradients of hidden states and of the
+    weight, None for a frozen one."""
     objective = objectives.target_sft(eta=ETA) if case.teacher else objectives.sft()
     chunk_sizes = case.chunk_sizes if share == 1.0 else case.chunk_sizes[:1]
     found: dict[tuple[str, int | None], Callable[[], Tensor]] = {}
@@ -89,12 +95,18 @@ def methods(case: Case, head: Head, share: float) -> dict[tuple[str, int | None]
         found[EAGER, None] = partial(_eager, head)
     else:
         found[TORCH, None] = partial(_torch, head)
-    upstream = torch.ones(case.tokens)
+    if case.peers:
+        # Of one rank.
+        group = dist.new_group(backend="nccl") if case.device == "cuda" else dist.group.WORLD
+        for name, loss in peers.linear_cross_entropies(torch.device(case.device), group).items():
+            found[name, None] = partial(loss, head.hidden, head.weight, head.labels)
+    upstream = torch.ones(case.tokens, device=case.device)
 
-    def step(loss_of: Callable[[], Tensor], weight: Tensor) -> tuple[Tensor, ...]:
+    def step(loss_of: Callable[[], Tensor], weight: Tensor) -> tuple[Tensor | None, ...]:
         loss = loss_of()
-        of_hidden, of_weight = torch.autograd.grad(loss, (head.hidden, weight), upstream.to(loss.dtype))
-        return loss.detach(), of_hidden, getattr(weight, "main_grad", of_weight)
+        leaves = (head.hidden, weight) if weight.requires_grad else (head.hidden,)
+        of_hidden, *of_weight = torch.autograd.grad(loss, leaves, upstream.to(loss.dtype) if loss.dim() else None)
+        return loss.detach(), of_hidden, getattr(weight, "main_grad", *of_weight or [None])
 
     subjects = {key: Subject(partial(step, loss_of, head.weight)) for key, loss_of in found.items()}
     if head.weight.dtype != torch.float32:
@@ -103,6 +115,10 @@ def methods(case: Case, head: Head, share: float) -> dict[tuple[str, int | None]
         weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
         loss_of = partial(_fused, replace(head, weight=weight), objective, chunk_sizes[0])
         subjects[MAIN_GRAD, chunk_sizes[0]] = Subject(partial(step, loss_of, weight), weight.main_grad.zero_)
+    if case.peers:
+        frozen = replace(head, weight=head.weight.detach())
+        for size in chunk_sizes:
+            subjects[FROZEN, size] = Subject(partial(step, partial(_fused, frozen, objective, size), frozen.weight))
     return subjects
 
 
@@ -144,14 +160,15 @@ def _teacher_logits(head: Head) -> Tensor:
 
 def draw(case: Case, share: float) -> Head:
     """Random tensors, logits of standard deviation 3, and labels for a share of the tokens."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(case.device).manual_seed(2)
+    draw_with = dict(generator=generator, device=case.device)
     dtype = getattr(torch, case.dtype)
 
     def matrix(rows: int, scale: float) -> Tensor:
-        return torch.randn(rows, case.hidden, generator=generator).mul_(scale).to(dtype)
+        return torch.randn(rows, case.hidden, **draw_with).mul_(scale).to(dtype)
 
-    labels = torch.randint(case.vocabulary, (case.tokens,), generator=generator)
-    labels[torch.randperm(case.tokens, generator=generator)[round(share * case.tokens) :]] = IGNORED
+    labels = torch.randint(case.vocabulary, (case.tokens,), **draw_with)
+    labels[torch.randperm(case.tokens, **draw_with)[round(share * case.tokens) :]] = IGNORED
     scale = 3 / case.hidden**0.5
     rows = case.vocabulary if case.teacher else 0
     return Head(
@@ -166,15 +183,26 @@ def draw(case: Case, share: float) -> Head:
 def _case(
     case: Case, share: float, say: Callable[[str], None], seconds: float, min_rounds: int
 ) -> list[dict[str, Any]]:
-    device = torch.device("cpu")
+    device = torch.device(case.device)
     head = draw(case, share)
     subjects = methods(case, head, share)
     used, reference = {}, None
-    for key, subject in subjects.items():
-        used[key], results = memory(subject, device)
-        reference = results if reference is None else reference
-        _check(key[0], results, reference)
-        del results
+    optional = peers.linear_cross_entropies(device, dist.group.WORLD) if case.peers else {}
+    for key, subject in list(subjects.items()):
+        try:
+            if case.device == "cuda":
+                # What a first run compiles or keeps is not the method's.
+                subject.prepare()
+                subject.run()
+            used[key], results = memory(subject, device)
+            reference = results if reference is None else reference
+            _check(key[0], results, reference)
+            del results
+        except Exception as error:
+            if key[0] not in optional:
+                raise
+            say(left_out(key[0], error))
+            del subjects[key]
     del reference
     times = alternate(subjects, device=device, seconds=seconds, min_rounds=min_rounds)
     say(f"{len(next(iter(times.values())))} rounds of {len(subjects)} methods are done")
@@ -186,7 +214,7 @@ def _case(
             "dtype": case.dtype,
             "objective": "target-sft" if case.teacher else "sft",
             "supervised": share,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads() if case.device == "cpu" else None,
             "method": name,
             "chunk_size": chunk_size,
             "allocated_bytes": used[name, chunk_size].peak,
@@ -203,6 +231,11 @@ def _check(name: str, results: tuple[Tensor, ...], reference: tuple[Tensor, ...]
     """Refuse to time something that computes something else."""
     tolerance = _TOLERANCE[reference[1].dtype]
     for what, found, expected in zip(("loss", "dHidden", "dWeight"), results, reference, strict=True):
+        if found is None:
+            continue
+        if found.dim() == 0:
+            # One number is compared with the sum of the others.
+            found, expected = found[None], expected.sum()[None]
         # A row at a time: no copy of the matrix is made.
         off = max((a.float() - b.float()).abs().max() for a, b in zip(found, expected, strict=True))
         off = off / expected.abs().max()

@@ -29,6 +29,7 @@ class Method:
     objective: str
     name: str
     loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    optional: bool = False  # left out, with the reason, where its package's release does not compute the same
 
     @property
     def passes(self) -> int:
@@ -51,8 +52,8 @@ def methods(dtype: torch.dtype, device: torch.device, compiled: list[str]) -> li
     plain["Megatron"] = peers.megatron_cross_entropy(group)
     if device.type == "cuda":
         plain["Megatron, fused"] = peers.megatron_fused_cross_entropy(group)
-        if peers.has_liger():
-            plain["Liger"] = peers.liger_cross_entropy()
+        for name, loss in peers.optional_cross_entropies(group).items():
+            found.append(Method("sft", name, partial(_without_teacher, loss), optional=True))
     found += [Method("sft", name, partial(_without_teacher, loss)) for name, loss in plain.items()]
     found.append(Method("dft", "eager", partial(_without_teacher, peers.eager_dft)))
     found.append(Method("target-sft", "eager", partial(_with_teacher, peers.eager_target_sft)))
@@ -138,7 +139,9 @@ def measure_shape(
 
     subjects = {method: Subject(partial(step, method), refill) for method in chosen}
     extra, reference = {}, {}
-    for method, subject in subjects.items():
+
+    def extra_of(method: Method) -> int:
+        subject = subjects[method]
         if method.name == "torch.compile" or device.type == "cuda":
             # What compiling allocates is not the method's.
             started = time.monotonic()
@@ -147,11 +150,19 @@ def measure_shape(
             if method.name == "torch.compile":
                 say(f"compiled {method.objective} in {time.monotonic() - started:.1f} s")
         used, (loss, gradient) = memory(subject, device)
-        extra[method] = used.extra
         if method.objective not in reference:
             reference[method.objective] = loss, gradient
         _check(method, loss, gradient, *reference[method.objective], _TOLERANCE[dtype])
-        del loss, gradient
+        return used.extra
+
+    for method in chosen:
+        try:
+            extra[method] = extra_of(method)
+        except Exception as error:
+            if not method.optional:
+                raise
+            say(left_out(method.name, error))
+            del subjects[method]
     reference.clear()
 
     copy = Method("", COPY, _without_teacher)
@@ -175,6 +186,11 @@ def measure_shape(
         }
         for method in subjects
     ]
+
+
+def left_out(name: str, error: Exception) -> str:
+    """The line that says so, of a peer."""
+    return f"left out: {name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
 def _check(

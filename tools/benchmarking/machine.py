@@ -32,7 +32,7 @@ def describe() -> dict[str, str]:
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "megatron-core", "transformers", "liger-kernel")},
+        **versions("torch", "megatron-core", "transformers", "transformer-engine", "liger-kernel"),
         "compiler of the CPU kernels": f"{_compiler(build['compiler'])}, built for {', '.join(build['cpu'])}",
         "CPU kernels run as": extension.cpu_isa(),
         "torch's CPU kernels run as": torch.backends.cpu.get_cpu_capability(),
@@ -73,6 +73,10 @@ def _cpu_model() -> str:
 def _compiler(version: str) -> str:
     # GCC gives its number alone.
     return f"GCC {version}" if version[:1].isdigit() else version
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str:

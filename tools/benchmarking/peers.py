@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits [N, V], labels [N]) -> loss per token
+LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (hidden [N, H], weight [V, H], labels [N]) -> summed loss
 
 
 def torch_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -60,12 +61,64 @@ def megatron_fused_cross_entropy(group: dist.ProcessGroup) -> Loss:
     return lambda logits, labels: fused_vocab_parallel_cross_entropy(logits, labels, group)
 
 
-def has_liger() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
+def optional_cross_entropies(group: dist.ProcessGroup) -> dict[str, Loss]:
+    """Losses of logits on a GPU, of packages that are not required: those that are installed."""
+    found: dict[str, Loss] = {}
+    if _has("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        # Summed is its fast way: the gradient is made in forward, over the logits.
+        found["Liger"] = lambda logits, labels: liger_cross_entropy(logits, labels, reduction="sum")
+    if _has("liger_kernel.megatron"):
+        from liger_kernel.megatron import LigerMegatronCrossEntropy
+
+        vocab_parallel = LigerMegatronCrossEntropy()
+        found["Liger for Megatron"] = lambda logits, labels: vocab_parallel(
+            logits.unsqueeze(1), labels.unsqueeze(1), group
+        ).squeeze(1)
+    if _has("transformer_engine"):
+        from megatron.core.extensions.transformer_engine import te_parallel_cross_entropy
+
+        # Megatron names it None where the release of Transformer Engine has no such loss.
+        if te_parallel_cross_entropy is not None:
+            found["Transformer Engine"] = lambda logits, labels: te_parallel_cross_entropy(
+                logits.unsqueeze(1), labels.unsqueeze(1), group
+            ).squeeze(1)
+    return found
 
 
-def liger_cross_entropy() -> Loss:
-    """Liger's cross-entropy, summed (its fast way: the gradient is made in forward, over the logits)."""
-    from liger_kernel.transformers.functional import liger_cross_entropy as loss
+def linear_cross_entropies(device: torch.device, group: dist.ProcessGroup) -> dict[str, LinearLoss]:
+    """Output layer and loss as one, summed: torch's in chunks, and on a GPU Liger's where it is installed."""
+    found: dict[str, LinearLoss] = {}
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch, linear_cross_entropy"] = lambda hidden, weight, labels: F.linear_cross_entropy(
+            hidden, weight, labels, reduction="sum", options=options
+        )
+    if device.type == "cuda" and _has("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return lambda logits, labels: loss(logits, labels, reduction="sum")
+        found["Liger, fused linear"] = lambda hidden, weight, labels: liger_fused_linear_cross_entropy(
+            hidden, weight, labels, reduction="sum"
+        )
+    if device.type == "cuda" and _has("liger_kernel.megatron.fused_linear_cross_entropy"):
+        from liger_kernel.megatron.fused_linear_cross_entropy import LigerMegatronFusedLinearCrossEntropy
+
+        vocab_parallel = LigerMegatronFusedLinearCrossEntropy()
+        found["Liger, fused linear for Megatron"] = lambda hidden, weight, labels: vocab_parallel(
+            hidden, weight, labels, None, group
+        ).sum()
+    return found
+
+
+def not_installed() -> list[str]:
+    """Packages whose losses a run on a GPU would compare with, if they were installed."""
+    packages = {"liger_kernel": "liger-kernel", "transformer_engine": "transformer-engine"}
+    return [package for module, package in packages.items() if not _has(module)]
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that the module is in
+        return False

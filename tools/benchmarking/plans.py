@@ -40,6 +40,15 @@ def cuda(say: Say, quick: bool) -> Rows:
     return workers.run(f"{_PACKAGE}.kernels:measure", arguments, say=say, threads=machine.cores(), timeout=900)[0]
 
 
+def cuda_head(say: Say, quick: bool) -> Rows:
+    case = dict(tokens=8192, hidden=4096, vocabulary=131_072, chunk_sizes=[512, 1024, 2048, 4096])
+    if quick:
+        case = dict(tokens=512, hidden=256, vocabulary=32_768, chunk_sizes=[128, 256])
+    case |= dict(dtype="bfloat16", supervised=[1.0], peers=True, device="cuda")
+    arguments = dict(cases=[case], seconds=0.5 if quick else 10.0, min_rounds=3 if quick else 10)
+    return workers.run(f"{_PACKAGE}.head:measure", arguments, say=say, threads=machine.cores(), timeout=900)[0]
+
+
 def head(say: Say, quick: bool) -> Rows:
     # At most 4 GiB: the largest weight with its float32 gradient, and the logits as a whole.
     cases = [
@@ -136,4 +145,5 @@ PLANS: dict[str, Callable[[Say, bool], Rows]] = {
     "growth": growth,
     "convert": conversion,
     "cuda": cuda,
+    "cuda-head": cuda_head,
 }

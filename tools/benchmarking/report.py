@@ -208,7 +208,7 @@ def head(rows: list[Row]) -> list[str]:
         lines += [
             "",
             f"### {objective}, {tokens} tokens ({share:.0%} supervised), hidden {hidden}, vocabulary {vocabulary}, "
-            f"{dtype}, {threads} thread(s)",
+            f"{dtype}{f', {threads} thread(s)' if threads else ''}",
             "",
             f"Logits as a whole: {figure(size)} MiB.",
             "",
@@ -229,7 +229,23 @@ def head(rows: list[Row]) -> list[str]:
                 for row in group
             ],
         )
+        lines += _weight_gradient(group)
     return lines
+
+
+def _weight_gradient(rows: list[Row]) -> list[str]:
+    """What the weight's gradient takes: pairs of runs with and without it."""
+    from tools.benchmarking.head import FROZEN, FUSED  # which imports torch
+
+    cells = []
+    for row in rows:
+        if row["method"] == FROZEN:
+            whole = _pick(rows, method=FUSED, chunk_size=row["chunk_size"])
+            pairs = zip(whole["seconds"], row["seconds"], strict=True)
+            taken = figures.summary([with_it - without for with_it, without in pairs])
+            cells.append([row["chunk_size"], spread(taken, 1e3), figure(taken["median"] / whole["median"])])
+    heads = ["chunk", "ms for the weight's gradient", "of the fused head's time"]
+    return ["", *table(heads, cells)] if cells else []
 
 
 def collective(rows: list[Row]) -> list[str]:
@@ -377,4 +393,5 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "growth": ("Growth", growth),
     "convert": ("Conversion", convert),
     "cuda": ("Kernels on a GPU", kernels),
+    "cuda-head": ("Output layer and loss on a GPU", head),
 }

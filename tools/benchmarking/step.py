@@ -6,16 +6,15 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tools.benchmarking import figures, machine
-from tools.benchmarking.workers import TAIL_LINES, MeasurementFailed, end_tree
+from tools.benchmarking.workers import MeasurementFailed, end_of, output_of
 
 WARM_UP_STEPS = 2
 SUPERVISED = 0.6
@@ -63,20 +62,19 @@ def measure(
     rows, shape = [], Shape(**shape)
     with tempfile.TemporaryDirectory(prefix="qtarget-benchmark-") as folder:
         say("writing two random models and their data")
-        _write(shape, Path(folder))
+        write(shape, Path(folder))
         if any("cache" in VARIANTS[variant] for variant in variants):
-            words = ["tools.cache_teacher", "--teacher-hf", "teacher", "--data", "train.jsonl", "--out", "cache"]
-            words += ["--k", str(KEPT), "--seq-length", str(shape.seq_length)]
-            _launch(Path(folder), words, 1, machine.cores(), timeout)
+            launch(Path(folder), caching(shape), 1, machine.cores(), timeout)
             say("wrote the teacher's cache")
         for variant in variants:
             for size in tensor_parallel:
                 threads = max(machine.cores() // size, 1)
-                text = _train(Path(folder), shape, VARIANTS[variant], size, threads, timeout)
+                words = [*VARIANTS[variant], "--tensor-model-parallel-size", str(size)]
+                text = launch(Path(folder), training(shape, words), size, threads, timeout)
                 seconds = [float(value) / 1000 for value in _STEP.findall(text)][WARM_UP_STEPS:]
                 peaks = _PEAKS.search(text)
                 if len(seconds) != shape.steps - WARM_UP_STEPS or peaks is None:
-                    raise MeasurementFailed(f"the log of {variant} does not report its steps:\n{_end_of(text)}")
+                    raise MeasurementFailed(f"the log of {variant} does not report its steps:\n{end_of(text)}")
                 found = figures.summary(seconds)
                 for key, pattern in _TEACHER.items():
                     if values := [float(value) for value in pattern.findall(text)][WARM_UP_STEPS:]:
@@ -97,57 +95,57 @@ def measure(
     return rows
 
 
-def _train(folder: Path, shape: Shape, words: list[str], size: int, threads: int, timeout: float) -> str:
-    """What a training run prints."""
+def training(shape: Shape, words: list[str]) -> list[str]:
+    """The fine-tuning command on what `write` wrote, as words behind ``python -m``."""
     command = ["qtarget_megatron.finetune", "--hf-model", "student", "--sft-train", "train.jsonl", *words]
-    command += ["--tensor-model-parallel-size", str(size), "--seq-length", str(shape.seq_length)]
+    command += ["--seq-length", str(shape.seq_length)]
     command += ["--micro-batch-size", "1", "--global-batch-size", str(shape.global_batch)]
-    command += ["--train-iters", str(shape.steps), "--lr", "1e-5", "--log-interval", "1"]
-    return _launch(folder, command, size, threads, timeout)
+    return [*command, "--train-iters", str(shape.steps), "--lr", "1e-5", "--log-interval", "1"]
 
 
-def _launch(folder: Path, words: list[str], size: int, threads: int, timeout: float) -> str:
-    """What a module prints that is run by so many ranks."""
+def logged(text: str, name: str) -> list[float]:
+    """What the log of a training says of each step: "lm loss", "grad norm"."""
+    found = re.findall(rf"\biteration\s+\d+\s*/.*?\b{name}: (\S+)", text)
+    return [float(value) for value in found]
+
+
+def caching(shape: Shape) -> list[str]:
+    """The command that writes the teacher's cache, as words behind ``python -m``."""
+    words = ["tools.cache_teacher", "--teacher-hf", "teacher", "--data", "train.jsonl", "--out", "cache"]
+    return [*words, "--k", str(KEPT), "--seq-length", str(shape.seq_length)]
+
+
+def launch(
+    folder: Path,
+    words: list[str],
+    size: int,
+    threads: int,
+    timeout: float,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> str:
+    """What a module prints that is run by so many ranks in a folder, by default with the log there."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    command += ["-m", *words]
-    environment = os.environ | {
+    variables = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(machine.ROOT), os.environ.get("PYTHONPATH")])),
     }
-    with (folder / "log").open("w+", errors="replace") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            status = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise MeasurementFailed(f"{words[0]} took more than {timeout:.0f} s and was ended") from None
-        finally:
-            end_tree(process.pid)
-            process.wait()
-        log.seek(0)
-        text = log.read()
-    if status != 0:
-        raise MeasurementFailed(f"{words[0]} ended with status {status}; the end of its log:\n{_end_of(text)}")
-    return text
+    return output_of(
+        [*command, "-m", *words],
+        what=words[0],
+        folder=folder,
+        environment=variables | (environment or {}),
+        timeout=timeout,
+        log=log or folder / "log",
+    )
 
 
-def _end_of(text: str) -> str:
-    return "\n".join(f"  | {line}" for line in text.splitlines()[-TAIL_LINES:])
-
-
-def _write(shape: Shape, folder: Path) -> None:
+def write(shape: Shape, folder: Path) -> None:
     """student, teacher and train.jsonl: Llama models of random weights, and words at random, one token each."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {f"w{index}": index for index in range(shape.vocabulary - 1)}
-    end = "<end>"
-    backend = Tokenizer(models.WordLevel(vocab=words | {end: len(words)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end)
     torch.manual_seed(4)
     for name in ("student", "teacher"):
         config = transformers.LlamaConfig(
@@ -159,8 +157,8 @@ def _write(shape: Shape, folder: Path) -> None:
             max_position_embeddings=shape.seq_length,
         )
         transformers.LlamaForCausalLM(config).float().save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    draw, known = random.Random(5), list(words)
+        known = write_tokenizer(folder / name, shape.vocabulary)
+    draw = random.Random(5)
     completion = round(SUPERVISED * shape.seq_length)
     with (folder / "train.jsonl").open("w") as file:
         for _ in range(shape.global_batch * shape.steps):
@@ -170,3 +168,16 @@ def _write(shape: Shape, folder: Path) -> None:
                 "completion": " ".join(draw.choices(known, k=completion - 1)),
             }
             file.write(json.dumps(record) + "\n")
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> list[str]:
+    """A tokenizer of words, one token each, and an end; the words."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words, end = [f"w{index}" for index in range(vocabulary - 1)], "<end>"
+    ids = {word: index for index, word in enumerate([*words, end])}
+    backend = Tokenizer(models.WordLevel(vocab=ids, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end).save_pretrained(folder)
+    return words

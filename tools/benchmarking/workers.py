@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import subprocess
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -64,6 +65,38 @@ def run(
                 _end(process)
 
 
+def output_of(
+    command: Sequence[str], *, what: str, folder: Path, environment: Mapping[str, str], timeout: float, log: Path
+) -> str:
+    """What a command prints, which is added to the end of a log as it comes. It has ended afterwards, with what it
+    started.
+
+    Raises MeasurementFailed, with the end of what it printed, where it fails or timeout seconds are over.
+    """
+    with log.open("a+", errors="replace") as file:
+        start = file.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise MeasurementFailed(f"{what} took more than {timeout:.0f} s and was ended") from None
+        finally:
+            end_tree(process.pid)
+            process.wait()
+        file.seek(start)
+        text = file.read()
+    if status != 0:
+        raise MeasurementFailed(f"{what} ended with status {status}; the end of its log:\n{end_of(text)}")
+    return text
+
+
+def end_of(text: str) -> str:
+    """The last lines of an output, to be shown."""
+    return "\n".join(f"  | {line}" for line in text.splitlines()[-TAIL_LINES:])
+
+
 def end_tree(pid: int) -> None:
     """End a process, after all that it started, each by its id."""
     try:
@@ -109,8 +142,8 @@ def _collect(connections: list[Connection], say: Callable[[str], None], folder: 
 
 
 def _tail(folder: str, rank: int) -> str:
-    lines = Path(folder, f"{rank}.log").read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    return "; the end of its output:\n" + "\n".join(f"  | {line}" for line in lines) if lines else ""
+    text = Path(folder, f"{rank}.log").read_text(errors="replace")
+    return f"; the end of its output:\n{end_of(text)}" if text else ""
 
 
 def _main(

@@ -1,0 +1,122 @@
+"""Tiny random models of every family of checkpoints, made by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+VOCAB = 131  # odd
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=12,
+    max_position_embeddings=64,
+)
+# No parameter differs from its Hugging Face default by accident: all four of the llama-3 scaling, a
+# base of the rotary embedding that is not 10000, and an epsilon that matters.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 3.0,
+    "low_freq_factor": 0.7,
+    "high_freq_factor": 3.5,
+    "original_max_position_embeddings": 24,
+}
+# An attention factor other than 1, and a ramp between dimensions.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 3.0,
+    "beta_fast": 8.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+    "original_max_position_embeddings": 24,
+}
+LATENT_YARN = {"truncate": True, "mscale": 0.7, "mscale_all_dim": 1.2}
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
+# With 1 key/value head, two tensor-parallel ranks share one.
+FAMILIES = {
+    "llama2": ("Llama", dict(num_key_value_heads=12)),
+    "llama3": ("Llama", dict(num_key_value_heads=2, rope_parameters=LLAMA3)),
+    "mistral": ("Mistral", dict(num_key_value_heads=2, head_dim=8, sliding_window=None)),
+    "qwen2": ("Qwen2", dict(num_key_value_heads=2, rms_norm_eps=1e-3)),
+    "qwen3": ("Qwen3", dict(num_key_value_heads=1, head_dim=6)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        # The first and the third layer have one MLP; weights of the chosen experts do not add up to 1.
+        dict(num_key_value_heads=2, head_dim=6, mlp_only_layers=[0, 2], moe_intermediate_size=20, norm_topk_prob=False)
+        | EXPERTS,
+    ),
+    "qwen3_moe_normalized": (
+        "Qwen3Moe",
+        dict(num_key_value_heads=2, head_dim=6, moe_intermediate_size=20, norm_topk_prob=True) | EXPERTS,
+    ),
+    "mixtral": ("Mixtral", dict(num_key_value_heads=2) | EXPERTS),
+    # A window in every layer, in some, and layers without rotary embedding.
+    "mistral_window": ("Mistral", dict(num_key_value_heads=2, sliding_window=9)),
+    "qwen2_windows": (
+        "Qwen2",
+        dict(num_key_value_heads=2, rope_parameters=YARN, use_sliding_window=True, sliding_window=5)
+        | dict(max_window_layers=1),
+    ),
+    "smollm3": (
+        "SmolLM3",
+        dict(num_key_value_heads=2, head_dim=8, pad_token_id=None, no_rope_layers=[1, 0, 1, 0], rope_parameters=LLAMA3),
+    ),
+    # Latent attention, with two scales of yarn, and groups of experts.
+    "deepseek_v3": (
+        "DeepseekV3",
+        dict(
+            num_key_value_heads=12,
+            q_lora_rank=16,
+            kv_lora_rank=12,
+            qk_nope_head_dim=6,
+            qk_rope_head_dim=4,
+            v_head_dim=8,
+        )
+        | dict(n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=16)
+        | dict(first_k_dense_replace=1, routed_scaling_factor=1.7, rope_parameters=YARN | LATENT_YARN),
+    ),
+    "biases": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
+}
+
+transformers.utils.logging.disable_progress_bar()
+
+
+def write_model(folder: Path, family: str, *, tied: bool, dtype=torch.float32, **changes) -> Path:
+    """A random model of 4 layers and 131 tokens; norms and biases are random as well."""
+    prefix, extra = FAMILIES[family]
+    sizes = SIZES | dict(num_hidden_layers=4, tie_word_embeddings=tied) | extra | changes
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**sizes))
+    generator = torch.Generator().manual_seed(sum(map(ord, f"{family}{tied}")))
+    # Logits of the same size at any width.
+    scale = 0.15 * (SIZES["hidden_size"] / sizes["hidden_size"]) ** 0.5
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * scale if parameter.dim() > 1 else 1 + noise * 0.3)
+    model.to(dtype)
+    for buffer in corrections(model):
+        buffer.data = torch.randn(buffer.shape, generator=generator) * 0.1
+    model.save_pretrained(folder, max_shard_size="30KB")
+    return folder
+
+
+def corrections(model) -> list[torch.Tensor]:
+    """What DeepSeek's routers add to their scores: float32 in a model of any dtype."""
+    return [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+
+
+def engine_sizes(family: str) -> dict[str, int]:
+    """Of write_model: sizes that divide by what Transformer Engine's kernels ask for."""
+    given = FAMILIES[family][1]
+    heads = SIZES["num_attention_heads"]
+    sizes = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    sizes["num_key_value_heads"] = 4 if given["num_key_value_heads"] == heads else 2
+    larger = dict(head_dim=64, moe_intermediate_size=256, q_lora_rank=64, kv_lora_rank=64, v_head_dim=64)
+    larger |= dict(qk_nope_head_dim=64, qk_rope_head_dim=32)
+    return sizes | {key: value for key, value in larger.items() if key in given}
