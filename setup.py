@@ -55,7 +55,8 @@ int main() {
     return __builtin_cpu_supports("avx512bf16") + _mm256_extract_epi32(half, 0);
 }
 """
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# -ftz: an exponential is a product and one instruction; for the sake of numbers below the normal ones it has four more.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 DEFAULT_ARCHS = ("80", "90", "100")
 
 

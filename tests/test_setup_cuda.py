@@ -1,12 +1,9 @@
 """What setup.py builds with the nvcc that is there: none of these runs a compiler."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
-from launching import REPOSITORY
+import setup_script
 from setuptools import Distribution, Extension
 
 NVCC = """#!/bin/sh
@@ -24,13 +21,8 @@ OLDER = dict(version="12.6", known="50 80 86 90")
 
 
 @pytest.fixture
-def setup_py(monkeypatch):
-    spec = importlib.util.spec_from_file_location("setup_under_test", REPOSITORY / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look there
-    with patch("setuptools.setup"):
-        spec.loader.exec_module(module)
-    return module
+def setup_py():
+    return setup_script.load()
 
 
 @pytest.fixture
