@@ -1,9 +1,12 @@
 """Builds qtarget_megatron._C: the CPU kernels always, the CUDA kernels where nvcc is found.
 
 Environment:
-    QTARGET_CUDA        1: build the CUDA kernels, error without nvcc; 0: never;
-                        unset: where nvcc is found
-    QTARGET_CUDA_ARCHS  compute capabilities without the dot, default "80;90;100"
+    QTARGET_CUDA        1: build the CUDA kernels, error where they cannot be; 0: never;
+                        unset: where nvcc is found and compiles them
+    QTARGET_CUDA_ARCHS  compute capabilities, "80;90;100" or "8.0 9.0 10.0"; default: those of
+                        80, 90, 100 that nvcc knows. A GPU of the same major version and a larger
+                        minor one (86, 89, 103) runs the same machine code; a later one (120)
+                        compiles the PTX of the newest when it first runs
     QTARGET_BUILD_JOBS  compilers at a time, default: the number of processors
     CXX, CUDA_HOME      the C++ compiler and the CUDA toolkit
 """
@@ -16,6 +19,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +55,13 @@ int main() {
     return __builtin_cpu_supports("avx512bf16") + _mm256_extract_epi32(half, 0);
 }
 """
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# -ftz: an exponential is a product and one instruction; for the sake of numbers below the normal ones it has four more.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+DEFAULT_ARCHS = ("80", "90", "100")
+
+
+class CudaUnavailable(Exception):
+    """Why the CUDA kernels cannot be built, in a line."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +80,43 @@ class Cuda:
         return [*NVCC_FLAGS, *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
-def find_cuda() -> Cuda | None:
-    wanted = os.environ.get("QTARGET_CUDA")
-    if wanted not in (None, "", "0", "1"):
-        raise SystemExit(f"QTARGET_CUDA must be 0, 1 or unset, got {wanted!r}")
-    if wanted == "0":
-        return None
+def find_cuda() -> Cuda:
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
     nvcc = nvcc or shutil.which("nvcc")
     if nvcc is None:
-        if wanted == "1":
-            raise SystemExit("QTARGET_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
-        return None
-    archs = tuple(os.environ.get("QTARGET_CUDA_ARCHS", "80;90;100").split(";"))
-    if not all(arch.isdigit() for arch in archs):
-        raise SystemExit(f'QTARGET_CUDA_ARCHS must look like "80;90;100", got {";".join(archs)!r}')
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return Cuda(nvcc, re.search(r"release ([\d.]+)", version)[1], archs, cuda_library_dir(nvcc))
+        raise CudaUnavailable("nvcc not found: put it on PATH or set CUDA_HOME")
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    release = re.search(r"release ([\d.]+)", answer.stdout)
+    if release is None:
+        raise CudaUnavailable(f"{nvcc} --version fails: {first_error(answer.stdout + answer.stderr)}")
+    archs = cuda_archs(nvcc, release[1], os.environ.get("QTARGET_CUDA_ARCHS"))
+    return Cuda(nvcc, release[1], archs, cuda_library_dir(nvcc))
+
+
+def cuda_archs(nvcc: str, version: str, named: str | None) -> tuple[str, ...]:
+    """Those to build for: the named ones, which nvcc must know, or those of the default that it knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = re.findall(r"^compute_(\d+)$", listed, re.MULTILINE)
+    if named:
+        words = re.split(r"[;,\s]+", named.strip())
+        # The kernels use no instruction of one chip alone, which is what an a or f after the number allows.
+        archs = [re.fullmatch(r"(\d+)\.?(\d)[af]?", word) for word in words]
+        if not all(archs):
+            raise SystemExit(f'QTARGET_CUDA_ARCHS must look like "80;90;100", got {named!r}')
+        archs = tuple(dict.fromkeys(arch[1] + arch[2] for arch in archs))
+        if unknown := [arch for arch in archs if arch not in known]:
+            raise SystemExit(
+                f"QTARGET_CUDA_ARCHS names {', '.join(unknown)}, which nvcc {version} does not know: "
+                f"it knows {', '.join(known)}"
+            )
+        return archs
+    archs = tuple(arch for arch in DEFAULT_ARCHS if arch in known)
+    if not archs:
+        raise CudaUnavailable(f"nvcc {version} knows none of the architectures {', '.join(DEFAULT_ARCHS)}")
+    if left_out := [f"sm_{arch}" for arch in DEFAULT_ARCHS if arch not in archs]:
+        print(f"qtarget_megatron: nvcc {version} does not know {', '.join(left_out)}: left out")
+    return archs
 
 
 def cuda_library_dir(nvcc: str) -> str:
@@ -100,7 +129,7 @@ def cuda_library_dir(nvcc: str) -> str:
     for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         if (home / folder / "libcudart_static.a").exists():
             return str(home / folder)
-    raise SystemExit(f"no libcudart_static.a under {home}: install the CUDA runtime's static library")
+    raise CudaUnavailable(f"no libcudart_static.a under {home}: install the CUDA runtime's static library")
 
 
 class BuildPython(build_py):
@@ -116,17 +145,27 @@ class BuildNative(build_ext):
     """Compiles each source with its own flags, several at a time, and links one module."""
 
     def build_extension(self, ext: Extension) -> None:
-        cuda = find_cuda()
+        wanted = os.environ.get("QTARGET_CUDA") or None
+        if wanted not in (None, "0", "1"):
+            raise SystemExit(f"QTARGET_CUDA must be 0, 1 or unset, got {wanted!r}")
+        try:
+            if wanted == "0":
+                raise CudaUnavailable("QTARGET_CUDA=0")
+            self.build(ext, find_cuda())
+        except CudaUnavailable as reason:
+            if wanted == "1":
+                raise SystemExit(f"QTARGET_CUDA=1, but {reason}") from None
+            print(f"qtarget_megatron: building without CUDA: {reason}", flush=True)
+            self.build(ext, None)
+
+    def build(self, ext: Extension, cuda: Cuda | None) -> None:
         objects = Path(self.build_temp, "qtarget")
         vectors = vector_sets(objects)
-        cpu = f"cpu ({' + '.join(['scalar', *vectors])})"
+        names = f"cpu ({' + '.join(['scalar', *vectors])})"
         if cuda is not None:
             archs = ", ".join(f"sm_{arch}" for arch in cuda.archs)
-            print(f"qtarget_megatron: building {cpu} and cuda ({archs}) with nvcc {cuda.version}")
-        else:
-            reason = "QTARGET_CUDA=0" if os.environ.get("QTARGET_CUDA") == "0" else "nvcc not found"
-            print(f"qtarget_megatron: building {cpu} only: {reason}")
-
+            names += f" and cuda ({archs}) with nvcc {cuda.version}"
+        print(f"qtarget_megatron: building {names}", flush=True)
         commands = self.compile_commands(objects, cuda, vectors)
         jobs = int(os.environ.get("QTARGET_BUILD_JOBS", os.cpu_count() or 1))
         with ThreadPoolExecutor(jobs) as pool:
@@ -201,7 +240,17 @@ def in_out(source: str, target: Path) -> list[str]:
 
 def run(command: list[str]) -> None:
     print(" ".join(command), flush=True)
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    if done.returncode != 0:
+        reason = f"{command[0]} fails: {first_error(done.stderr)}"
+        raise CudaUnavailable(reason) if Path(command[0]).name == "nvcc" else SystemExit(reason)
+
+
+def first_error(text: str) -> str:
+    """The line of a compiler's output that says most."""
+    lines = text.strip().splitlines() or ["it says nothing"]
+    return next((line for line in lines if "error" in line or "fatal" in line), lines[0])
 
 
 setup(

@@ -6,6 +6,7 @@ from collections import Counter
 # Before torch loads its OpenMP runtime. Ranks are processes: more threads would fight over cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import emulated_kernels
 import hypothesis
 import launching
 import pytest
@@ -24,6 +25,15 @@ NO_GPU = "Skipped: needs an NVIDIA GPU"
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory):
+    """The CUDA kernels on the CPU: built once, in the folder that pytest-xdist's workers have in common."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return emulated_kernels.load(emulated_kernels.build(folder / "emulated-kernels"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import emulated_kernels
 import pytest
 import torch
 
@@ -17,17 +19,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNIFORM, TEACHER, MIXED, TEMPERED = (0.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1 / 0.7, 0.0)
 
 ISAS = ["scalar", "avx2", "avx512"]
-DEVICES = [*ISAS, pytest.param("cuda", marks=pytest.mark.cuda)]
+# emulated: the CUDA kernels on the CPU.
+DEVICES = [
+    *ISAS,
+    pytest.param("emulated", marks=pytest.mark.slow),
+    pytest.param("cuda", marks=pytest.mark.cuda),
+]
 
 
-def device_of(name):
-    """Yields the device of the test's tensors, with the CPU's instruction set forced."""
-    if name == "cuda":
+def device_of(request):
+    """Yields the device of the test's tensors, with the CPU's instruction set forced or its kernels replaced."""
+    if request.param == "cuda":
         yield "cuda"
-        return
-    force_isa(name)
-    yield "cpu"
-    _C.set_cpu_isa("auto")
+    elif request.param == "emulated":
+        with emulated_kernels.in_place_of_the_cpu_s(request.getfixturevalue("emulated_module")):
+            yield "cpu"
+    else:
+        force_isa(request.param)
+        yield "cpu"
+        _C.set_cpu_isa("auto")
+
+
+def has_hardware_exponential(tensor):
+    return tensor.is_cuda or emulated_kernels.are_in_use()
 
 
 def force_isa(name):
@@ -85,14 +99,28 @@ def product_sum(weight, values):
     return (weight[present] * values[present]).sum()
 
 
+class ExactGradient(NamedTuple):
+    """value: the gradient in float64. of_exponents: sum of |x| exp(x) scale over its terms exp(x) scale."""
+
+    value: torch.Tensor
+    of_exponents: torch.Tensor
+
+
 def exact_gradient(z, t, labels, residuals, vocab_start, valid, scales):
     z64, out = z.double().cpu(), torch.zeros(z.shape, dtype=torch.float64)
+    of_exponents = torch.zeros_like(out)
     s = {name: value.double().cpu() for name, value in scales.items()}
+
+    def term(row, exponents, scale):
+        weights = exponents.exp() * scale
+        of_exponents[row, :valid] += torch.where(weights == 0, 0.0, exponents.abs() * weights)
+        return weights
+
     for i, label in enumerate(labels.tolist()):
         all_scales = [s["scale"][i], s["label_scale"][i], *s["residual_scale"][:, i]]
         if label == IGNORE or not any(all_scales):
             continue
-        out[i, :valid] = (z64[i, :valid] - s["max_"][i]).exp() * s["scale"][i]
+        out[i, :valid] = term(i, z64[i, :valid] - s["max_"][i], s["scale"][i])
         if 0 <= label - vocab_start < valid:
             out[i, label - vocab_start] -= s["label_scale"][i]
         for r, (a, b) in enumerate(residuals):
@@ -100,8 +128,8 @@ def exact_gradient(z, t, labels, residuals, vocab_start, valid, scales):
             u = u + a * z64[i, :valid] if a else u
             u = u + b * t[i, :valid].double().cpu() if b else u
             if s["residual_scale"][r, i] != 0:
-                out[i, :valid] -= (u - s["residual_max"][r, i]).exp() * s["residual_scale"][r, i]
-    return out
+                out[i, :valid] -= term(i, u - s["residual_max"][r, i], s["residual_scale"][r, i])
+    return ExactGradient(out, of_exponents)
 
 
 def draw(rows, columns, dtype, device="cpu", spread=3.0, seed=0):

@@ -41,7 +41,7 @@ PAIRS = ((MIXED, UNIFORM), (TEMPERED, TEACHER))
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    yield from device_of(request.param)
+    yield from device_of(request)
 
 
 def assert_extras(got, exact, residuals, **wanted):

@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../core.h"
 
@@ -55,7 +56,7 @@ __device__ __forceinline__ __half from_float<__half>(float value) {
 template <class T>
 constexpr int kPack = 16 / sizeof(T);
 
-// K values of type T in as few loads and stores as their size allows.
+// K values of type T in as few loads as their size allows.
 template <class T, int K>
 struct alignas(K * sizeof(T) < 16 ? K * sizeof(T) : 16) Values {
     T at[K];
@@ -93,6 +94,14 @@ __device__ __forceinline__ void load_values(const T* row, int start, int columns
             values[k] = column >= 0 && column < columns ? to_float(row[column]) : -INFINITY;
         }
     }
+}
+
+// 16 bytes in one store: an assignment of Values is compiled into one for each element.
+template <class T>
+__device__ __forceinline__ void store_pack(T* address, const Values<T, kPack<T>>& values) {
+    unsigned __int128 bits;
+    memcpy(&bits, &values, sizeof bits);
+    *reinterpret_cast<unsigned __int128*>(address) = bits;
 }
 
 // The teacher's row, whose dtype and alignment may differ from the logits'.
@@ -371,7 +380,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const GradientArgs a
             result.at[k] = from_float<T>(gradient[k]);
         }
         if (out_aligned && start >= 0 && start + K <= columns) {
-            *reinterpret_cast<Values<T, K>*>(out + start) = result;
+            store_pack(out + start, result);
         } else {
 #pragma unroll
             for (int k = 0; k < K; ++k) {

@@ -54,7 +54,7 @@ def has_cuda() -> bool:
 def cuda_problem() -> str | None:
     """Why the CUDA kernels do not run on the current GPU; None where they do. ValueError without an extension."""
     if not has_cuda():
-        return "qtarget_megatron was built without CUDA, where no nvcc was found"
+        return "qtarget_megatron was built without CUDA: no nvcc was found, or it failed"
     return _problem_of(*torch.cuda.get_device_capability())
 
 
@@ -98,7 +98,7 @@ def partial_statistics(
     _function("partial_statistics", logits)(
         **shard, layout=_layout(request), width=request.width, out=out.data_ptr(), **_execution(logits)
     )
-    if request.top_k and logits.device.type == "cuda":
+    if request.top_k and _kernels_for(logits) == "cuda":
         end = request.width - request.residual_width * len(request.residuals)
         write_top_k(logits[:, :valid_columns], labels != ignore_index, out[:, end - request.top_k : end])
     return out
@@ -355,10 +355,16 @@ def _matrix(matrix: Tensor) -> tuple[int, int, int]:
     return matrix.data_ptr(), _DTYPE_CODES[matrix.dtype], matrix.stride(0)
 
 
-def _function(name: str, logits: Tensor):
-    if logits.device.type == "cuda" and not has_cuda():
+def _kernels_for(tensor: Tensor) -> str:
+    """Which kernels take the tensors of a device: cpu or cuda."""
+    return tensor.device.type
+
+
+def _function(name: str, tensor: Tensor):
+    function = getattr(extension(), f"{_kernels_for(tensor)}_{name}", None)
+    if function is None:
         raise ValueError("qtarget_megatron._C was built without CUDA: rebuild it where nvcc is found")
-    return getattr(extension(), f"{logits.device.type}_{name}")
+    return function
 
 
 def _execution(logits: Tensor) -> dict:

@@ -1,0 +1,127 @@
+"""Merge and masses per token in C++ and CUDA against PyTorch's: the same float64 operations."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from native_formulas import DEVICES, IGNORE, INF, MIXED, NAN, TEACHER, TEMPERED, UNIFORM, device_of
+
+from qtarget_megatron.kernels import native, reference
+from qtarget_megatron.statistics import MAX_RESIDUALS, StatisticsRequest, merge
+
+# More than the tokens that one CPU thread takes, and no multiple of a CUDA block's.
+TOKENS, COLUMNS = 700, 5
+RESIDUALS = ((), (MIXED,), (TEACHER, UNIFORM), (TEMPERED, (0.0, 0.3)))
+FLAGS = ("collision", "residual_entropy", "residual_label")
+DTYPES = (torch.float32, torch.float64)
+
+
+# The instruction sets share one implementation.
+@pytest.fixture(params=["scalar", *DEVICES[3:]], ids=lambda name: name.replace("scalar", "cpu"))
+def device(request):
+    yield from device_of(request)
+
+
+def requests(residuals):
+    for chosen in itertools.product((False, True), repeat=len(FLAGS)):
+        for top_k in (0, 3):
+            yield StatisticsRequest(residuals, top_k=top_k, **dict(zip(FLAGS, chosen, strict=True)))
+
+
+def draw(ranks, dtype):
+    """Logits, teacher, labels; each of the first tokens is a special case, the others are usual ones."""
+    generator = torch.Generator().manual_seed(ranks)
+    z, t = (4 * torch.randn(ranks, TOKENS, COLUMNS, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(ranks * COLUMNS, (TOKENS,), generator=generator)
+    z[0, 0] = -INF  # an empty shard
+    z[:, 1] = -INF  # nothing but empty shards
+    z[0, 2], t[0, 2] = -INF, 9.0  # without a logit, with residual mass
+    z[-1, 3, 0] = -INF
+    t[-1, 4, 0] = -INF
+    t[:, 5] = -INF
+    z[0, 6, 1] = NAN
+    t[-1, 7, 2] = NAN
+    z[:, 8] += 3000  # far from 0, the ranks far from one another
+    z[0, 9] -= 900
+    t[-1, 10] += 900
+    labels[11:200:3] = IGNORE
+    z[:, 11] = NAN
+    return z.to(dtype), t.to(dtype), labels
+
+
+def partials_of(ranks, request, dtype):
+    z, t, labels = draw(ranks, dtype)
+    parts = [
+        reference.partial_statistics(
+            z[rank],
+            t[rank],
+            labels,
+            request=request,
+            vocab_start=rank * COLUMNS,
+            valid_columns=COLUMNS,
+            ignore_index=IGNORE,
+        )
+        for rank in range(ranks)
+    ]
+    partials = torch.stack(parts)
+    partials[-1, 12, 1] = NAN  # as the kernels show one: the maximum is finite
+    return partials, labels != IGNORE
+
+
+@pytest.mark.parametrize("residuals", RESIDUALS, ids=str)
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_the_merge_is_the_reference_s(device, ranks, residuals):
+    for request, dtype in itertools.product(requests(residuals), DTYPES):
+        partials, supervised = partials_of(ranks, request, dtype)
+        exact = merge(reference, partials, supervised, request)
+        got = merge(native, partials.to(device), supervised.to(device), request)
+        count = request.merged_rows
+        # Exponentials and logarithms of another library, and of the sums of 8 ranks another order; what is subtracted
+        # from one another is up to 3000.
+        torch.testing.assert_close(got.rows[:count].cpu(), exact.rows[:count], rtol=1e-13, atol=1e-12, equal_nan=True)
+        usual = slice(200, None)
+        torch.testing.assert_close(got.rows[:count, usual].cpu(), exact.rows[:count, usual], rtol=2e-14, atol=2e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residuals", RESIDUALS, ids=str)
+def test_masses_and_scales_are_the_reference_s(device, residuals, dtype):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(4 + MAX_RESIDUALS + 8, TOKENS, generator=generator, dtype=torch.float64)
+    drawn[:, 20] = 0.0  # no mass: trust is NaN
+    loss, label_mass, *others = drawn
+    masses, guards = others[: len(residuals)], others[-8:]
+    guards[7][300] = NAN
+    loss[301] = INF
+    for request in requests(residuals):
+        partials, supervised = partials_of(2, request, torch.float32)
+        rows = merge(reference, partials, supervised, request).rows
+        rows[-3:] = NAN
+        for of_label, of_residuals, guarded in (
+            (label_mass, masses, guards),
+            (0.5, [0.25] * len(residuals), guards[:1]),
+            (label_mass, [0.0] * len(residuals), []),
+        ):
+            results = []
+            for kernel, place in ((reference, "cpu"), (native, device)):
+                own = rows.clone().to(place)
+
+                def there(value, place=place):
+                    return value.to(place) if isinstance(value, torch.Tensor) else value
+
+                outputs = kernel.weigh(
+                    own,
+                    supervised.to(place),
+                    request=request,
+                    loss=loss.to(place),
+                    label_mass=there(of_label),
+                    residual_masses=[there(mass) for mass in of_residuals],
+                    guards=[guard.to(place) for guard in guarded],
+                    dtype=dtype,
+                )
+                results.append([value.cpu() for value in (own[-3:], *outputs)])
+            assert results[0][1][300].isnan() == (guards[7] is guarded[-1] if guarded else False)
+            for theirs, ours in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
