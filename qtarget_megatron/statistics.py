@@ -23,12 +23,12 @@ are a residual's, on just the m_u that travels; u itself is never rounded, and a
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from dataclasses import dataclass, field
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,8 +44,10 @@ Residuals = tuple[tuple[float, float], ...]
 @functools.lru_cache
 def kernel_coefficients(residuals: Residuals, dtype: torch.dtype) -> Residuals:
     """(a, b) of each residual as a kernel reads them whose sums have this dtype, float32 or float64."""
-    as_read = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
-    return tuple(tuple(float(as_read(coefficient)) for coefficient in pair) for pair in residuals)
+    if dtype == torch.float64:
+        return residuals
+    # Without a tensor: it would be made of whatever mode torch is in, and kept.
+    return tuple(tuple(ctypes.c_float(coefficient).value for coefficient in pair) for pair in residuals)
 
 
 @dataclass(frozen=True)

@@ -125,3 +125,20 @@ def test_masses_and_scales_are_the_reference_s(device, residuals, dtype):
             assert results[0][1][300].isnan() == (guards[7] is guarded[-1] if guarded else False)
             for theirs, ours in zip(*results, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_upstream_gradient_is_multiplied_in_as_the_reference_does(device, dtype):
+    """Of a run of the tokens, as of a chunk, and of any stride; NaN does not leak where it is 0."""
+    generator = torch.Generator().manual_seed(5)
+    scales = torch.randn(4, 700, generator=generator, dtype=torch.float64)
+    scales[1, 100:110] = NAN
+    upstream = torch.randn(1400, generator=generator).to(dtype)
+    upstream[200:216] = 0
+    for given in (upstream[::2], upstream[:1].expand(700), upstream[:700]):
+        for run in (slice(None), slice(90, 300)):
+            expected = reference.chain(scales[:, run], given[run])
+            found = native.chain(scales.to(device)[:, run], given.to(device)[run]).cpu()
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert not native.chain(scales.to(device), torch.zeros(700, dtype=dtype, device=device)).any()

@@ -271,4 +271,7 @@ void cpu_merge(const MergeArgs&, int) {
 void cpu_weigh(const WeighArgs&, int) {
     no_cpu();
 }
+void cpu_chain(const ChainArgs&, int) {
+    no_cpu();
+}
 }  // namespace qtarget
