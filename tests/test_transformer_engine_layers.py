@@ -8,7 +8,6 @@ norms and attention.
 import importlib.util
 import sys
 
-import conversion_runs
 import pytest
 import torch
 import transformer_engine_runs
@@ -27,6 +26,8 @@ from test_finetune import (
     tp,
 )
 from test_finetune_experts import ep
+
+from tools.first_hour import families
 
 # The first test waits for all runs.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(700)]
@@ -64,7 +65,7 @@ MORE = {
         "latent at DP2",
     ),
 }
-# Of conversion_runs: scaled rotary embeddings, windows, layers without rotary embedding, biases, experts and latents.
+# Of first_hour: scaled rotary embeddings, windows, layers without rotary embedding, biases, experts and latents.
 FAMILIES = ("llama3", "mistral_window", "qwen2_windows", "smollm3", "biases", "mixtral", "deepseek_v3")
 EXPORTED = [
     "untied at TP2 with sequence parallelism",
@@ -116,7 +117,7 @@ def workspace(tmp_path_factory):
     biased |= dict(attention_bias=True, mlp_bias=True)
     write_model(folder / "biased", "Llama", biased, torch.Generator().manual_seed(5))
     for family in FAMILIES:
-        conversion_runs.write_model(folder / family, family, tied=False)
+        families.write_model(folder / family, family, tied=False)
     write_data(folder / "train.jsonl", 40, seed=1)
     return folder
 
