@@ -92,7 +92,11 @@ def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
     """ValueError for a label outside of the vocabulary; on the CPU only, elsewhere the check would wait."""
     if labels.device.type != "cpu":
         return
-    if labels.numel() == 0 or (labels.min() >= 0 and labels.max() < vocab_size):
+    if labels.numel() == 0:
+        return
+    # Mostly all are in range, or the lowest is ignore_index.
+    lowest, highest = (bound.item() for bound in labels.aminmax())
+    if 0 <= lowest and highest < vocab_size:
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if wrong.any():
