@@ -203,10 +203,10 @@ class TokenStatistics:
         """With every [N, ...] tensor as [*shape, ...]; of statistics that have been evaluated."""
         top_logits = self.top_logits
         return TokenStatistics.of(
-            self.rows.reshape(-1, *shape),
+            self.rows.reshape(len(self.rows), *shape),
             self.supervised.reshape(shape),
             self.request,
-            None if top_logits is None else top_logits.reshape(*shape, -1),
+            None if top_logits is None else top_logits.reshape(*shape, top_logits.shape[1]),
             evaluated=True,
         )
 

@@ -146,6 +146,14 @@ def test_padding_columns_have_no_mass_and_no_gradient():
 def test_no_tokens_at_all(shape):
     loss, hidden, weight = run(CASES["target-sft"], *draw(shape))
     assert loss.shape == shape and hidden.shape == (*shape, WIDTH) and (weight == 0).all()
+    labels = torch.zeros(shape, dtype=torch.int64)
+    for objective in (objectives.sft(), objectives.eaft()):
+        for function, tensors in (
+            (qtarget_cross_entropy, [torch.randn(*shape, 8)]),
+            (qtarget_linear_cross_entropy, [torch.randn(*shape, 4), torch.randn(8, 4)]),
+        ):
+            loss, stats = function(*tensors, labels, objective=objective, return_statistics=True)
+            assert loss.shape == stats.p.shape == stats.trust.shape == shape
 
 
 def test_ignored_tokens_are_never_read():

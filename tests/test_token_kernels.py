@@ -142,3 +142,26 @@ def test_the_upstream_gradient_is_multiplied_in_as_the_reference_does(device, dt
             assert found.dtype == dtype
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert not native.chain(scales.to(device), torch.zeros(700, dtype=dtype, device=device)).any()
+
+
+def test_a_nan_in_any_of_many_side_inputs_reaches_the_loss(device):
+    """More of them than a kernel takes."""
+    request = StatisticsRequest()
+    partials, supervised = partials_of(1, request, torch.float32)
+    rows = merge(reference, partials, supervised, request).rows.to(device)
+    guards = [torch.zeros(TOKENS, dtype=torch.float64) for _ in range(12)]
+    # Behind the special cases.
+    at = range(300, 300 + len(guards))
+    for index, guard in zip(at, guards, strict=True):
+        guard[index] = NAN
+    loss, *_ = native.weigh(
+        rows,
+        supervised.to(device),
+        request=request,
+        loss=torch.zeros(TOKENS, dtype=torch.float64, device=device),
+        label_mass=1.0,
+        residual_masses=[],
+        guards=[guard.to(device) for guard in guards],
+        dtype=torch.float32,
+    )
+    assert loss.cpu()[200:].isnan().nonzero()[:, 0].tolist() == [index - 200 for index in at]

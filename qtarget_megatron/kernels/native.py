@@ -21,6 +21,7 @@ from qtarget_megatron.statistics import MAX_RESIDUALS, Residuals, StatisticsRequ
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MATRIX = (0, 0, 0)
+_MAX_GUARDS = 8  # token_math.h
 
 
 @functools.cache
@@ -215,6 +216,9 @@ def weigh(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """An objective's loss and masses per token, made ready for the gradient; as of reference.weigh."""
     tokens, residuals = rows.shape[1], len(request.residuals)
+    for guard in guards[_MAX_GUARDS:]:
+        loss = torch.where(guard == guard, loss, guard)
+    guards = guards[:_MAX_GUARDS]
     masses = [label_mass, *residual_masses]
     given = [loss, *guards, *(mass for mass in masses if isinstance(mass, Tensor))]
     for value in given:
