@@ -165,3 +165,13 @@ def test_a_nan_in_any_of_many_side_inputs_reaches_the_loss(device):
         dtype=torch.float32,
     )
     assert loss.cpu()[200:].isnan().nonzero()[:, 0].tolist() == [index - 200 for index in at]
+
+
+def test_partials_of_any_stride_are_merged():
+    """A copy of them is alive while it is read: as large as the C library gives back at once."""
+    request = StatisticsRequest()
+    partials = torch.rand(8, request.width, 200_000, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+    supervised = torch.ones(200_000, dtype=torch.bool)
+    expected = merge(reference, partials, supervised, request).rows[:-3]
+    found = merge(native, partials, supervised, request).rows[:-3]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -192,8 +192,10 @@ def merge(
         )
     _check_token_tensors(partials.device, (rows,), supervised=supervised)
     _check_token_tensors(partials.device, out.shape, out=out)
+    # Held by this name while the kernel reads it.
+    partials = partials.contiguous()
     _function("merge", partials)(
-        tensors=[partials.contiguous().data_ptr(), supervised.data_ptr(), out.data_ptr()],
+        tensors=[partials.data_ptr(), supervised.data_ptr(), out.data_ptr()],
         wide=_is_wide(partials.dtype),
         ranks=ranks,
         rows=rows,
