@@ -254,8 +254,9 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
 
         with _sent() as sent:
             run()  # makes Megatron's communication buffers, which the layers use as well
-        # The least of three: gloo's thread lets go of what it sent some time after it was sent.
-        peak = min(memory(Subject(run), torch.device("cpu"))[0].peak for _ in range(3))
+        # The least of several: gloo's thread lets go of what it sent some time after it was sent, which adds a message
+        # to every third run on a busy machine.
+        peak = min(memory(Subject(run), torch.device("cpu"))[0].peak for _ in range(8))
         # The hidden states are made inside of the run, but belong to the layers.
         found[name] = peak - shape[0] * shape[1] * student.hidden_size * dtype.itemsize
         if name == "fused":
