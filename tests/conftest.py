@@ -1,6 +1,7 @@
 """One thread per process, reproducible draws, nothing written next to the sources, and no process left behind."""
 
 import os
+import sys
 from collections import Counter
 
 # Before torch loads its OpenMP runtime. Ranks are processes: more threads would fight over cores.
@@ -11,6 +12,8 @@ import hypothesis
 import launching
 import pytest
 import torch
+
+from qtarget_megatron.megatron import cpu_platform
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -25,6 +28,14 @@ NO_GPU = "Skipped: needs an NVIDIA GPU"
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def megatron_in_ranks_alone():
+    """Megatron and the CPU platform stay where they are once on, and make the CPU a GPU for the tests that follow."""
+    yield
+    if "megatron.core" in sys.modules or cpu_platform.is_active():
+        pytest.fail("a test has imported megatron in pytest's own process: run_ranks(1, function, megatron=True)")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """How a run ends: exit code, last line, what torch's launcher shows, and that nothing is left behind."""
 
 import argparse
+import contextlib
+import io
 import multiprocessing
 import os
 import re
@@ -328,16 +330,19 @@ def test_a_missing_flag_may_have_another_name():
 # ---- what is printed
 
 
-def test_the_list_of_arguments_is_left_out(capsys):
+def print_arguments(shown):
     from megatron.training.arguments import _print_args
 
-    args = argparse.Namespace(lr=1, seed=2)
-    for shown in (False, True):
-        with output.without_arguments(shown=shown):
-            print("before\nbe", end="")
-            print("tween")
-            _print_args("arguments", args)
-            print("after\nthe end", end="")
-        printed = capsys.readouterr().out
-        assert printed.startswith("before\nbetween\n") and printed.endswith("after\nthe end")
-        assert (" seed ." in printed) == shown and ("arguments" in printed) == shown
+    with contextlib.redirect_stdout(io.StringIO()) as printed, output.without_arguments(shown=shown):
+        print("before\nbe", end="")
+        print("tween")
+        _print_args("arguments", argparse.Namespace(lr=1, seed=2))
+        print("after\nthe end", end="")
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_the_list_of_arguments_is_left_out(shown):
+    (printed,) = run_ranks(1, print_arguments, (shown,), megatron=True)
+    assert printed.startswith("before\nbetween\n") and printed.endswith("after\nthe end")
+    assert (" seed ." in printed) == shown and ("arguments" in printed) == shown

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launching import run_ranks
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +17,6 @@ from qtarget_megatron import collectives, linear_loss, loss, objectives
 from qtarget_megatron import qtarget_cross_entropy as cross_entropy
 from qtarget_megatron import qtarget_linear_cross_entropy as linear_cross_entropy
 from qtarget_megatron.kernels import native
-from qtarget_megatron.megatron import cpu_platform
 from qtarget_megatron.objectives import example
 from qtarget_megatron.sparse_teacher import TAIL_RULES, SparseTeacher
 
@@ -87,6 +87,8 @@ def gpu(ranks, capturing):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "extension", lambda: kernels)
+        # Where it is true (on a GPU, and of the CPU platform) torch would start CUDA for a tensor that is none.
+        patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=7))
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
@@ -102,7 +104,7 @@ def gpu(ranks, capturing):
         native.has_cuda.cache_clear()
         native._problem_of.cache_clear()
         try:
-            # Without the CPU platform, which another test may have left on: it makes the CPU of every cuda.
+            # Without the CPU platform, which is on where Megatron is imported: it makes the CPU of every cuda.
             with torch._C.DisableTorchFunction(), FakeTensorMode(allow_non_fake_inputs=False), Strict():
                 yield kernels, backward
         finally:
@@ -189,21 +191,29 @@ def test_a_cached_teacher_never_waits(name, rule):
         assert backward(torch.ones_like(losses))[0].device == GPU
 
 
-@pytest.mark.parametrize("name", ["sft", "target-sft"])
-def test_the_report_of_a_micro_batch_never_waits(name):
-    cpu_platform.activate()
+def reports():
+    """Of a micro-batch, by objective: for each number of the report, where it lies and its shape."""
     from qtarget_megatron.megatron import step
 
-    objective = OBJECTIVES[name]
-    with gpu(1, capturing=False) as (_, _):
-        labels, _ = inputs(objective)
-        teacher = {"teacher_logits": matrix(TOKENS, VOCABULARY)} if objective.needs_teacher else {}
-        losses, stats = cross_entropy(
-            matrix(TOKENS, VOCABULARY), labels, objective=objective, return_statistics=True, **teacher
-        )
-        number = objective.num_tokens(labels != -100, {}, stats.label_mass)
-        found = step.report(stats, losses.sum(), number)
-        assert len(found) == 7 and all(pair.device == GPU and pair.shape == (2,) for pair in found.values())
+    found = {}
+    for name in ("sft", "target-sft"):
+        objective = OBJECTIVES[name]
+        with gpu(1, capturing=False) as (_, _):
+            labels, _ = inputs(objective)
+            teacher = {"teacher_logits": matrix(TOKENS, VOCABULARY)} if objective.needs_teacher else {}
+            losses, stats = cross_entropy(
+                matrix(TOKENS, VOCABULARY), labels, objective=objective, return_statistics=True, **teacher
+            )
+            number = objective.num_tokens(labels != -100, {}, stats.label_mass)
+            numbers = step.report(stats, losses.sum(), number).values()
+            found[name] = [(str(pair.device), tuple(pair.shape)) for pair in numbers]
+    return found
+
+
+@pytest.mark.distributed
+def test_the_report_of_a_micro_batch_never_waits():
+    (found,) = run_ranks(1, reports, megatron=True)
+    assert found == dict.fromkeys(("sft", "target-sft"), [("cuda:0", (2,))] * 7)
 
 
 class Count(TorchDispatchMode):
