@@ -89,17 +89,18 @@ qtarget::GradientArgs gradient_args(const MatrixTuple& logits, const MatrixTuple
                                     Address labels, int64_t rows, int64_t valid_columns,
                                     int64_t vocab_start, int64_t ignore_index,
                                     const std::vector<std::pair<double, double>>& residuals,
-                                    int64_t columns, const std::vector<Address>& scales,
+                                    int64_t columns, Address maxima, Address scales,
                                     const MatrixTuple& out) {
-    if (scales.size() != 5) throw std::invalid_argument("scales must hold 5 addresses");
+    const float* const max = pointer<const float>(maxima);
+    const float* const scale = pointer<const float>(scales);
     return {shard_args(logits, teacher, labels, rows, valid_columns, vocab_start, ignore_index,
                        residuals),
             columns,
-            pointer<const float>(scales[0]),
-            pointer<const float>(scales[1]),
-            pointer<const float>(scales[2]),
-            pointer<const float>(scales[3]),
-            pointer<const float>(scales[4]),
+            max,
+            scale,
+            scale + rows,
+            max + rows,
+            scale + 2 * rows,
             matrix(out)};
 }
 
@@ -122,13 +123,13 @@ qtarget::MergeArgs merge_args(const std::vector<Address>& tensors, bool wide, in
     return args;
 }
 
-// Addresses of merged, supervised, loss, totals, out_loss, maxima, scales; each mass is an address
+// Addresses of merged, supervised, loss, out_loss, maxima, scales; each mass is an address
 // (0: none) and a value.
 qtarget::WeighArgs weigh_args(const std::vector<Address>& tensors, bool wide, int64_t rows,
                               const LayoutTuple& layout,
                               const std::vector<std::pair<Address, double>>& masses,
                               const std::vector<Address>& guards) {
-    if (tensors.size() != 7) throw std::invalid_argument("tensors must hold 7 addresses");
+    if (tensors.size() != 6) throw std::invalid_argument("tensors must hold 6 addresses");
     if (masses.empty()) throw std::invalid_argument("masses must begin with the label's");
     check_residuals(masses.size() - 1);
     if (guards.size() > static_cast<size_t>(qtarget::kMaxGuards)) {
@@ -136,7 +137,7 @@ qtarget::WeighArgs weigh_args(const std::vector<Address>& tensors, bool wide, in
                                     " guards, got " + std::to_string(guards.size()));
     }
     qtarget::WeighArgs args{};
-    args.merged = pointer<const double>(tensors[0]);
+    args.merged = pointer<double>(tensors[0]);
     args.supervised = pointer<const bool>(tensors[1]);
     args.rows = rows;
     args.layout = layout_of(layout);
@@ -149,11 +150,10 @@ qtarget::WeighArgs weigh_args(const std::vector<Address>& tensors, bool wide, in
     for (int r = 0; r < args.num_residuals; ++r) args.residual_masses[r] = mass(1 + r);
     for (const Address guard : guards)
         args.guards[args.num_guards++] = pointer<const double>(guard);
-    args.totals = pointer<double>(tensors[3]);
     args.wide = wide;
-    args.out_loss = pointer<void>(tensors[4]);
-    args.maxima = pointer<void>(tensors[5]);
-    args.scales = pointer<double>(tensors[6]);
+    args.out_loss = pointer<void>(tensors[3]);
+    args.maxima = pointer<void>(tensors[4]);
+    args.scales = pointer<double>(tensors[5]);
     return args;
 }
 
@@ -210,14 +210,14 @@ PYBIND11_MODULE(_C, module) {
         [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
            int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
            std::vector<std::pair<double, double>> residuals, int64_t columns,
-           std::vector<Address> scales, MatrixTuple out, int num_threads) {
+           Address maxima, Address scales, MatrixTuple out, int num_threads) {
             qtarget::cpu_logit_gradient(
                 gradient_args(logits, teacher, labels, rows, valid_columns, vocab_start,
-                              ignore_index, residuals, columns, scales, out),
+                              ignore_index, residuals, columns, maxima, scales, out),
                 num_threads);
         },
         py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
-        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "columns"_a, "scales"_a, "out"_a,
+        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "columns"_a, "maxima"_a, "scales"_a, "out"_a,
         "num_threads"_a, py::call_guard<py::gil_scoped_release>());
     module.def(
         "cpu_merge",
@@ -268,14 +268,14 @@ PYBIND11_MODULE(_C, module) {
         [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
            int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
            std::vector<std::pair<double, double>> residuals, int64_t columns,
-           std::vector<Address> scales, MatrixTuple out, int device, Address stream) {
+           Address maxima, Address scales, MatrixTuple out, int device, Address stream) {
             qtarget::cuda_logit_gradient(
                 gradient_args(logits, teacher, labels, rows, valid_columns, vocab_start,
-                              ignore_index, residuals, columns, scales, out),
+                              ignore_index, residuals, columns, maxima, scales, out),
                 device, stream);
         },
         py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
-        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "columns"_a, "scales"_a, "out"_a,
+        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "columns"_a, "maxima"_a, "scales"_a, "out"_a,
         "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
     module.def(
         "cuda_merge",

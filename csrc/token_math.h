@@ -179,7 +179,7 @@ struct Mass {
 constexpr int kMaxGuards = 8;
 
 struct WeighArgs {
-    const double* merged;  // as merge_token writes it
+    double* merged;  // as merge_token writes it; behind: label mass, residual mass, trust
     const bool* supervised;
     int64_t rows;
     Layout layout;
@@ -189,7 +189,6 @@ struct WeighArgs {
     Mass residual_masses[kMaxResiduals];
     int num_guards;
     const double* guards[kMaxGuards];  // a NaN in one of these reaches the loss
-    double* totals;  // [3, rows]: label mass, residual mass, trust
     bool wide;       // out_loss and maxima are float64, otherwise float32
     void* out_loss;  // [rows]
     void* maxima;    // [1 + R, rows]
@@ -208,9 +207,11 @@ QTARGET_FN void weigh_token(const WeighArgs& args, int64_t row) {
         residual_mass = r == 0 ? masses[0] : residual_mass + masses[r];
     }
     const double total = label_mass + residual_mass;
-    args.totals[row] = label_mass;
-    args.totals[args.rows + row] = residual_mass;
-    args.totals[2 * args.rows + row] = supervised ? label_mass / total : 0.0;
+    double* const totals =
+        args.merged + merged_residual_row(args.layout, args.num_residuals) * args.rows + row;
+    totals[0] = label_mass;
+    totals[args.rows] = residual_mass;
+    totals[2 * args.rows] = supervised ? label_mass / total : 0.0;
 
     // A NaN statistic must reach the loss even where an objective's own guards would hide it.
     double loss = args.loss[row];

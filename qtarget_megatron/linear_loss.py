@@ -254,10 +254,10 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
             spec.backend,
             collectives.gather_partials(partials[0] if len(partials) == 1 else torch.cat(partials), spec.group),
             labels,
+            labels != spec.shard["ignore_index"],
             spec.sparse_teacher,
             request=request,
             vocab_size=spec.vocab_size,
-            ignore_index=spec.shard["ignore_index"],
         )
         kept_loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)
         ctx.spec, ctx.hidden_shape = spec, hidden.shape

@@ -81,9 +81,9 @@ def qtarget_cross_entropy(
     local_vocab = _check_shapes(logits, labels, teacher_logits, sparse_teacher, objective)
     vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
     check_labels(labels, vocab_size, ignore_index)
-    inputs = flat_inputs(objective, token_inputs, labels, labels != ignore_index)
+    supervised = labels != ignore_index
+    inputs = flat_inputs(objective, token_inputs, labels, supervised)
 
-    flat_logits = logits.reshape(-1, local_vocab)
     flat_teacher: Teacher = None
     if objective.needs_teacher:
         everyone = slice(None)
@@ -96,14 +96,19 @@ def qtarget_cross_entropy(
         backend=kernels.select(backend, logits),
         objective=objective,
         inputs=inputs,
+        supervised=supervised.reshape(-1),
         teacher=flat_teacher,
         vocab_size=vocab_size,
         group=group,
         shard=vocabulary_shard(collectives.rank(group), local_vocab, vocab_size, ignore_index),
         inplace=inplace,
     )
-    loss = _QTargetCrossEntropy.apply(flat_logits, labels.reshape(-1), spec)
-    loss = loss.reshape(labels.shape)
+    if logits.dim() == 2:
+        # Without autograd's nodes of the two views.
+        loss = _QTargetCrossEntropy.apply(logits, labels, spec)
+    else:
+        loss = _QTargetCrossEntropy.apply(logits.reshape(-1, local_vocab), labels.reshape(-1), spec)
+        loss = loss.reshape(labels.shape)
     if not return_statistics:
         return loss
     return loss, spec.statistics.reshaped(labels.shape)
@@ -116,6 +121,7 @@ class _Spec:
     backend: ModuleType
     objective: Objective
     inputs: Mapping[str, Tensor]
+    supervised: Tensor
     teacher: Teacher
     vocab_size: int
     group: collectives.Group
@@ -135,10 +141,10 @@ class _QTargetCrossEntropy(torch.autograd.Function):
             spec.backend,
             collectives.gather_partials(partials, spec.group),
             labels,
+            spec.supervised,
             spec.teacher,
             request=request,
             vocab_size=spec.vocab_size,
-            ignore_index=spec.shard["ignore_index"],
         )
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
         loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)

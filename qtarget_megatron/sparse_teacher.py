@@ -145,18 +145,17 @@ def merge_parts(
     kernel: ModuleType,
     partials: Tensor,
     labels: Tensor,
+    supervised: Tensor,
     teacher: Teacher,
     *,
     request: StatisticsRequest,
     vocab_size: int,
-    ignore_index: int,
 ) -> tuple[TokenStatistics, Tensor | None]:
     """Merge the gathered partials of all ranks: statistics, and the sparse teacher's constant ``[R, N]``.
 
     The constant is what the exponent of each residual has besides a' z outside of the kept entries; 0 for a residual
     that reads no teacher.
     """
-    supervised = labels != ignore_index
     if not isinstance(teacher, SparseTeacher):
         return merge(kernel, partials, supervised, request), None
     dense, top = partials.double().split(request.width, dim=-1)
@@ -197,53 +196,45 @@ def logit_gradient(
     vocab_start: int,
     valid_columns: int,
     ignore_index: int,
-    max_: Tensor,
-    scale: Tensor,
-    label_scale: Tensor,
-    residual_max: Tensor,
-    residual_scale: Tensor,
+    maxima: Tensor,
+    scales: Tensor,
     out: Tensor,
 ) -> None:
     """The kernels' logit_gradient for any second model of these rows; shift: the constant from merge_parts."""
-    shared = dict(
-        vocab_start=vocab_start,
-        valid_columns=valid_columns,
-        ignore_index=ignore_index,
-        max_=max_,
-        scale=scale,
-        label_scale=label_scale,
-        out=out,
-    )
+    shard = dict(vocab_start=vocab_start, valid_columns=valid_columns, ignore_index=ignore_index)
     if not isinstance(teacher, SparseTeacher):
-        scales = dict(residual_max=residual_max, residual_scale=residual_scale)
-        backend.logit_gradient(logits, teacher, labels, residuals=residuals, **scales, **shared)
+        backend.logit_gradient(
+            logits, teacher, labels, residuals=residuals, **shard, maxima=maxima, scales=scales, out=out
+        )
         return
     kept = _Kept.of(logits, teacher, vocab_start, valid_columns)
-    centre = residual_max.double() - shift
-    dense_max = centre.to(residual_max.dtype).contiguous()
-    dense_scale = _moved(residual_scale, dense_max.double() - centre)
+    dense_maxima, dense_scales = maxima.clone(), scales.clone()
+    centre = maxima[1:].double() - shift
+    dense_maxima[1:] = centre
+    dense_scales[2:] = _moved(scales[2:], dense_maxima[1:].double() - centre)
     if teacher.rule == "drop":
         for index, (_, b) in enumerate(residuals):
             if b != 0:
-                dense_scale[index] = 0
+                dense_scales[2 + index] = 0
     backend.logit_gradient(
         logits,
         None,
         labels,
         residuals=_dense_residuals(residuals, teacher.rule),
-        residual_max=dense_max,
-        residual_scale=dense_scale,
-        **shared,
+        **shard,
+        maxima=dense_maxima,
+        scales=dense_scales,
+        out=out,
     )
     # The kept entries: written over whatever the tail's exponent gave there.
-    gradient = (kept.logits - max_[:, None]).exp() * scale[:, None]
+    gradient = (kept.logits - maxima[0, :, None]).exp() * scales[0, :, None]
     coefficients = kernel_coefficients(residuals, kept.logits.dtype)
-    for (a, b), maximum, mass in zip(coefficients, residual_max, residual_scale, strict=True):
+    for (a, b), maximum, mass in zip(coefficients, maxima[1:], scales[2:], strict=True):
         u = reference.residual_logits(kept.logits, kept.log_p, a, b)
         weight = (u - maximum[:, None]).to(gradient.dtype).exp()
         gradient -= (weight * mass[:, None]).masked_fill(mass[:, None] == 0, 0)
-    gradient -= label_scale[:, None].masked_fill(kept.ids != labels[:, None], 0)
-    active = (labels != ignore_index) & ((scale != 0) | (label_scale != 0) | (residual_scale != 0).any(0))
+    gradient -= scales[1, :, None].masked_fill(kept.ids != labels[:, None], 0)
+    active = (labels != ignore_index) & (scales != 0).any(0)
     kept.write(gradient.masked_fill(~active[:, None], 0), out)
 
 

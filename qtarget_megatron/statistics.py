@@ -143,6 +143,7 @@ class TokenStatistics:
     trust:          c_y / (c_y + c_r), NaN where the total mass is 0.
 
     rows, request:  what all but top_logits are views of, see of(), and what they hold; None where put together by hand.
+    totals:         its last three rows, which are the last three fields once the objective has been evaluated.
     """
 
     supervised: Tensor
@@ -159,6 +160,7 @@ class TokenStatistics:
     trust: Tensor | None = None
     rows: Tensor | None = field(default=None, repr=False)
     request: StatisticsRequest | None = field(default=None, repr=False)
+    totals: tuple[Tensor, ...] = field(default=(), repr=False)
 
     @classmethod
     def of(
@@ -177,7 +179,7 @@ class TokenStatistics:
         for each residual       max, sum_exp, lse, mean_logit
             residual_entropy    entropy
             residual_label      log_p
-        where evaluated         label_mass, residual_mass, trust
+        totals                  label_mass, residual_mass, trust
         """
         values = iter(rows.unbind())
 
@@ -194,10 +196,15 @@ class TokenStatistics:
             residuals=tuple(residual() for _ in request.residuals),
             rows=rows,
             request=request,
+            totals=tuple(values),
         )
         if evaluated:
-            stats.label_mass, stats.residual_mass, stats.trust = values
+            stats.show_totals()
         return stats
+
+    def show_totals(self) -> None:
+        """The objective has been evaluated: the totals are there."""
+        self.label_mass, self.residual_mass, self.trust = self.totals
 
     def reshaped(self, shape: torch.Size) -> TokenStatistics:
         """With every [N, ...] tensor as [*shape, ...]; of statistics that have been evaluated."""

@@ -35,14 +35,7 @@ class TokenGradient:
 
         kernel: a backend's module.
         """
-        maxima, scales = self.maxima.contiguous(), kernel.chain(self.scales, upstream)
-        return dict(
-            max_=maxima[0],
-            scale=scales[0],
-            label_scale=scales[1],
-            residual_max=maxima[1:],
-            residual_scale=scales[2:],
-        )
+        return dict(maxima=self.maxima.contiguous(), scales=kernel.chain(self.scales, upstream))
 
     def rows(self, chunk: slice) -> TokenGradient:
         """Of a run of tokens."""
@@ -84,7 +77,7 @@ def evaluate(
         guards=[value.contiguous() for value in inputs.values()],
         dtype=dtype,
     )
-    stats.label_mass, stats.residual_mass, stats.trust = stats.rows[-3:].unbind()
+    stats.show_totals()
     return loss, TokenGradient(maxima, scales)
 
 

@@ -99,6 +99,12 @@ def product_sum(weight, values):
     return (weight[present] * values[present]).sum()
 
 
+def as_rows(max_, scale, label_scale, residual_max=(), residual_scale=()):
+    """As logit_gradient takes them: one row for each."""
+    maxima, scales = (max_, *residual_max), (scale, label_scale, *residual_scale)
+    return dict(maxima=torch.stack(maxima), scales=torch.stack(scales))
+
+
 class ExactGradient(NamedTuple):
     """value: the gradient in float64. of_exponents: sum of |x| exp(x) scale over its terms exp(x) scale."""
 

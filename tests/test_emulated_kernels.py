@@ -22,6 +22,7 @@ from native_formulas import (
     TEACHER,
     TEMPERED,
     UNIFORM,
+    as_rows,
     columns_of,
     exact_gradient,
     exact_statistics,
@@ -150,7 +151,7 @@ def check(seed, memory):
         vocab_start=start,
         valid_columns=valid,
         ignore_index=IGNORE,
-        **scales,
+        **as_rows(**scales),
         out=out,
     )
     expected = exact_gradient(z_values, t_values, labels, residuals, start, valid, scales)

@@ -40,8 +40,7 @@ def run_with(isa, *arguments):
 def call(**changes):
     arguments = dict(residuals=(MIXED,), vocab_start=0, valid_columns=8, ignore_index=IGNORE)
     arguments |= dict(logits=torch.zeros(2, 8), teacher_logits=torch.zeros(2, 8), labels=torch.zeros(2).long())
-    arguments |= dict(max_=torch.zeros(2), scale=torch.ones(2), label_scale=torch.ones(2), out=torch.zeros(2, 8))
-    arguments |= dict(residual_max=torch.zeros(1, 2), residual_scale=torch.ones(1, 2))
+    arguments |= dict(maxima=torch.zeros(2, 2), scales=torch.ones(3, 2), out=torch.zeros(2, 8))
     native.logit_gradient(**(arguments | changes))
 
 
@@ -63,12 +62,9 @@ def call(**changes):
         (dict(labels=torch.zeros(4).long()[::2]), "labels must be contiguous"),
         (dict(valid_columns=9), r"valid_columns must be in 0\.\.8"),
         (dict(residuals=(MIXED,) * 3), "at most 2 residuals, got 3"),
-        (dict(scale=torch.ones(2).double()), "scale must be float32"),
-        (dict(max_=torch.ones(4)[::2]), "max_ must be contiguous"),
-        (
-            dict(residual_scale=torch.ones(2, 2)),
-            r"residual_scale must be float32 of shape \(1, 2\)",
-        ),
+        (dict(scales=torch.ones(3, 2).double()), r"scales must be torch\.float32"),
+        (dict(maxima=torch.ones(2, 4)[:, ::2]), "maxima must be contiguous"),
+        (dict(scales=torch.ones(2, 2)), r"scales must be torch\.float32 of shape \(3, 2\)"),
         (dict(out=torch.zeros(2, 8).half()), "out must have the dtype of logits"),
         (dict(out=torch.zeros(1, 8).expand(2, 8)), "rows of out overlap"),
     ],

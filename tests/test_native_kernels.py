@@ -19,6 +19,7 @@ from native_formulas import (
     TEACHER,
     TEMPERED,
     UNIFORM,
+    as_rows,
     assert_statistics,
     device_of,
     draw,
@@ -51,7 +52,7 @@ def gradient(z, t, labels, residuals, scales, out=None, vocab_start=0, valid=Non
     out = torch.full_like(z, 7.0) if out is None else out
     valid = z.shape[1] if valid is None else valid
     shard = dict(vocab_start=vocab_start, valid_columns=valid, ignore_index=IGNORE)
-    native.logit_gradient(z, t, labels, residuals=residuals, **shard, **scales, out=out)
+    native.logit_gradient(z, t, labels, residuals=residuals, **shard, **as_rows(**scales), out=out)
     return out
 
 
@@ -362,9 +363,9 @@ def test_sixteen_bit_gradients_round_like_torch(device, dtype):
     count = len(rows)
     z = torch.zeros(count, 9, dtype=dtype, device=device)
     zeros = torch.zeros(count, device=device)
-    scales = {"max_": zeros, "scale": rows.to(device), "label_scale": zeros, "residual_max": None}
+    scales = {"max_": zeros, "scale": rows.to(device), "label_scale": zeros}
     labels = torch.zeros(count, dtype=torch.int64, device=device)
-    got = gradient(z, None, labels, (), {**scales, "residual_scale": None})
+    got = gradient(z, None, labels, (), scales)
     expected = rows.to(dtype)[:, None].expand(count, 9)
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
@@ -373,7 +374,7 @@ def test_gradients_below_the_normal_numbers_are_0_or_right(device):
     for dtype in DTYPES:
         z, zeros = torch.zeros(3, 70, dtype=dtype, device=device), torch.zeros(3, device=device)
         scale = torch.tensor([9e-41, -1e-40, 1.1e-38], device=device)
-        scales = {"max_": zeros, "scale": scale, "label_scale": zeros, "residual_max": None, "residual_scale": None}
+        scales = {"max_": zeros, "scale": scale, "label_scale": zeros}
         got = gradient(z, None, torch.zeros(3, dtype=torch.int64, device=device), (), scales)
         rounded = scale.to(dtype)[:, None].expand(3, 70)
         assert ((got == 0) | (got == rounded)).all(), dtype

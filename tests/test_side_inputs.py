@@ -185,10 +185,17 @@ def test_a_side_input_cannot_replace_a_part_of_the_record(name):
         encode(completions(), COMPLETION, 8, ("weight", name))
 
 
-def test_a_side_input_may_be_named_as_a_part_of_the_batch_is(tmp_path):
-    """Of every part that there is, a cached teacher's too: each keeps its own values."""
+def with_cached_teacher(file, cache, names=()):
+    """The parts of the first sample."""
     from qtarget_megatron.megatron.datasets import TaughtDataset
 
+    parts = TaughtDataset(dataset(file, completions(), 8, names), TeacherCache(cache))[0]
+    return {name: np.asarray(value) for name, value in parts.items()}
+
+
+@pytest.mark.distributed
+def test_a_side_input_may_be_named_as_a_part_of_the_batch_is(tmp_path):
+    """Of every part that there is, a cached teacher's too: each keeps its own values."""
     tokenizer, k = completions(), 2
     file = write_lines(tmp_path / "d.jsonl", [COMPLETION])
     sample = encode(tokenizer, COMPLETION, 8)
@@ -209,20 +216,17 @@ def test_a_side_input_may_be_named_as_a_part_of_the_batch_is(tmp_path):
     writer.append([kept])
     writer.finish()
 
-    def taught(data):
-        return TaughtDataset(data, TeacherCache(tmp_path / "cache"))[0]
-
-    own = taught(dataset(file, tokenizer, 8))
+    (own,) = run_ranks(1, with_cached_teacher, (file, tmp_path / "cache"), megatron=True)
     names = sorted(own)
     assert {"tokens", "labels", "position_ids", "sample", "teacher_ids", "teacher_tail", "teacher_ms"} <= set(names)
     record = COMPLETION | {name: 100.0 + number for number, name in enumerate(names)}
     file = write_lines(tmp_path / "named.jsonl", [record])
-    mixed = taught(dataset(file, tokenizer, 8, tuple(names)))
+    (mixed,) = run_ranks(1, with_cached_teacher, (file, tmp_path / "cache", tuple(names)), megatron=True)
     for number, name in enumerate(names):
         values = mixed[batch_key(name)][own["labels"] != -100]
         assert (values == 100.0 + number).all() and len(values) == supervised, name
         if name != "teacher_ms":
-            assert torch.equal(mixed[name], own[name]), name
+            assert np.array_equal(mixed[name], own[name]), name
 
 
 # ---- importance weight

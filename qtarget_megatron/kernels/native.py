@@ -126,20 +126,16 @@ def logit_gradient(
     vocab_start: int,
     valid_columns: int,
     ignore_index: int,
-    max_: Tensor,
-    scale: Tensor,
-    label_scale: Tensor,
-    residual_max: Tensor,
-    residual_scale: Tensor,
+    maxima: Tensor,
+    scales: Tensor,
     out: Tensor,
 ) -> None:
     """Write the gradient of every row into ``out``.
 
-        out_k = exp(z_k - max_) scale - [k = y] label_scale
-                - sum_r exp(u_rk - residual_max_r) residual_scale_r
+        out_k = exp(z_k - maxima_0) scales_0 - [k = y] scales_1 - sum_r exp(u_rk - maxima_1+r) scales_2+r
 
-    max_, scale, label_scale: float32 ``[N]``. residual_max, residual_scale: float32 ``[R, N]``,
-        ignored for R = 0. The maxima are over the whole vocabulary: no z or u lies above them.
+    maxima: float32 ``[1 + R, N]``, over the whole vocabulary: no z or u lies above them.
+    scales: float32 ``[2 + R, N]``.
     out: shape and dtype of logits, columns adjacent, any row stride. It may be ``logits`` itself,
         and shares memory with the inputs in no other way.
 
@@ -160,15 +156,15 @@ def logit_gradient(
             f"out shares memory with logits but has row stride {out.stride(0)}, "
             f"not {logits.stride(0)}: pass logits itself or a separate tensor"
         )
-    vectors = {"max_": max_, "scale": scale, "label_scale": label_scale}
-    per_row = [_check_scale(name, vector, (rows,), logits) for name, vector in vectors.items()]
-    if residuals:
-        shape = (len(residuals), rows)
-        per_row.append(_check_scale("residual_max", residual_max, shape, logits))
-        per_row.append(_check_scale("residual_scale", residual_scale, shape, logits))
-    addresses = [vector.data_ptr() for vector in per_row] + [0] * (5 - len(per_row))
+    _check_per_token("maxima", maxima, torch.float32, (1 + len(residuals), rows), logits.device)
+    _check_per_token("scales", scales, torch.float32, (2 + len(residuals), rows), logits.device)
     _function("logit_gradient", logits)(
-        **shard, columns=columns, scales=addresses, out=_matrix(out), **_execution(logits)
+        **shard,
+        columns=columns,
+        maxima=maxima.data_ptr(),
+        scales=scales.data_ptr(),
+        out=_matrix(out),
+        **_execution(logits),
     )
 
 
@@ -190,8 +186,8 @@ def merge(
             f"partials must be [T, N, {request.width}] and out [{request.merged_rows} or more, N], got "
             f"{list(partials.shape)} and {list(out.shape)}"
         )
-    _check_token_tensors(partials.device, (rows,), supervised=supervised)
-    _check_token_tensors(partials.device, out.shape, out=out)
+    _check_per_token("supervised", supervised, torch.bool, (rows,), partials.device)
+    _check_per_token("out", out, torch.float64, out.shape, partials.device)
     # Held by this name while the kernel reads it.
     partials = partials.contiguous()
     _function("merge", partials)(
@@ -222,15 +218,19 @@ def weigh(
         loss = torch.where(guard == guard, loss, guard)
     guards = guards[:_MAX_GUARDS]
     masses = [label_mass, *residual_masses]
-    given = [loss, *guards, *(mass for mass in masses if isinstance(mass, Tensor))]
-    for value in given:
-        _check_token_tensors(rows.device, (tokens,), **{"loss, masses and guards": value})
-    _check_token_tensors(rows.device, (tokens,), supervised=supervised)
-    _check_token_tensors(rows.device, (request.merged_rows + 3, tokens), rows=rows)
-    out_loss = torch.empty(tokens, dtype=dtype, device=rows.device)
-    maxima = torch.empty(1 + residuals, tokens, dtype=dtype, device=rows.device)
-    scales = torch.empty(2 + residuals, tokens, dtype=torch.float64, device=rows.device)
-    tensors = (rows, supervised, loss, rows[-3:], out_loss, maxima, scales)
+    device, shape = rows.device, (tokens,)
+    _check_per_token("rows", rows, torch.float64, (request.merged_rows + 3, tokens), device)
+    _check_per_token("supervised", supervised, torch.bool, shape, device)
+    _check_per_token("loss", loss, torch.float64, shape, device)
+    for guard in guards:
+        _check_per_token("guards", guard, torch.float64, shape, device)
+    for mass in masses:
+        if isinstance(mass, Tensor):
+            _check_per_token("masses", mass, torch.float64, shape, device)
+    out_loss = torch.empty(tokens, dtype=dtype, device=device)
+    maxima = torch.empty(1 + residuals, tokens, dtype=dtype, device=device)
+    scales = torch.empty(2 + residuals, tokens, dtype=torch.float64, device=device)
+    tensors = (rows, supervised, loss, out_loss, maxima, scales)
     _function("weigh", rows)(
         tensors=[tensor.data_ptr() for tensor in tensors],
         wide=_is_wide(dtype),
@@ -280,16 +280,14 @@ def _layout(request: StatisticsRequest) -> tuple[bool, int, bool, bool]:
     return request.collision, request.top_k, request.residual_entropy, request.residual_label
 
 
-def _check_token_tensors(device: torch.device, shape: Sequence[int], **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        dtype = torch.bool if name == "supervised" else torch.float64
-        if tensor.dtype != dtype or tensor.shape != tuple(shape) or tensor.device != device:
-            raise ValueError(
-                f"{name} must be {dtype} of shape {tuple(shape)} on {device}, got {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)} on {tensor.device}"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call .contiguous()")
+def _check_per_token(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> None:
+    if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
+        raise ValueError(
+            f"{name} must be {dtype} of shape {tuple(shape)} on {device}, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)} on {tensor.device}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call .contiguous()")
 
 
 def _shard(
@@ -344,17 +342,6 @@ def _check_matrix(name: str, matrix: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name} must have shape {expected}, got {tuple(matrix.shape)}")
     if matrix.shape[1] > 1 and matrix.stride(1) != 1:
         raise ValueError(f"{name} must have adjacent columns, got column stride {matrix.stride(1)}: call .contiguous()")
-
-
-def _check_scale(name: str, vector: Tensor, shape: tuple[int, ...], logits: Tensor) -> Tensor:
-    if vector.dtype != torch.float32 or vector.shape != shape or vector.device != logits.device:
-        raise ValueError(
-            f"{name} must be float32 of shape {shape} on {logits.device}, "
-            f"got {vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
-        )
-    if not vector.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {vector.stride()}: call .contiguous()")
-    return vector
 
 
 def _matrix(matrix: Tensor) -> tuple[int, int, int]:

@@ -76,31 +76,29 @@ def logit_gradient(
     vocab_start: int,
     valid_columns: int,
     ignore_index: int,
-    max_: Tensor,
-    scale: Tensor,
-    label_scale: Tensor,
-    residual_max: Tensor,
-    residual_scale: Tensor,
+    maxima: Tensor,
+    scales: Tensor,
     out: Tensor,
 ) -> None:
     """Write the gradient of every row into ``out`` (which may be ``logits`` itself).
 
-        out_k = exp(z_k - max_) scale - [k = y] label_scale - sum_r exp(u_rk - residual_max_r) residual_scale_r
+        out_k = exp(z_k - maxima_0) scales_0 - [k = y] scales_1 - sum_r exp(u_rk - maxima_1+r) scales_2+r
 
-    max_, scale, label_scale: ``[N]``; residual_max, residual_scale: ``[R, N]``. Padding columns, ignored rows and rows
-    whose scales are all 0 are written as exact zeros whatever the logits hold.
+    maxima: ``[1 + R, N]``. scales: ``[2 + R, N]``. Padding columns, ignored rows and rows whose scales are all 0 are
+    written as exact zeros whatever the logits hold.
     """
     z = _valid(logits, valid_columns)
-    active = (labels != ignore_index) & ((scale != 0) | (label_scale != 0) | (residual_scale != 0).any(0))
-    gradient = (z - max_[:, None]).exp() * scale[:, None]
+    active = (labels != ignore_index) & (scales != 0).any(0)
+    gradient = (z - maxima[0, :, None]).exp() * scales[0, :, None]
     for index, (a, b) in enumerate(kernel_coefficients(residuals, z.dtype)):
         u = residual_logits(z, _valid(teacher_logits, valid_columns) if b != 0 else None, a, b)
-        term = (u - residual_max[index][:, None]).to(z.dtype).exp() * residual_scale[index][:, None]
-        gradient -= torch.where((residual_scale[index] == 0)[:, None], torch.zeros_like(term), term)
+        maximum, scale = maxima[1 + index, :, None], scales[2 + index, :, None]
+        term = (u - maximum).to(z.dtype).exp() * scale
+        gradient -= torch.where(scale == 0, torch.zeros_like(term), term)
     local = labels - vocab_start
     here = active & (local >= 0) & (local < valid_columns)
     rows = here.nonzero().squeeze(1)
-    gradient[rows, local[rows]] -= label_scale[rows]
+    gradient[rows, local[rows]] -= scales[1, rows]
     out[:, :valid_columns] = torch.where(active[:, None], gradient, torch.zeros_like(gradient)).to(out.dtype)
     out[:, valid_columns:] = 0
 

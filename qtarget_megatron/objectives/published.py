@@ -27,7 +27,7 @@ def sft() -> Objective:
     """
 
     def evaluate(stats, inputs):
-        return -stats.log_p, torch.ones_like(stats.p), ()
+        return -stats.log_p, 1.0, ()
 
     return Objective(evaluate)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import inspect
 import math
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics
 
-Evaluate = Callable[[TokenStatistics, Mapping[str, Tensor]], tuple[Tensor, Tensor, Sequence[Tensor]]]
+Evaluate = Callable[[TokenStatistics, Mapping[str, Tensor]], tuple[Tensor, Tensor | float, Sequence[Tensor | float]]]
 
 
 _LABEL_MASS = "label_mass"
@@ -30,7 +31,8 @@ _TOKEN_INPUT_RANGES = {"critical": (0.0, 1.0), "old_log_prob": (-math.inf, 1e-3)
 class Objective:
     """One objective with its parameters fixed.
 
-    evaluate:     (stats, inputs) -> (loss, c_y, [c_i ...]); float64 [N] tensors, loss in nats. Must be elementwise.
+    evaluate:     (stats, inputs) -> (loss, c_y, [c_i ...]); float64 [N] tensors, loss in nats. Must be elementwise. A
+                  mass that is the same for all tokens may be a number.
     residuals:    (a, b) of each residual softmax(a*z + b*t), at most two.
     token_inputs: names of the per-token side inputs it needs, handed to evaluate as float64 [N] tensors.
     denominator:  what a batch's mean is divided by: the number of non-zero entries of this token input, or of
@@ -62,7 +64,7 @@ class Objective:
                 f"{self.token_inputs}"
             )
 
-    @property
+    @functools.cached_property
     def request(self) -> StatisticsRequest:
         """The statistics that the kernels compute for it."""
         return StatisticsRequest(self.residuals, self.collision, self.top_k, self.residual_entropy, self.residual_label)
