@@ -104,32 +104,29 @@ qtarget::GradientArgs gradient_args(const MatrixTuple& logits, const MatrixTuple
             matrix(out)};
 }
 
-// Addresses of partials, supervised, out.
-qtarget::MergeArgs merge_args(const std::vector<Address>& tensors, bool wide, int64_t ranks,
-                              int64_t rows, const LayoutTuple& layout,
+qtarget::MergeArgs merge_args(Address partials, Address supervised, Address out, bool wide,
+                              int64_t ranks, int64_t rows, const LayoutTuple& layout,
                               const std::vector<std::tuple<double, double, double>>& residuals) {
-    if (tensors.size() != 3) throw std::invalid_argument("tensors must hold 3 addresses");
     check_residuals(residuals.size());
     qtarget::MergeArgs args{};
-    args.partials = pointer<const void>(tensors[0]);
+    args.partials = pointer<const void>(partials);
     args.wide = wide;
-    args.supervised = pointer<const bool>(tensors[1]);
+    args.supervised = pointer<const bool>(supervised);
     args.ranks = ranks;
     args.rows = rows;
     args.layout = layout_of(layout);
     for (const auto& [a, b, rounding] : residuals)
         args.residuals[args.num_residuals++] = {a, b, rounding};
-    args.out = pointer<double>(tensors[2]);
+    args.out = pointer<double>(out);
     return args;
 }
 
-// Addresses of merged, supervised, loss, out_loss, maxima, scales; each mass is an address
-// (0: none) and a value.
-qtarget::WeighArgs weigh_args(const std::vector<Address>& tensors, bool wide, int64_t rows,
+// Each mass is an address (0: none) and a value.
+qtarget::WeighArgs weigh_args(Address merged, Address supervised, Address loss, Address out_loss,
+                              Address maxima, Address scales, bool wide, int64_t rows,
                               const LayoutTuple& layout,
                               const std::vector<std::pair<Address, double>>& masses,
                               const std::vector<Address>& guards) {
-    if (tensors.size() != 6) throw std::invalid_argument("tensors must hold 6 addresses");
     if (masses.empty()) throw std::invalid_argument("masses must begin with the label's");
     check_residuals(masses.size() - 1);
     if (guards.size() > static_cast<size_t>(qtarget::kMaxGuards)) {
@@ -137,12 +134,12 @@ qtarget::WeighArgs weigh_args(const std::vector<Address>& tensors, bool wide, in
                                     " guards, got " + std::to_string(guards.size()));
     }
     qtarget::WeighArgs args{};
-    args.merged = pointer<double>(tensors[0]);
-    args.supervised = pointer<const bool>(tensors[1]);
+    args.merged = pointer<double>(merged);
+    args.supervised = pointer<const bool>(supervised);
     args.rows = rows;
     args.layout = layout_of(layout);
     args.num_residuals = static_cast<int>(masses.size()) - 1;
-    args.loss = pointer<const double>(tensors[2]);
+    args.loss = pointer<const double>(loss);
     const auto mass = [&](size_t index) {
         return qtarget::Mass{pointer<const double>(masses[index].first), masses[index].second};
     };
@@ -151,18 +148,17 @@ qtarget::WeighArgs weigh_args(const std::vector<Address>& tensors, bool wide, in
     for (const Address guard : guards)
         args.guards[args.num_guards++] = pointer<const double>(guard);
     args.wide = wide;
-    args.out_loss = pointer<void>(tensors[3]);
-    args.maxima = pointer<void>(tensors[4]);
-    args.scales = pointer<double>(tensors[5]);
+    args.out_loss = pointer<void>(out_loss);
+    args.maxima = pointer<void>(maxima);
+    args.scales = pointer<double>(scales);
     return args;
 }
 
-// Addresses of scales, upstream, out.
-qtarget::ChainArgs chain_args(const std::vector<Address>& tensors, bool wide, int64_t count,
-                              int64_t stride, int64_t rows, int64_t upstream_stride) {
-    if (tensors.size() != 3) throw std::invalid_argument("tensors must hold 3 addresses");
-    return {pointer<const double>(tensors[0]), count, stride, rows,
-            pointer<const void>(tensors[1]),   upstream_stride, wide, pointer<void>(tensors[2])};
+qtarget::ChainArgs chain_args(Address scales, Address upstream, Address out, bool wide,
+                              int64_t count, int64_t stride, int64_t rows,
+                              int64_t upstream_stride) {
+    return {pointer<const double>(scales), count, stride, rows,
+            pointer<const void>(upstream), upstream_stride, wide, pointer<void>(out)};
 }
 
 py::dict build_info() {
@@ -179,6 +175,16 @@ py::dict build_info() {
     return info;
 }
 
+// A kernel as a function of its arguments, in the order of make's, and of where it runs. They have no
+// names: matching names takes longer than the smallest of the kernels.
+template <class Args, class... In, class... Where>
+void define(py::module_& module, const char* name, Args (*make)(In...),
+            void (*run)(const Args&, Where...)) {
+    module.def(
+        name, [=](In... in, Where... where) { run(make(in...), where...); },
+        py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -191,119 +197,16 @@ PYBIND11_MODULE(_C, module) {
     module.def("set_cpu_isa", &qtarget::set_cpu_isa, "name"_a,
                "Force 'scalar', 'avx2' or 'avx512'; 'auto' takes it back.");
 
-    module.def(
-        "cpu_partial_statistics",
-        [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
-           int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
-           std::vector<std::pair<double, double>> residuals, LayoutTuple layout, int64_t width,
-           Address out, int num_threads) {
-            qtarget::cpu_partial_statistics(
-                statistics_args(logits, teacher, labels, rows, valid_columns, vocab_start,
-                                ignore_index, residuals, layout, width, out),
-                num_threads);
-        },
-        py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
-        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "layout"_a, "width"_a, "out"_a,
-        "num_threads"_a, py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cpu_logit_gradient",
-        [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
-           int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
-           std::vector<std::pair<double, double>> residuals, int64_t columns,
-           Address maxima, Address scales, MatrixTuple out, int num_threads) {
-            qtarget::cpu_logit_gradient(
-                gradient_args(logits, teacher, labels, rows, valid_columns, vocab_start,
-                              ignore_index, residuals, columns, maxima, scales, out),
-                num_threads);
-        },
-        py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
-        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "columns"_a, "maxima"_a, "scales"_a, "out"_a,
-        "num_threads"_a, py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cpu_merge",
-        [](std::vector<Address> tensors, bool wide, int64_t ranks, int64_t rows, LayoutTuple layout,
-           std::vector<std::tuple<double, double, double>> residuals, int num_threads) {
-            qtarget::cpu_merge(merge_args(tensors, wide, ranks, rows, layout, residuals),
-                               num_threads);
-        },
-        py::kw_only(), "tensors"_a, "wide"_a, "ranks"_a, "rows"_a, "layout"_a, "residuals"_a,
-        "num_threads"_a, py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cpu_weigh",
-        [](std::vector<Address> tensors, bool wide, int64_t rows, LayoutTuple layout,
-           std::vector<std::pair<Address, double>> masses, std::vector<Address> guards,
-           int num_threads) {
-            qtarget::cpu_weigh(weigh_args(tensors, wide, rows, layout, masses, guards),
-                               num_threads);
-        },
-        py::kw_only(), "tensors"_a, "wide"_a, "rows"_a, "layout"_a, "masses"_a, "guards"_a,
-        "num_threads"_a, py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cpu_chain",
-        [](std::vector<Address> tensors, bool wide, int64_t count, int64_t stride, int64_t rows,
-           int64_t upstream_stride, int num_threads) {
-            qtarget::cpu_chain(chain_args(tensors, wide, count, stride, rows, upstream_stride),
-                               num_threads);
-        },
-        py::kw_only(), "tensors"_a, "wide"_a, "count"_a, "stride"_a, "rows"_a, "upstream_stride"_a,
-        "num_threads"_a, py::call_guard<py::gil_scoped_release>());
-
+    define(module, "cpu_partial_statistics", statistics_args, qtarget::cpu_partial_statistics);
+    define(module, "cpu_logit_gradient", gradient_args, qtarget::cpu_logit_gradient);
+    define(module, "cpu_merge", merge_args, qtarget::cpu_merge);
+    define(module, "cpu_weigh", weigh_args, qtarget::cpu_weigh);
+    define(module, "cpu_chain", chain_args, qtarget::cpu_chain);
 #if defined(QTARGET_WITH_CUDA)
-    module.def(
-        "cuda_partial_statistics",
-        [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
-           int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
-           std::vector<std::pair<double, double>> residuals, LayoutTuple layout, int64_t width,
-           Address out, int device, Address stream) {
-            qtarget::cuda_partial_statistics(
-                statistics_args(logits, teacher, labels, rows, valid_columns, vocab_start,
-                                ignore_index, residuals, layout, width, out),
-                device, stream);
-        },
-        py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
-        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "layout"_a, "width"_a, "out"_a,
-        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cuda_logit_gradient",
-        [](MatrixTuple logits, MatrixTuple teacher, Address labels, int64_t rows,
-           int64_t valid_columns, int64_t vocab_start, int64_t ignore_index,
-           std::vector<std::pair<double, double>> residuals, int64_t columns,
-           Address maxima, Address scales, MatrixTuple out, int device, Address stream) {
-            qtarget::cuda_logit_gradient(
-                gradient_args(logits, teacher, labels, rows, valid_columns, vocab_start,
-                              ignore_index, residuals, columns, maxima, scales, out),
-                device, stream);
-        },
-        py::kw_only(), "logits"_a, "teacher"_a, "labels"_a, "rows"_a, "valid_columns"_a,
-        "vocab_start"_a, "ignore_index"_a, "residuals"_a, "columns"_a, "maxima"_a, "scales"_a, "out"_a,
-        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cuda_merge",
-        [](std::vector<Address> tensors, bool wide, int64_t ranks, int64_t rows, LayoutTuple layout,
-           std::vector<std::tuple<double, double, double>> residuals, int device, Address stream) {
-            qtarget::cuda_merge(merge_args(tensors, wide, ranks, rows, layout, residuals),
-                               device, stream);
-        },
-        py::kw_only(), "tensors"_a, "wide"_a, "ranks"_a, "rows"_a, "layout"_a, "residuals"_a,
-        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cuda_weigh",
-        [](std::vector<Address> tensors, bool wide, int64_t rows, LayoutTuple layout,
-           std::vector<std::pair<Address, double>> masses, std::vector<Address> guards,
-           int device, Address stream) {
-            qtarget::cuda_weigh(weigh_args(tensors, wide, rows, layout, masses, guards),
-                               device, stream);
-        },
-        py::kw_only(), "tensors"_a, "wide"_a, "rows"_a, "layout"_a, "masses"_a, "guards"_a,
-        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "cuda_chain",
-        [](std::vector<Address> tensors, bool wide, int64_t count, int64_t stride, int64_t rows,
-           int64_t upstream_stride, int device, Address stream) {
-            qtarget::cuda_chain(chain_args(tensors, wide, count, stride, rows, upstream_stride),
-                               device, stream);
-        },
-        py::kw_only(), "tensors"_a, "wide"_a, "count"_a, "stride"_a, "rows"_a, "upstream_stride"_a,
-        "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
+    define(module, "cuda_partial_statistics", statistics_args, qtarget::cuda_partial_statistics);
+    define(module, "cuda_logit_gradient", gradient_args, qtarget::cuda_logit_gradient);
+    define(module, "cuda_merge", merge_args, qtarget::cuda_merge);
+    define(module, "cuda_weigh", weigh_args, qtarget::cuda_weigh);
+    define(module, "cuda_chain", chain_args, qtarget::cuda_chain);
 #endif
 }

@@ -26,8 +26,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,21 +88,37 @@ class StatisticsRequest:
 
     @property
     def merged_rows(self) -> int:
-        """Statistics of a token over the whole vocabulary, besides its largest logits; see TokenStatistics.of."""
-        return _MERGED_BASE + self.collision + self._merged_residual * len(self.residuals)
+        """Statistics of a token over the whole vocabulary, besides its largest logits; see TokenStatistics."""
+        return _MERGED_BASE + self.collision + self.merged_residual * len(self.residuals)
 
     @property
     def merged_sums(self) -> list[int]:
         """Which of them are sum_exp, of the logits and of each residual."""
         first = _MERGED_BASE + self.collision
-        return [1, *(first + self._merged_residual * index + 1 for index in range(len(self.residuals)))]
+        return [1, *(first + self.merged_residual * index + 1 for index in range(len(self.residuals)))]
 
     @property
-    def _merged_residual(self) -> int:
+    def merged_residual(self) -> int:
+        """Of them, those of each residual."""
         return _MERGED_RESIDUAL + self.residual_entropy + self.residual_label
 
 
-@dataclass
+class _Row:
+    """A field that is a row of the instance's ``rows``; the view is made when it is first read, and kept."""
+
+    def __init__(self, index: int):
+        self._index = index
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Tensor:
+        if instance is None:
+            return self
+        row = instance.__dict__[self._name] = instance.rows[self._index]
+        return row
+
+
 class ResidualStatistics:
     """Statistics of one residual ``r = softmax(a*z + b*t)`` over the whole vocabulary; every tensor is [N].
 
@@ -113,15 +130,20 @@ class ResidualStatistics:
     log_p:        log r(y) of the label; None unless requested (residual_label).
     """
 
-    max: Tensor
-    sum_exp: Tensor
-    lse: Tensor
-    mean_logit: Tensor
-    entropy: Tensor | None = None
-    log_p: Tensor | None = None
+    max, sum_exp, lse, mean_logit = _Row(0), _Row(1), _Row(2), _Row(3)
+
+    def __init__(self, rows: Tensor, request: StatisticsRequest):
+        self.rows, self._request = rows, request
+
+    @property
+    def entropy(self) -> Tensor | None:
+        return self.rows[_MERGED_RESIDUAL] if self._request.residual_entropy else None
+
+    @property
+    def log_p(self) -> Tensor | None:
+        return self.rows[-1] if self._request.residual_label else None
 
 
-@dataclass
 class TokenStatistics:
     """Statistics of every token over the whole vocabulary; every tensor is [N] float64.
 
@@ -136,85 +158,67 @@ class TokenStatistics:
                    requested.
     residuals:     one ResidualStatistics for each residual of the objective.
 
-    Set once the objective has been evaluated:
+    None until the objective has been evaluated:
 
     label_mass:     c_y.
     residual_mass:  sum of c_r over the residuals.
     trust:          c_y / (c_y + c_r), NaN where the total mass is 0.
 
-    rows, request:  what all but top_logits are views of, see of(), and what they hold; None where put together by hand.
-    totals:         its last three rows, which are the last three fields once the objective has been evaluated.
-    """
-
-    supervised: Tensor
-    max: Tensor
-    sum_exp: Tensor
-    log_p: Tensor
-    p: Tensor
-    entropy: Tensor
-    collision: Tensor | None = None
-    top_logits: Tensor | None = None
-    residuals: tuple[ResidualStatistics, ...] = ()
-    label_mass: Tensor | None = None
-    residual_mass: Tensor | None = None
-    trust: Tensor | None = None
-    rows: Tensor | None = field(default=None, repr=False)
-    request: StatisticsRequest | None = field(default=None, repr=False)
-    totals: tuple[Tensor, ...] = field(default=(), repr=False)
-
-    @classmethod
-    def of(
-        cls,
-        rows: Tensor,
-        supervised: Tensor,
-        request: StatisticsRequest,
-        top_logits: Tensor | None = None,
-        *,
-        evaluated: bool = False,
-    ) -> TokenStatistics:
-        """The statistics whose tensors are views of rows, float64 ``[request.merged_rows + 3, N]``::
+    All but top_logits are views of rows, float64 ``[request.merged_rows + 3, N]``::
 
         always                  max, sum_exp, log_p, p, entropy
         collision               collision
         for each residual       max, sum_exp, lse, mean_logit
             residual_entropy    entropy
             residual_label      log_p
-        totals                  label_mass, residual_mass, trust
-        """
-        values = iter(rows.unbind())
+        where evaluated         label_mass, residual_mass, trust
+    """
 
-        def residual() -> ResidualStatistics:
-            always = [next(values) for _ in range(_MERGED_RESIDUAL)]
-            entropy = next(values) if request.residual_entropy else None
-            return ResidualStatistics(*always, entropy, next(values) if request.residual_label else None)
+    max, sum_exp, log_p, p, entropy = _Row(0), _Row(1), _Row(2), _Row(3), _Row(4)
 
-        stats = cls(
-            supervised,
-            *(next(values) for _ in range(_MERGED_BASE)),
-            collision=next(values) if request.collision else None,
-            top_logits=top_logits,
-            residuals=tuple(residual() for _ in request.residuals),
-            rows=rows,
-            request=request,
-            totals=tuple(values),
-        )
-        if evaluated:
-            stats.show_totals()
-        return stats
+    def __init__(
+        self,
+        rows: Tensor,
+        supervised: Tensor,
+        request: StatisticsRequest,
+        top_logits: Tensor | None = None,
+        *,
+        evaluated: bool = False,
+    ):
+        self.rows, self.supervised, self.request, self.top_logits = rows, supervised, request, top_logits
+        self.evaluated = evaluated
 
-    def show_totals(self) -> None:
-        """The objective has been evaluated: the totals are there."""
-        self.label_mass, self.residual_mass, self.trust = self.totals
+    @property
+    def collision(self) -> Tensor | None:
+        return self.rows[_MERGED_BASE] if self.request.collision else None
+
+    @functools.cached_property
+    def residuals(self) -> tuple[ResidualStatistics, ...]:
+        first, count = _MERGED_BASE + self.request.collision, self.request.merged_residual
+        starts = (first + count * index for index in range(len(self.request.residuals)))
+        return tuple(ResidualStatistics(self.rows[start : start + count], self.request) for start in starts)
+
+    @property
+    def label_mass(self) -> Tensor | None:
+        return self.rows[-3] if self.evaluated else None
+
+    @property
+    def residual_mass(self) -> Tensor | None:
+        return self.rows[-2] if self.evaluated else None
+
+    @property
+    def trust(self) -> Tensor | None:
+        return self.rows[-1] if self.evaluated else None
 
     def reshaped(self, shape: torch.Size) -> TokenStatistics:
-        """With every [N, ...] tensor as [*shape, ...]; of statistics that have been evaluated."""
+        """With every [N, ...] tensor as [*shape, ...]."""
         top_logits = self.top_logits
-        return TokenStatistics.of(
+        return TokenStatistics(
             self.rows.reshape(len(self.rows), *shape),
             self.supervised.reshape(shape),
             self.request,
             None if top_logits is None else top_logits.reshape(*shape, top_logits.shape[1]),
-            evaluated=True,
+            evaluated=self.evaluated,
         )
 
     def scattered(self, tokens: Tensor, supervised: Tensor) -> TokenStatistics:
@@ -227,7 +231,7 @@ class TokenStatistics:
             whole = top_logits.new_zeros(len(supervised), top_logits.shape[1])
             top_logits = whole.index_copy_(0, tokens, top_logits)
         rows.index_copy_(1, tokens, self.rows)
-        return TokenStatistics.of(rows, supervised, self.request, top_logits, evaluated=True)
+        return TokenStatistics(rows, supervised, self.request, top_logits, evaluated=self.evaluated)
 
     @property
     def lse(self) -> Tensor:
@@ -291,7 +295,7 @@ def merge(
         top_logits = partials[..., first : first + request.top_k].double().transpose(0, 1).flatten(1)
         if len(partials) > 1:
             top_logits = top_logits.topk(request.top_k, dim=-1).values
-    return TokenStatistics.of(rows, supervised, request, top_logits)
+    return TokenStatistics(rows, supervised, request, top_logits)
 
 
 @functools.lru_cache

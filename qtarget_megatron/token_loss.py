@@ -77,7 +77,7 @@ def evaluate(
         guards=[value.contiguous() for value in inputs.values()],
         dtype=dtype,
     )
-    stats.show_totals()
+    stats.evaluated = True
     return loss, TokenGradient(maxima, scales)
 
 

@@ -96,6 +96,6 @@ def in_place_of_the_cpu_s(module: ModuleType) -> Iterator[None]:
         patch(f"{__name__}._in_use", True),
         patch.object(native, "extension", lambda: module),
         patch.object(native, "_kernels_for", lambda tensor: "cuda"),
-        patch.object(native, "_execution", lambda tensor: dict(device=0, stream=0)),
+        patch.object(native, "_execution", lambda tensor: (0, 0)),
     ):
         yield

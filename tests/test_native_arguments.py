@@ -84,13 +84,13 @@ def test_in_place_with_another_row_stride_is_refused():
 
 def test_a_layout_of_another_width_than_the_output_is_refused():
     z, labels, out = torch.zeros(2, 8), torch.zeros(2).long(), torch.full((2, 40), 7.0)
-    shard = dict(logits=(z.data_ptr(), 0, 8), teacher=(0, 0, 0), labels=labels.data_ptr(), rows=2, valid_columns=8)
-    shard |= dict(vocab_start=0, ignore_index=IGNORE, residuals=[(1.0, 0.0)], out=out.data_ptr(), num_threads=1)
+    logits, teacher, rows, columns, start, threads = (z.data_ptr(), 0, 8), (0, 0, 0), 2, 8, 0, 1
+    shard = (logits, teacher, labels.data_ptr(), rows, columns, start, IGNORE, [(1.0, 0.0)])
     for layout, width in (((True, 3, True, True), 12), ((False, -1, False, False), 6)):
         with pytest.raises(ValueError, match=f"columns, got {width}"):
-            _C.cpu_partial_statistics(**shard, layout=layout, width=width)
+            _C.cpu_partial_statistics(*shard, layout, width, out.data_ptr(), threads)
     assert (out == 7).all()
-    _C.cpu_partial_statistics(**shard, layout=(True, 3, True, True), width=13)
+    _C.cpu_partial_statistics(*shard, (True, 3, True, True), 13, out.data_ptr(), threads)
     assert (out.flatten()[:26] != 7).all() and (out.flatten()[26:] == 7).all()
 
 

@@ -96,9 +96,8 @@ def partial_statistics(
     """
     shard = _shard(logits, teacher_logits, labels, request.residuals, vocab_start, valid_columns, ignore_index)
     out = torch.empty(logits.shape[0], request.width, dtype=torch.float32, device=logits.device)
-    _function("partial_statistics", logits)(
-        **shard, layout=_layout(request), width=request.width, out=out.data_ptr(), **_execution(logits)
-    )
+    function = _function("partial_statistics", logits)
+    function(*shard, _layout(request), request.width, out.data_ptr(), *_execution(logits))
     if request.top_k and _kernels_for(logits) == "cuda":
         end = request.width - request.residual_width * len(request.residuals)
         write_top_k(logits[:, :valid_columns], labels != ignore_index, out[:, end - request.top_k : end])
@@ -158,14 +157,8 @@ def logit_gradient(
         )
     _check_per_token("maxima", maxima, torch.float32, (1 + len(residuals), rows), logits.device)
     _check_per_token("scales", scales, torch.float32, (2 + len(residuals), rows), logits.device)
-    _function("logit_gradient", logits)(
-        **shard,
-        columns=columns,
-        maxima=maxima.data_ptr(),
-        scales=scales.data_ptr(),
-        out=_matrix(out),
-        **_execution(logits),
-    )
+    function = _function("logit_gradient", logits)
+    function(*shard, columns, maxima.data_ptr(), scales.data_ptr(), _matrix(out), *_execution(logits))
 
 
 def merge(
@@ -191,13 +184,9 @@ def merge(
     # Held by this name while the kernel reads it.
     partials = partials.contiguous()
     _function("merge", partials)(
-        tensors=[partials.data_ptr(), supervised.data_ptr(), out.data_ptr()],
-        wide=_is_wide(partials.dtype),
-        ranks=ranks,
-        rows=rows,
-        layout=_layout(request),
-        residuals=list(residuals),
-        **_execution(partials),
+        *(partials.data_ptr(), supervised.data_ptr(), out.data_ptr()),
+        *(_is_wide(partials.dtype), ranks, rows, _layout(request), residuals),
+        *_execution(partials),
     )
 
 
@@ -230,15 +219,13 @@ def weigh(
     out_loss = torch.empty(tokens, dtype=dtype, device=device)
     maxima = torch.empty(1 + residuals, tokens, dtype=dtype, device=device)
     scales = torch.empty(2 + residuals, tokens, dtype=torch.float64, device=device)
-    tensors = (rows, supervised, loss, out_loss, maxima, scales)
     _function("weigh", rows)(
-        tensors=[tensor.data_ptr() for tensor in tensors],
-        wide=_is_wide(dtype),
-        rows=tokens,
-        layout=_layout(request),
-        masses=[(mass.data_ptr(), 0.0) if isinstance(mass, Tensor) else (0, float(mass)) for mass in masses],
-        guards=[guard.data_ptr() for guard in guards],
-        **_execution(rows),
+        *(rows.data_ptr(), supervised.data_ptr(), loss.data_ptr()),
+        *(out_loss.data_ptr(), maxima.data_ptr(), scales.data_ptr()),
+        *(_is_wide(dtype), tokens, _layout(request)),
+        [(mass.data_ptr(), 0.0) if isinstance(mass, Tensor) else (0, float(mass)) for mass in masses],
+        [guard.data_ptr() for guard in guards],
+        *_execution(rows),
     )
     return out_loss, maxima, scales
 
@@ -259,13 +246,9 @@ def chain(scales: Tensor, upstream: Tensor) -> Tensor:
         raise ValueError(f"scales must have adjacent columns, got strides {scales.stride()}: call .contiguous()")
     out = torch.empty(count, rows, dtype=upstream.dtype, device=scales.device)
     _function("chain", scales)(
-        tensors=[scales.data_ptr(), upstream.data_ptr(), out.data_ptr()],
-        wide=wide,
-        count=count,
-        stride=scales.stride(0),
-        rows=rows,
-        upstream_stride=upstream.stride(0),
-        **_execution(scales),
+        *(scales.data_ptr(), upstream.data_ptr(), out.data_ptr()),
+        *(wide, count, scales.stride(0), rows, upstream.stride(0)),
+        *_execution(scales),
     )
     return out
 
@@ -298,8 +281,8 @@ def _shard(
     vocab_start: int,
     valid_columns: int,
     ignore_index: int,
-) -> dict:
-    """The checked arguments that both kernels share."""
+) -> tuple:
+    """The checked arguments that both kernels share, in their order."""
     if len(residuals) > MAX_RESIDUALS:
         raise ValueError(f"the native kernels take at most {MAX_RESIDUALS} residuals, got {len(residuals)}")
     _check_matrix("logits", logits, logits)
@@ -319,16 +302,7 @@ def _shard(
             raise ValueError(f"residuals {residuals} read teacher_logits: expected a tensor, got None")
         _check_matrix("teacher_logits", teacher_logits, logits)
         teacher = _matrix(teacher_logits)
-    return dict(
-        logits=_matrix(logits),
-        teacher=teacher,
-        labels=labels.data_ptr(),
-        rows=rows,
-        valid_columns=valid_columns,
-        vocab_start=vocab_start,
-        ignore_index=ignore_index,
-        residuals=list(residuals),
-    )
+    return _matrix(logits), teacher, labels.data_ptr(), rows, valid_columns, vocab_start, ignore_index, residuals
 
 
 def _check_matrix(name: str, matrix: Tensor, logits: Tensor) -> None:
@@ -360,7 +334,9 @@ def _function(name: str, tensor: Tensor):
     return function
 
 
-def _execution(logits: Tensor) -> dict:
-    if logits.device.type == "cpu":
-        return dict(num_threads=torch.get_num_threads())
-    return dict(device=logits.device.index, stream=torch.cuda.current_stream(logits.device).cuda_stream)
+def _execution(tensor: Tensor) -> tuple[int, ...]:
+    """The last arguments of a kernel: the number of threads; the device and its stream."""
+    device = tensor.device
+    if device.type == "cpu":
+        return (torch.get_num_threads(),)
+    return device.index, torch.cuda.current_stream(device).cuda_stream

@@ -111,7 +111,7 @@ def merge(
     residuals: Sequence[tuple[float, float, float]],
     out: Tensor,
 ) -> None:
-    """Write the statistics over the whole vocabulary, see TokenStatistics.of, into the first rows of ``out``.
+    """Write the statistics over the whole vocabulary, see TokenStatistics, into the first rows of ``out``.
 
     partials: ``[T, N, request.width]``, in rank order. residuals: (a, b) as the kernels rounded them, and the factor
     that turns the maximum of u into that of the exact coefficients.
@@ -193,7 +193,7 @@ def weigh(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """An objective's loss and masses per token, made ready for the gradient; 0 where not supervised.
 
-    rows: of TokenStatistics.of, whose last three this fills in. loss, masses, guards: float64 ``[N]``; a mass may be
+    rows: of TokenStatistics, whose last three this fills in. loss, masses, guards: float64 ``[N]``; a mass may be
     one number for all tokens. A NaN among the guards, in log p(y) or in a residual's mean logit reaches the loss.
 
     Returns the loss ``[N]`` and, of z and each residual's u, the maxima ``[1 + R, N]``, in dtype; and the scales of
@@ -207,7 +207,7 @@ def weigh(
             value = torch.full_like(rows[0], value)
         return value.masked_fill(ignored, 0.0)
 
-    stats = TokenStatistics.of(rows, supervised, request)
+    stats = TokenStatistics(rows, supervised, request)
     masses = [per_token(mass) for mass in residual_masses]
     label_mass, residual_mass = per_token(label_mass), sum(masses[1:], masses[0]) if masses else per_token(0.0)
     total = label_mass + residual_mass

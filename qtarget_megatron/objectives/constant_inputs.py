@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from qtarget_megatron.objectives.registry import Objective
-from qtarget_megatron.statistics import TokenStatistics
+from qtarget_megatron.statistics import StatisticsRequest, TokenStatistics
 
 
 def multiple_of_sft(objective: Objective, inputs: Mapping[str, float]) -> float | None:
@@ -31,13 +31,11 @@ def _drawn(top_k: int) -> TokenStatistics:
     z = 3 * torch.randn(64, top_k + 5, generator=generator, dtype=torch.float64)
     log_p = z.log_softmax(-1)
     maximum = z.amax(-1)
-    return TokenStatistics(
-        supervised=torch.ones(len(z), dtype=torch.bool),
-        max=maximum,
-        sum_exp=(z - maximum[:, None]).exp().sum(-1),
-        log_p=log_p[:, 0],
-        p=log_p[:, 0].exp(),
-        entropy=-(log_p.exp() * log_p).sum(-1),
-        collision=log_p.exp().square().sum(-1),
-        top_logits=z.topk(top_k).values,
+    rows = (
+        *(maximum, (z - maximum[:, None]).exp().sum(-1)),
+        *(log_p[:, 0], log_p[:, 0].exp(), -(log_p.exp() * log_p).sum(-1)),
+        log_p.exp().square().sum(-1),
+        *torch.zeros(3, len(z), dtype=torch.float64),
     )
+    request = StatisticsRequest(collision=True, top_k=top_k)
+    return TokenStatistics(torch.stack(rows), torch.ones(len(z), dtype=torch.bool), request, z.topk(top_k).values)
