@@ -202,6 +202,11 @@ PYBIND11_MODULE(_C, module) {
     define(module, "cpu_merge", merge_args, qtarget::cpu_merge);
     define(module, "cpu_weigh", weigh_args, qtarget::cpu_weigh);
     define(module, "cpu_chain", chain_args, qtarget::cpu_chain);
+    module.def("cpu_supervised", [](Address labels, int64_t count, int64_t vocab_size,
+                                    int64_t ignore_index, Address out) {
+        return qtarget::cpu_supervised(pointer<const int64_t>(labels), count, vocab_size,
+                                       ignore_index, pointer<bool>(out));
+    });
 #if defined(QTARGET_WITH_CUDA)
     define(module, "cuda_partial_statistics", statistics_args, qtarget::cuda_partial_statistics);
     define(module, "cuda_logit_gradient", gradient_args, qtarget::cuda_logit_gradient);

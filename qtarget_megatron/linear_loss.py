@@ -32,9 +32,9 @@ from qtarget_megatron.sparse_teacher import (
 )
 from qtarget_megatron.statistics import TokenStatistics
 from qtarget_megatron.token_loss import (
-    check_labels,
     evaluate,
     flat_inputs,
+    supervised_tokens,
     true_vocab_size,
     vocabulary_shard,
 )
@@ -121,13 +121,13 @@ def qtarget_linear_cross_entropy(
         hidden = hidden * logit_scale
     local_vocab = weight.shape[0]
     vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
-    check_labels(labels, vocab_size, ignore_index)
-    supervised = labels != ignore_index
+    kernel = kernels.select(backend, hidden)
+    supervised = supervised_tokens(kernel, labels, vocab_size, ignore_index)
     inputs = flat_inputs(objective, token_inputs, labels, supervised)
     rows = _kept_rows(supervised.reshape(-1), num_supervised)
 
     spec = _Spec(
-        backend=kernels.select(backend, hidden),
+        backend=kernel,
         objective=objective,
         inputs={name: values[rows] for name, values in inputs.items()},
         group=group,

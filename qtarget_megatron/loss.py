@@ -23,7 +23,7 @@ from qtarget_megatron.sparse_teacher import (
     partial_statistics,
 )
 from qtarget_megatron.statistics import TokenStatistics
-from qtarget_megatron.token_loss import check_labels, evaluate, flat_inputs, true_vocab_size, vocabulary_shard
+from qtarget_megatron.token_loss import evaluate, flat_inputs, supervised_tokens, true_vocab_size, vocabulary_shard
 
 
 def qtarget_cross_entropy(
@@ -80,8 +80,8 @@ def qtarget_cross_entropy(
     """
     local_vocab = _check_shapes(logits, labels, teacher_logits, sparse_teacher, objective)
     vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
-    check_labels(labels, vocab_size, ignore_index)
-    supervised = labels != ignore_index
+    kernel = kernels.select(backend, logits)
+    supervised = supervised_tokens(kernel, labels, vocab_size, ignore_index)
     inputs = flat_inputs(objective, token_inputs, labels, supervised)
 
     flat_teacher: Teacher = None
@@ -93,7 +93,7 @@ def qtarget_cross_entropy(
             else _unit_stride(teacher_logits.detach().reshape(-1, local_vocab))
         )
     spec = _Spec(
-        backend=kernels.select(backend, logits),
+        backend=kernel,
         objective=objective,
         inputs=inputs,
         supervised=supervised.reshape(-1),

@@ -81,23 +81,19 @@ def evaluate(
     return loss, TokenGradient(maxima, scales)
 
 
-def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """ValueError for a label outside of the vocabulary; on the CPU only, elsewhere the check would wait."""
-    if labels.device.type != "cpu":
-        return
-    if labels.numel() == 0:
-        return
-    # Mostly all are in range, or the lowest is ignore_index.
-    lowest, highest = (bound.item() for bound in labels.aminmax())
-    if 0 <= lowest and highest < vocab_size:
-        return
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
-    if wrong.any():
-        first = int(wrong.reshape(-1).nonzero()[0])
+def supervised_tokens(kernel: ModuleType, labels: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    """[...] bool, which labels are not ignore_index. ValueError on the CPU for one outside of the vocabulary; elsewhere
+    the check would wait.
+
+    kernel: a backend's module.
+    """
+    found, wrong = kernel.supervised(labels.contiguous(), vocab_size=vocab_size, ignore_index=ignore_index)
+    if wrong >= 0:
         raise ValueError(
             f"labels must be in 0..{vocab_size - 1} or ignore_index={ignore_index}, got "
-            f"{int(labels.reshape(-1)[first])} at flat position {first}: check the tokenizer and the padding"
+            f"{int(labels.reshape(-1)[wrong])} at flat position {wrong}: check the tokenizer and the padding"
         )
+    return found
 
 
 def true_vocab_size(vocab_size: int | None, local_vocab: int, world_size: int) -> int:

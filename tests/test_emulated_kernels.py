@@ -189,12 +189,7 @@ def test_an_address_that_is_not_aligned_is_an_error(emulated):
     partials, supervised, out = torch.zeros(2, 4), torch.ones(1, dtype=torch.bool), torch.zeros(5, 1).double()
     with pytest.raises(RuntimeError, match="token_math.h:.* misaligned address"):
         emulated.cuda_merge(
-            tensors=[partials.data_ptr() + 2, supervised.data_ptr(), out.data_ptr()],
-            wide=False,
-            ranks=1,
-            rows=1,
-            layout=(False, 0, False, False),
-            residuals=[],
-            device=0,
-            stream=0,
+            *(partials.data_ptr() + 2, supervised.data_ptr(), out.data_ptr()),
+            *(False, 1, 1, (False, 0, False, False), []),
+            *(0, 0),
         )

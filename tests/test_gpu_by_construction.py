@@ -252,12 +252,10 @@ def noted(function, calls):
 
 
 def count_forward(function):
-    """Torch's operations and calls of native kernels of a forward pass, but those that check labels on the CPU."""
+    """Torch's operations and calls of native kernels of a forward pass."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (loss, linear_loss):
-            patch.setattr(module, "check_labels", lambda *arguments: None)
-        for name in ("partial_statistics", "merge", "weigh"):
+        for name in ("supervised", "partial_statistics", "merge", "weigh"):
             patch.setattr(native, name, noted(getattr(native, name), calls))
         with Count() as counted:
             function()

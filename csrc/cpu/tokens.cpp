@@ -38,4 +38,14 @@ void cpu_chain(const ChainArgs& args, int num_threads) {
     }
 }
 
+int64_t cpu_supervised(const int64_t* labels, int64_t count, int64_t vocab_size,
+                       int64_t ignore_index, bool* out) {
+    int64_t wrong = -1;
+    for (int64_t row = count - 1; row >= 0; --row) {
+        out[row] = labels[row] != ignore_index;
+        if (out[row] && (labels[row] < 0 || labels[row] >= vocab_size)) wrong = row;
+    }
+    return wrong;
+}
+
 }  // namespace qtarget

@@ -161,6 +161,15 @@ def logit_gradient(
     function(*shard, columns, maxima.data_ptr(), scales.data_ptr(), _matrix(out), *_execution(logits))
 
 
+def supervised(labels: Tensor, *, vocab_size: int, ignore_index: int) -> tuple[Tensor, int]:
+    """As reference.supervised, for contiguous labels; -1 on the GPU, where the position would have to be waited for."""
+    if _kernels_for(labels) != "cpu":
+        return labels != ignore_index, -1
+    out = torch.empty(labels.shape, dtype=torch.bool)
+    wrong = extension().cpu_supervised(labels.data_ptr(), labels.numel(), vocab_size, ignore_index, out.data_ptr())
+    return out, wrong
+
+
 def merge(
     partials: Tensor,
     supervised: Tensor,

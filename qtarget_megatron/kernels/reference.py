@@ -103,6 +103,16 @@ def logit_gradient(
     out[:, valid_columns:] = 0
 
 
+def supervised(labels: Tensor, *, vocab_size: int, ignore_index: int) -> tuple[Tensor, int]:
+    """Which labels are not ignore_index, in their shape, and the flat position of the first of these that is not in
+    0..vocab_size - 1: -1 where there is none, and on a GPU, which would have to be waited for."""
+    found = labels != ignore_index
+    if labels.device.type != "cpu":
+        return found, -1
+    wrong = (found & ((labels < 0) | (labels >= vocab_size))).reshape(-1).nonzero()
+    return found, int(wrong[0]) if len(wrong) else -1
+
+
 def merge(
     partials: Tensor,
     supervised: Tensor,

@@ -274,4 +274,7 @@ void cpu_weigh(const WeighArgs&, int) {
 void cpu_chain(const ChainArgs&, int) {
     no_cpu();
 }
+int64_t cpu_supervised(const int64_t*, int64_t, int64_t, int64_t, bool*) {
+    no_cpu();
+}
 }  // namespace qtarget
