@@ -45,7 +45,8 @@ def work(tmp_path):
         ("training:finetune", {"layers": "apex"}, "Apex's fused_weight_gradient_mlp_cuda is not installed"),
         ("training:convert", {"family": "llama2"}, "Transformer Engine is not installed"),
         ("training:context_parallel", {}, "Transformer Engine is not installed"),
-        ("training:overlap", {}, "it needs 2 GPUs"),
+        ("training:with_and_without", {"flags": [], "gpus": 2}, "it needs 2 GPUs"),
+        ("training:with_and_without", {"flags": [], "engine": True}, "Transformer Engine is not installed"),
         ("training:fp8", {}, "Transformer Engine is not installed"),
         ("checks:sanitizer", {"tool": "memcheck"}, "compute-sanitizer is neither in CUDA_HOME/bin nor on PATH"),
     ],
@@ -207,6 +208,23 @@ def test_curves_are_read_and_compared(work, monkeypatch):
     )
     with pytest.raises(Failed, match="grad norm is off by 2.0e-01, 1e-03 allowed"):
         training.beside(curves, curves | {"grad norm": [1.5, 1.5625]}, bounds)
+
+
+def test_flags_are_tried_beside_a_run_without(work, monkeypatch):
+    started = []
+
+    def train(self, shape, words, size):
+        started.append((words, size))
+        off = 2.0 if "--rough" in words else 1.0
+        return {"lm loss": [off], "grad norm": [off]}
+
+    monkeypatch.setattr(Work, "train", train)
+    (line,) = training.with_and_without(work, ["--flag"], plain=["--plain"], tied=True)
+    assert line.startswith("losses 1.000000; beside a run without: lm loss off by 0.0e+00")
+    assert started == [(["--objective", "sft", "--bf16", "--plain", *more], 1) for more in ([], ["--flag"])]
+    assert json.loads((work.folder / "student/config.json").read_text())["tie_word_embeddings"]
+    with pytest.raises(Failed, match=r"lm loss is off by 1.0e\+00"):
+        training.with_and_without(work, ["--rough"])
 
 
 def test_commands_go_to_the_log_and_end_at_the_limit(work):

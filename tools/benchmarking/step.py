@@ -141,8 +141,11 @@ def launch(
     )
 
 
-def write(shape: Shape, folder: Path) -> None:
-    """student, teacher and train.jsonl: Llama models of random weights, and words at random, one token each."""
+def write(shape: Shape, folder: Path, *, tied: bool = False) -> None:
+    """student, teacher and train.jsonl: Llama models of random weights, and words at random, one token each.
+
+    tied: the output layer is the embedding.
+    """
     import torch
     import transformers
 
@@ -155,6 +158,7 @@ def write(shape: Shape, folder: Path) -> None:
             num_hidden_layers=shape.layers,
             num_attention_heads=4,
             max_position_embeddings=shape.seq_length,
+            tie_word_embeddings=tied,
         )
         transformers.LlamaForCausalLM(config).float().save_pretrained(folder / name)
         known = write_tokenizer(folder / name, shape.vocabulary)

@@ -60,6 +60,36 @@ STEPS: tuple[Step, ...] = (
         for name in FAMILIES
     ),
     _training("context-parallel", "context parallelism of 2 with a live teacher", "context_parallel"),
-    _training("overlap", "--overlap-grad-reduce, --overlap-param-gather", "overlap"),
+    *(
+        _training(
+            f"overlap-{'tied' if tied else 'untied'}",
+            f"--overlap-grad-reduce, --overlap-param-gather, {'tied' if tied else 'untied'} output layer",
+            "with_and_without",
+            flags=["--overlap-grad-reduce", "--overlap-param-gather"],
+            plain=["--use-distributed-optimizer"],
+            gpus=2,
+            tied=tied,
+        )
+        for tied in (False, True)
+    ),
+    _training(
+        "tp-comm-overlap",
+        "--tp-comm-overlap",
+        "with_and_without",
+        flags=["--tp-comm-overlap"],
+        plain=["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+        gpus=2,
+        engine=True,
+    ),
+    *(
+        _training(
+            f"graphs-{name}",
+            f"--cuda-graph-impl {implementation}",
+            "with_and_without",
+            flags=["--cuda-graph-impl", implementation],
+            engine=engine,
+        )
+        for name, implementation, engine in (("local", "local", False), ("te", "transformer_engine", True))
+    ),
     _training("fp8", "--fp8-format hybrid", "fp8"),
 )

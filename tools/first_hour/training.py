@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools.benchmarking import step
@@ -144,13 +145,19 @@ def context_parallel(work: Work) -> list[str]:
     return [_in_words(work.train(SHAPE, words, 2))]
 
 
-def overlap(work: Work) -> list[str]:
-    work.needs_gpus(2)
-    words = ["--objective", "sft", "--bf16", "--use-distributed-optimizer"]
-    step.write(SHAPE, work.folder)
-    plain = work.train(SHAPE, words, 2)
-    curves = work.train(SHAPE, [*words, "--overlap-grad-reduce", "--overlap-param-gather"], 2)
-    return [f"{_in_words(curves)}; beside a run without the overlap: {beside(curves, plain, BOUNDS['bfloat16'])}"]
+def with_and_without(
+    work: Work, flags: list[str], *, plain: Sequence[str] = (), gpus: int = 1, engine: bool = False, tied: bool = False
+) -> list[str]:
+    """Trained with flags and without. plain: what both have; gpus, engine: what they need; tied: the model's output
+    layer and its embedding are one."""
+    work.needs_gpus(gpus)
+    if engine:
+        work.needs_engine()
+    words = ["--objective", "sft", "--bf16", *plain]
+    step.write(SHAPE, work.folder, tied=tied)
+    without = work.train(SHAPE, words, gpus)
+    curves = work.train(SHAPE, [*words, *flags], gpus)
+    return [f"{_in_words(curves)}; beside a run without: {beside(curves, without, BOUNDS['bfloat16'])}"]
 
 
 def fp8(work: Work) -> list[str]:
