@@ -1,6 +1,7 @@
 """qtarget_linear_cross_entropy: the same loss as from logits, which never exist as a whole."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from launching import run_ranks
 from loss_definitions import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qtarget_megatron import objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
+from qtarget_megatron import linear_loss, objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
 
 ROWS, VOCAB, WIDTH, TEACHER_WIDTH = 24, 211, 16, 11
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -208,6 +209,29 @@ def test_a_shared_embedding_gets_zeros_beside_main_grad():
     weight.main_grad, weight.zero_out_wgrad = torch.zeros(weight.shape), True
     qtarget_linear_cross_entropy(hidden, weight, labels, objective=objectives.sft()).sum().backward()
     assert (weight.grad == 0).all() and weight.main_grad.abs().sum() > 0
+
+
+def test_the_logits_of_a_chunk_are_gone_before_autograd_gets_a_tensor_of_the_weight_s_size(monkeypatch):
+    """So that it takes their memory: it is as large as they are, and nobody reads it where main_grad has the sum."""
+    hidden, weight, labels, *_ = draw()
+    weight = torch.nn.Parameter(weight)
+    weight.main_grad = torch.zeros(weight.shape)
+    storages, alive = [], []
+    of, finish = linear_loss._Logits.of, linear_loss._WeightGradient.finish
+
+    def noted(self, *arguments):
+        logits, teacher = of(self, *arguments)
+        storages.append(weakref.ref(logits.untyped_storage()))
+        return logits, teacher
+
+    def looked(self):
+        alive.append([storage for storage in storages if storage() is not None])
+        return finish(self)
+
+    monkeypatch.setattr(linear_loss._Logits, "of", noted)
+    monkeypatch.setattr(linear_loss._WeightGradient, "finish", looked)
+    qtarget_linear_cross_entropy(hidden, weight, labels, objective=objectives.sft(), chunk_size=5).sum().backward()
+    assert len(storages) > 4 and alive == [[]]
 
 
 def test_main_grad_of_16_bits_gets_a_sum_made_in_float32():
