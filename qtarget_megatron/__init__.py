@@ -15,10 +15,10 @@ else:
     from qtarget_megatron import objectives
     from qtarget_megatron._version import __version__
     from qtarget_megatron.inspection import induced_target, target_distribution
-    from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
-    from qtarget_megatron.loss import qtarget_cross_entropy
+    from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
+    from qtarget_megatron.loss.linear_cross_entropy import qtarget_linear_cross_entropy
+    from qtarget_megatron.loss.sparse_teacher import SparseTeacher
     from qtarget_megatron.objectives import Objective
-    from qtarget_megatron.sparse_teacher import SparseTeacher
     from qtarget_megatron.statistics import TokenStatistics
 
 __all__ = [

@@ -31,6 +31,7 @@ from qtarget_megatron.checkpoint import (
 )
 from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import JsonlFile
+from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron import cpu_platform, ending, launch, outputs, start, wheel_repairs
 from qtarget_megatron.megatron.arguments import (
     add_arguments,
@@ -59,7 +60,6 @@ from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.megatron.watchdog import Watchdog
 from qtarget_megatron.resumable import file_digest
-from qtarget_megatron.sparse_teacher import check_residuals
 from qtarget_megatron.teacher_cache import TeacherCache
 from qtarget_megatron.verification import try_evaluate
 

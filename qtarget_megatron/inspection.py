@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtarget_megatron.loss import qtarget_cross_entropy
+from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
 from qtarget_megatron.objectives import Objective
 
 # Below this trust a token counts as hardly trained on in the comparison of objectives.

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron import collectives, objectives
-from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
-from qtarget_megatron.loss import qtarget_cross_entropy
+from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
+from qtarget_megatron.loss.linear_cross_entropy import qtarget_linear_cross_entropy
+from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.objectives import Objective
-from qtarget_megatron.sparse_teacher import SparseTeacher
 
 KEPT = 16  # entries of the sparse teacher
 # |logit| / scale <= hidden, which bfloat16 holds exactly up to 2^8.

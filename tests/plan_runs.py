@@ -206,9 +206,9 @@ def _hidden_states(*, hidden_states, **unused):
 
 
 def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
+    from qtarget_megatron.loss.sparse_teacher import SparseTeacher
     from qtarget_megatron.megatron.output_head import OutputHead
     from qtarget_megatron.megatron.step import LossContext, LossSettings, output_processor
-    from qtarget_megatron.sparse_teacher import SparseTeacher
     from tools.benchmarking.measure import Subject, memory
 
     ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1

@@ -13,12 +13,14 @@ from launching import run_ranks
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qtarget_megatron import collectives, linear_loss, loss, objectives
+from qtarget_megatron import collectives, objectives
 from qtarget_megatron import qtarget_cross_entropy as cross_entropy
 from qtarget_megatron import qtarget_linear_cross_entropy as linear_cross_entropy
 from qtarget_megatron.kernels import native
+from qtarget_megatron.loss import cross_entropy as of_logits
+from qtarget_megatron.loss import linear_cross_entropy as of_hidden_states
+from qtarget_megatron.loss.sparse_teacher import TAIL_RULES, SparseTeacher
 from qtarget_megatron.objectives import example
-from qtarget_megatron.sparse_teacher import TAIL_RULES, SparseTeacher
 
 GPU = torch.device("cuda", 0)
 OBJECTIVES = {name: example(name) for name in objectives.names()} | {
@@ -93,8 +95,8 @@ def gpu(ranks, capturing):
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
         patch.setattr(FakeTensor, "data_ptr", lambda tensor: 16, raising=False)
-        patch.setattr(linear_loss, "_adds_up_wide", lambda device, dtype: True)
-        for function in (loss._QTargetCrossEntropy, linear_loss._QTargetLinearCrossEntropy):
+        patch.setattr(of_hidden_states, "_adds_up_wide", lambda device, dtype: True)
+        for function in (of_logits._QTargetCrossEntropy, of_hidden_states._QTargetLinearCrossEntropy):
             patch.setattr(function, "apply", without_autograd(function))
         if ranks > 1:
             patch.setattr(collectives, "size", lambda group: ranks)

@@ -10,7 +10,8 @@ from launching import run_ranks
 from loss_definitions import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qtarget_megatron import linear_loss, objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
+from qtarget_megatron import objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
+from qtarget_megatron.loss import linear_cross_entropy
 
 ROWS, VOCAB, WIDTH, TEACHER_WIDTH = 24, 211, 16, 11
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -217,7 +218,7 @@ def test_the_logits_of_a_chunk_are_gone_before_autograd_gets_a_tensor_of_the_wei
     weight = torch.nn.Parameter(weight)
     weight.main_grad = torch.zeros(weight.shape)
     storages, alive = [], []
-    of, finish = linear_loss._Logits.of, linear_loss._WeightGradient.finish
+    of, finish = linear_cross_entropy._Logits.of, linear_cross_entropy._WeightGradient.finish
 
     def noted(self, *arguments):
         logits, teacher = of(self, *arguments)
@@ -228,8 +229,8 @@ def test_the_logits_of_a_chunk_are_gone_before_autograd_gets_a_tensor_of_the_wei
         alive.append([storage for storage in storages if storage() is not None])
         return finish(self)
 
-    monkeypatch.setattr(linear_loss._Logits, "of", noted)
-    monkeypatch.setattr(linear_loss._WeightGradient, "finish", looked)
+    monkeypatch.setattr(linear_cross_entropy._Logits, "of", noted)
+    monkeypatch.setattr(linear_cross_entropy._WeightGradient, "finish", looked)
     qtarget_linear_cross_entropy(hidden, weight, labels, objective=objectives.sft(), chunk_size=5).sum().backward()
     assert len(storages) > 4 and alive == [[]]
 

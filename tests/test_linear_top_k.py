@@ -6,7 +6,7 @@ import pytest
 import torch
 from launching import run_ranks
 
-from qtarget_megatron.linear_top_k import TopTokens, linear_top_k
+from qtarget_megatron.loss.linear_top_k import TopTokens, linear_top_k
 
 V = 37
 

@@ -13,10 +13,10 @@ import torch
 from qtarget_megatron import kernels, objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.kernels import BACKENDS
-from qtarget_megatron.linear_loss import AUTO
+from qtarget_megatron.loss.linear_cross_entropy import AUTO
+from qtarget_megatron.loss.sparse_teacher import TAIL_RULES
 from qtarget_megatron.megatron.shape import layer_flags
 from qtarget_megatron.planning import division_problems, expert_problems, stage_problems
-from qtarget_megatron.sparse_teacher import TAIL_RULES
 
 ON_NAN = ("stop", "skip")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")

@@ -13,7 +13,7 @@ from torch import Tensor
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.collectives import gather_sequence
 from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, compare_tokenizers, writes_date
-from qtarget_megatron.linear_top_k import TopTokens, linear_top_k
+from qtarget_megatron.loss.linear_top_k import TopTokens, linear_top_k
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.commands import is_first_rank, on_first_rank, print_once
 from qtarget_megatron.megatron.convert import load_model_tokenizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from qtarget_megatron import objectives, planning
 from qtarget_megatron.checkpoint import CORRECTION, Architecture, hf_tensor_shapes
-from qtarget_megatron.linear_loss import tokens_at_a_time
+from qtarget_megatron.loss.linear_cross_entropy import tokens_at_a_time
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.arguments import (
     add_arguments,

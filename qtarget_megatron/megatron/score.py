@@ -16,7 +16,7 @@ from torch import Tensor
 from qtarget_megatron import objectives
 from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, writes_date
-from qtarget_megatron.linear_loss import qtarget_linear_cross_entropy
+from qtarget_megatron.loss.linear_cross_entropy import qtarget_linear_cross_entropy
 from qtarget_megatron.megatron import cpu_platform, launch
 from qtarget_megatron.megatron.commands import is_first_rank, on_first_rank, print_once
 from qtarget_megatron.megatron.convert import load_model_tokenizer

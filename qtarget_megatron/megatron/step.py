@@ -14,15 +14,15 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from qtarget_megatron.data import IGNORE_INDEX
-from qtarget_megatron.linear_loss import AUTO, qtarget_linear_cross_entropy
-from qtarget_megatron.loss import qtarget_cross_entropy
+from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
+from qtarget_megatron.loss.linear_cross_entropy import AUTO, qtarget_linear_cross_entropy
+from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.megatron.batches import Batches
 from qtarget_megatron.megatron.loss_check import LossCheck
 from qtarget_megatron.megatron.output_head import OutputHead, check_head, logit_scale
 from qtarget_megatron.megatron.teacher_cost import TeacherCost
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.side_inputs import batch_key
-from qtarget_megatron.sparse_teacher import SparseTeacher
 from qtarget_megatron.statistics import TokenStatistics
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
-from qtarget_megatron.objectives import Objective
-from qtarget_megatron.sparse_teacher import (
+from qtarget_megatron.loss.per_token import evaluate, flat_inputs, supervised_tokens, true_vocab_size, vocabulary_shard
+from qtarget_megatron.loss.sparse_teacher import (
     SparseTeacher,
     Teacher,
     check_residuals,
@@ -22,8 +22,8 @@ from qtarget_megatron.sparse_teacher import (
     merge_parts,
     partial_statistics,
 )
+from qtarget_megatron.objectives import Objective
 from qtarget_megatron.statistics import TokenStatistics
-from qtarget_megatron.token_loss import evaluate, flat_inputs, supervised_tokens, true_vocab_size, vocabulary_shard
 
 
 def qtarget_cross_entropy(

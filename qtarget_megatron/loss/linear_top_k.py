@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
+from qtarget_megatron.loss.per_token import true_vocab_size, vocabulary_shard
 from qtarget_megatron.statistics import StatisticsRequest, merge
-from qtarget_megatron.token_loss import true_vocab_size, vocabulary_shard
 
 # Bits of a key that hold the id.
 _ID_BITS = 24

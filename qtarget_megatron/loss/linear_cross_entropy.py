@@ -20,24 +20,24 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
-from qtarget_megatron.loss import check_second_model, refuse_second_derivative
-from qtarget_megatron.objectives import Objective
-from qtarget_megatron.objectives.registry import in_range
-from qtarget_megatron.sparse_teacher import (
-    SparseTeacher,
-    Teacher,
-    logit_gradient,
-    merge_parts,
-    partial_statistics,
-)
-from qtarget_megatron.statistics import TokenStatistics
-from qtarget_megatron.token_loss import (
+from qtarget_megatron.loss.cross_entropy import check_second_model, refuse_second_derivative
+from qtarget_megatron.loss.per_token import (
     evaluate,
     flat_inputs,
     supervised_tokens,
     true_vocab_size,
     vocabulary_shard,
 )
+from qtarget_megatron.loss.sparse_teacher import (
+    SparseTeacher,
+    Teacher,
+    logit_gradient,
+    merge_parts,
+    partial_statistics,
+)
+from qtarget_megatron.objectives import Objective
+from qtarget_megatron.objectives.registry import in_range
+from qtarget_megatron.statistics import TokenStatistics
 
 AUTO = "auto"
 # Tokens of a chunk by default. On a GPU the gradient of the weight is read and written once a chunk, which is to be
