@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -34,8 +36,6 @@ import torch
 from torch import Tensor
 
 MAX_RESIDUALS = 2
-_BASE_WIDTH = 4
-_RESIDUAL_WIDTH = 3
 _MERGED_BASE, _MERGED_RESIDUAL = 5, 4
 _TOTALS = 3
 
@@ -49,6 +49,51 @@ def kernel_coefficients(residuals: Residuals, dtype: torch.dtype) -> Residuals:
         return residuals
     # Without a tensor: it would be made of whatever mode torch is in, and kept.
     return tuple(tuple(ctypes.c_float(coefficient).value for coefficient in pair) for pair in residuals)
+
+
+@dataclass(frozen=True)
+class ResidualColumns:
+    """Where a residual's numbers stand in a partial: m_u, s_u, x_u, and h_u and t_y where they are requested.
+
+    sums: s_u, x_u and h_u, which move with the maximum. rest: all but the maximum.
+    """
+
+    max: int
+    sum_exp: int
+    cross: int
+    centred: int | None
+    label_logit: int | None
+    sums: slice
+    rest: slice
+
+    @classmethod
+    def next(cls, count: Iterator[int], request: StatisticsRequest) -> ResidualColumns:
+        maximum, sum_exp, cross = next(count), next(count), next(count)
+        centred = next(count) if request.residual_entropy else None
+        label_logit = next(count) if request.residual_label else None
+        last_sum = cross if centred is None else centred
+        last = last_sum if label_logit is None else label_logit
+        return cls(
+            maximum, sum_exp, cross, centred, label_logit, slice(sum_exp, last_sum + 1), slice(sum_exp, last + 1)
+        )
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where each number stands in a partial: m, s, e, z_y, c and the largest logits, then each residual's.
+
+    base: s, e, z_y and c: what is of the logits but their maximum and the largest ones.
+    """
+
+    max: int
+    sum_exp: int
+    centred: int
+    label_logit: int
+    collision: int | None
+    base: slice
+    top: slice
+    residuals: tuple[ResidualColumns, ...]
+    width: int
 
 
 @dataclass(frozen=True)
@@ -77,14 +122,22 @@ class StatisticsRequest:
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
             raise ValueError(f"top_k must be a whole number of logits, 0 or more, got {self.top_k!r}")
 
-    @property
-    def residual_width(self) -> int:
-        return _RESIDUAL_WIDTH + self.residual_entropy + self.residual_label
+    @functools.cached_property
+    def columns(self) -> Columns:
+        """Where they stand in a partial."""
+        count = itertools.count()
+        maximum, sum_exp, centred, label_logit = (next(count) for _ in range(4))
+        collision = next(count) if self.collision else None
+        largest = next(count)
+        count = itertools.count(largest + self.top_k)
+        residuals = tuple(ResidualColumns.next(count, self) for _ in self.residuals)
+        base, top = slice(sum_exp, largest), slice(largest, largest + self.top_k)
+        return Columns(maximum, sum_exp, centred, label_logit, collision, base, top, residuals, next(count))
 
     @property
     def width(self) -> int:
         """Numbers per token and rank that travel in the one collective (float32 each)."""
-        return _BASE_WIDTH + self.collision + self.top_k + self.residual_width * len(self.residuals)
+        return self.columns.width
 
     @property
     def merged_rows(self) -> int:
@@ -291,8 +344,7 @@ def merge(
     kernel.merge(partials, supervised, request=request, residuals=_rounded(request.residuals, coefficients), out=rows)
     top_logits = None
     if request.top_k:
-        first = _BASE_WIDTH + request.collision
-        top_logits = partials[..., first : first + request.top_k].double().transpose(0, 1).flatten(1)
+        top_logits = partials[..., request.columns.top].double().transpose(0, 1).flatten(1)
         if len(partials) > 1:
             top_logits = top_logits.topk(request.top_k, dim=-1).values
     return TokenStatistics(rows, supervised, request, top_logits)

@@ -33,12 +33,14 @@ ALLOWED = {
     "loss": set(),
     "loss.per_token": {"objectives", "statistics"},
     "loss.sparse_teacher": {"statistics", "kernels"},
+    "loss.second_model": {"objectives", "statistics", "kernels", "loss.sparse_teacher"},
     "loss.cross_entropy": {
         "objectives", "statistics", "kernels", "collectives", "loss.per_token", "loss.sparse_teacher",
+        "loss.second_model",
     },
     "loss.linear_cross_entropy": {
         "objectives", "statistics", "kernels", "collectives", "loss.per_token", "loss.sparse_teacher",
-        "loss.cross_entropy",
+        "loss.second_model",
     },
     "loss.linear_top_k": {"statistics", "kernels", "collectives", "loss.per_token"},
     "inspection": {"objectives", "statistics", "loss.cross_entropy"},

@@ -99,8 +99,7 @@ def partial_statistics(
     function = _function("partial_statistics", logits)
     function(*shard, _layout(request), request.width, out.data_ptr(), *_execution(logits))
     if request.top_k and _kernels_for(logits) == "cuda":
-        end = request.width - request.residual_width * len(request.residuals)
-        write_top_k(logits[:, :valid_columns], labels != ignore_index, out[:, end - request.top_k : end])
+        write_top_k(logits[:, :valid_columns], labels != ignore_index, out[:, request.columns.top])
     return out
 
 

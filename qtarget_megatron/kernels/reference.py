@@ -126,8 +126,8 @@ def merge(
     partials: ``[T, N, request.width]``, in rank order. residuals: (a, b) as the kernels rounded them, and the factor
     that turns the maximum of u into that of the exact coefficients.
     """
-    columns = iter(partials.double().unbind(-1))
-    m, s, e, z_y = (next(columns) for _ in range(4))
+    columns, values = request.columns, partials.double().unbind(-1)
+    m, s, e = values[columns.max], values[columns.sum_exp], values[columns.centred]
     ignored = ~supervised
     shift = _Shift(m)
     # e is centred on the local maximum; centre it on the global one.
@@ -135,23 +135,21 @@ def merge(
     sum_exp = sum_exp.masked_fill(ignored, 1.0)
     log_sum = sum_exp.log()
     # Subtracting the maximum first keeps the precision of the label logit at large offsets.
-    label_logit = z_y.sum(0)
+    label_logit = values[columns.label_logit].sum(0)
     log_p = (label_logit - shift.max) - log_sum
     rows = [shift.max, sum_exp, log_p, log_p.exp().masked_fill(ignored, 0.0), log_sum - centred / sum_exp]
     if request.collision:
-        (collision,) = shift.totals(next(columns), power=2)
+        (collision,) = shift.totals(values[columns.collision], power=2)
         rows.append(collision / sum_exp**2)
-    for _ in range(request.top_k):
-        next(columns)
-    for a, b, rounding in residuals:
-        m_u, s_u, x_u = (next(columns) for _ in range(3))
+    for (a, b, rounding), of_residual in zip(residuals, columns.residuals, strict=True):
+        m_u, s_u, x_u = values[of_residual.max], values[of_residual.sum_exp], values[of_residual.cross]
         shift_u = _Shift(m_u)
         sums = [s_u, x_u]
         if len(partials) > 1:
             # A shard whose logits are all -inf but which carries residual mass makes the mean -inf, as it should.
             sums[1] = x_u + (m - shift.max).masked_fill(s_u == 0, 0.0) * s_u
         if request.residual_entropy:
-            sums.append(shift_u.recentred(next(columns), s_u))
+            sums.append(shift_u.recentred(values[of_residual.centred], s_u))
         sum_exp_u, cross, *centred_u = shift_u.totals(*sums)
         sum_exp_u = sum_exp_u.masked_fill(ignored, 1.0)
         log_sum_u = sum_exp_u.log()
@@ -159,7 +157,7 @@ def merge(
         if request.residual_entropy:
             rows.append(log_sum_u - centred_u[0] / sum_exp_u)
         if request.residual_label:
-            of_label = residual_logits(label_logit, next(columns).sum(0), a, b)
+            of_label = residual_logits(label_logit, values[of_residual.label_logit].sum(0), a, b)
             rows.append((of_label - shift_u.max) - log_sum_u)
     torch.stack(rows, out=out[: len(rows)])
 

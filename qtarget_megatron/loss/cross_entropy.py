@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
-from qtarget_megatron.loss.per_token import evaluate, flat_inputs, supervised_tokens, true_vocab_size, vocabulary_shard
-from qtarget_megatron.loss.sparse_teacher import (
-    SparseTeacher,
-    Teacher,
-    check_residuals,
-    logit_gradient,
-    merge_parts,
-    partial_statistics,
+from qtarget_megatron.loss import second_model
+from qtarget_megatron.loss.per_token import (
+    evaluate,
+    flat_inputs,
+    refuse_second_derivative,
+    supervised_tokens,
+    true_vocab_size,
+    vocabulary_shard,
 )
+from qtarget_megatron.loss.second_model import SecondModel, TeacherLogits
+from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.statistics import TokenStatistics
 
@@ -84,20 +86,12 @@ def qtarget_cross_entropy(
     supervised = supervised_tokens(kernel, labels, vocab_size, ignore_index)
     inputs = flat_inputs(objective, token_inputs, labels, supervised)
 
-    flat_teacher: Teacher = None
-    if objective.needs_teacher:
-        everyone = slice(None)
-        flat_teacher = (
-            sparse_teacher.rows(everyone)
-            if sparse_teacher is not None
-            else _unit_stride(teacher_logits.detach().reshape(-1, local_vocab))
-        )
     spec = _Spec(
         backend=kernel,
         objective=objective,
         inputs=inputs,
         supervised=supervised.reshape(-1),
-        teacher=flat_teacher,
+        second=second_model.of_rows(objective, teacher_logits, sparse_teacher),
         vocab_size=vocab_size,
         group=group,
         shard=vocabulary_shard(collectives.rank(group), local_vocab, vocab_size, ignore_index),
@@ -122,10 +116,10 @@ class _Spec:
     objective: Objective
     inputs: Mapping[str, Tensor]
     supervised: Tensor
-    teacher: Teacher
+    second: SecondModel
     vocab_size: int
     group: collectives.Group
-    shard: dict
+    shard: dict[str, int]
     inplace: bool
     statistics: TokenStatistics | None = None
 
@@ -133,16 +127,15 @@ class _Spec:
 class _QTargetCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, spec):
-        logits = _unit_stride(logits)
+        logits = second_model.unit_stride(logits)
         labels = labels.contiguous()
-        request = spec.objective.request
-        partials = partial_statistics(spec.backend, logits, spec.teacher, labels, request=request, **spec.shard)
-        spec.statistics, ctx.shift = merge_parts(
+        request, second = spec.objective.request, spec.second
+        partials = second.partial_statistics(spec.backend, logits, labels, request=request, shard=spec.shard)
+        spec.statistics, ctx.shift = second.merge(
             spec.backend,
             collectives.gather_partials(partials, spec.group),
             labels,
             spec.supervised,
-            spec.teacher,
             request=request,
             vocab_size=spec.vocab_size,
         )
@@ -150,7 +143,7 @@ class _QTargetCrossEntropy(torch.autograd.Function):
         loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)
         ctx.spec, ctx.consumed = spec, False
         # Saved, so that autograd notices a teacher that was overwritten in between.
-        ctx.save_for_backward(logits, labels, spec.teacher if isinstance(spec.teacher, Tensor) else None)
+        ctx.save_for_backward(logits, labels, second.logits if isinstance(second, TeacherLogits) else None)
         return loss
 
     @staticmethod
@@ -164,16 +157,16 @@ class _QTargetCrossEntropy(torch.autograd.Function):
                     "overwritten: use inplace=False with retain_graph=True"
                 )
             ctx.consumed = True
-        logits, labels, dense_teacher = ctx.saved_tensors
+        logits, labels, teacher_logits = ctx.saved_tensors
+        second = spec.second if teacher_logits is None else TeacherLogits(teacher_logits)
         out = logits if spec.inplace else torch.empty_like(logits)
-        logit_gradient(
+        second.logit_gradient(
             spec.backend,
             logits.detach(),
-            spec.teacher if dense_teacher is None else dense_teacher,
             labels,
             residuals=spec.objective.residuals,
             shift=ctx.shift,
-            **spec.shard,
+            shard=spec.shard,
             **ctx.token_gradient.kernel_arguments(spec.backend, grad_loss),
             out=out.detach(),
         )
@@ -181,34 +174,6 @@ class _QTargetCrossEntropy(torch.autograd.Function):
             # The native kernels write behind autograd's back: whoever saved the logits too must hear of it.
             torch.autograd.graph.increment_version(out)
         return out, None, None
-
-
-def check_second_model(
-    objective: Objective, labels: Tensor, dense: Mapping[str, Tensor | None], sparse_teacher: SparseTeacher | None
-) -> None:
-    """ValueError unless an objective that needs a second model has it in exactly one form, of a dtype that is served.
-    dense: arguments by name."""
-    if sparse_teacher is not None and any(value is not None for value in dense.values()):
-        raise ValueError(f"the second model is either {' and '.join(dense)} or sparse_teacher, got both: drop one")
-    if not objective.needs_teacher:
-        return
-    if sparse_teacher is None and any(value is None for value in dense.values()):
-        raise ValueError(f"objective {objective} needs a second model: pass {' and '.join(dense)}, or sparse_teacher")
-    if sparse_teacher is not None:
-        sparse_teacher.check_fits(labels)
-        check_residuals(objective.residuals, sparse_teacher.rule)
-        return
-    for name, value in dense.items():
-        kernels.check_dtype(name, value.dtype)
-
-
-def refuse_second_derivative(name: str) -> None:
-    """Raise RuntimeError in a backward that is recorded itself."""
-    # once_differentiable would not do: it lets create_graph=True pass where the upstream gradient is a constant.
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name} has no second derivative, its targets are detached: run backward without create_graph=True"
-        )
 
 
 def _check_shapes(
@@ -227,16 +192,6 @@ def _check_shapes(
             f"logits must be [..., V_local] with labels [...], got logits {list(logits.shape)} and labels "
             f"{list(labels.shape)}"
         )
-    check_second_model(objective, labels, {"teacher_logits": teacher_logits}, sparse_teacher)
-    if teacher_logits is not None:
-        if teacher_logits.shape != logits.shape:
-            raise ValueError(
-                f"teacher_logits must be sharded like logits {list(logits.shape)}, got {list(teacher_logits.shape)}"
-            )
-        if teacher_logits.device != logits.device:
-            raise ValueError(f"teacher_logits must be on {logits.device} like the logits, got {teacher_logits.device}")
+    second_model.check(objective, labels, {"teacher_logits": teacher_logits}, sparse_teacher)
+    second_model.check_logits(teacher_logits, logits)
     return logits.shape[-1]
-
-
-def _unit_stride(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()

@@ -20,21 +20,17 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
-from qtarget_megatron.loss.cross_entropy import check_second_model, refuse_second_derivative
+from qtarget_megatron.loss import second_model
 from qtarget_megatron.loss.per_token import (
     evaluate,
     flat_inputs,
+    refuse_second_derivative,
     supervised_tokens,
     true_vocab_size,
     vocabulary_shard,
 )
-from qtarget_megatron.loss.sparse_teacher import (
-    SparseTeacher,
-    Teacher,
-    logit_gradient,
-    merge_parts,
-    partial_statistics,
-)
+from qtarget_megatron.loss.second_model import KeptEntries, SecondModel, TeacherLogits
+from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.objectives.registry import in_range
 from qtarget_megatron.statistics import TokenStatistics
@@ -111,7 +107,7 @@ def qtarget_linear_cross_entropy(
         if objective.needs_teacher and None not in (teacher_hidden, teacher_weight):
             teacher_hidden, teacher_weight = teacher_hidden.to(dtype), teacher_weight.to(dtype)
     given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
-    check_second_model(objective, labels, given, sparse_teacher)
+    second_model.check(objective, labels, given, sparse_teacher)
     chunk_size = tokens_at_a_time(chunk_size, device)
     if not objective.needs_teacher:
         teacher_hidden = teacher_weight = sparse_teacher = None
@@ -131,7 +127,7 @@ def qtarget_linear_cross_entropy(
         objective=objective,
         inputs={name: values[rows] for name, values in inputs.items()},
         group=group,
-        sparse_teacher=None if sparse_teacher is None else sparse_teacher.rows(rows),
+        kept_entries=None if sparse_teacher is None else KeptEntries(sparse_teacher.rows(rows)),
         vocab_size=vocab_size,
         teacher_columns=None
         if teacher_vocab_size is None
@@ -164,7 +160,7 @@ class _Spec:
     objective: Objective
     inputs: Mapping[str, Tensor]
     group: collectives.Group
-    sparse_teacher: SparseTeacher | None
+    kept_entries: KeptEntries | None
     vocab_size: int
     teacher_columns: int | None
     shard: dict
@@ -180,9 +176,9 @@ class _Spec:
         return whole.reshape(-1, hidden.shape[-1])[self.rows]
 
     @property
-    def overwrites_logits(self) -> bool:
-        """Whether the statistics take the kept entries out of the student's logits."""
-        return self.sparse_teacher is not None and self.sparse_teacher.rule == "student"
+    def second(self) -> SecondModel:
+        """What merges its statistics: the kept entries of all supervised tokens, or nothing."""
+        return second_model.NO_SECOND_MODEL if self.kept_entries is None else self.kept_entries
 
     def chunks(self) -> list[slice]:
         starts = range(0, len(self.rows), self.chunk_size)
@@ -198,7 +194,7 @@ class _Logits:
 
     def of(
         self, chunk: slice, kept: Tensor, weight: Tensor, taught: Tensor | None, teacher_weight: Tensor | None
-    ) -> tuple[Tensor, Teacher]:
+    ) -> tuple[Tensor, SecondModel]:
         """Of the student, and the second model at these tokens. kept, taught: hidden states [n, H] of both."""
         spec = self._spec
         if self._student is None:
@@ -214,7 +210,7 @@ class _Logits:
                 if spec.teacher_columns is not None:
                     teacher[:, spec.teacher_columns :] = -torch.inf
             self._there = chunk
-        return logits, teacher if spec.sparse_teacher is None else spec.sparse_teacher.rows(chunk)
+        return logits, TeacherLogits(teacher) if spec.kept_entries is None else spec.kept_entries.rows(chunk)
 
     def spoil(self) -> None:
         """What is there is overwritten: the next of() makes it anew."""
@@ -232,30 +228,24 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, spec):
         kept = spec.select(hidden)
         taught = None if teacher_hidden is None else spec.select(teacher_hidden)
-        request = spec.objective.request
+        request, whole = spec.objective.request, spec.second
         work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # Without a supervised token there is no chunk.
-        width = request.width if spec.sparse_teacher is None else 2 * request.width
-        partials = [torch.empty(0, width, dtype=work, device=hidden.device)] if len(labels) == 0 else []
+        partials = [torch.empty(0, whole.width(request), dtype=work, device=hidden.device)] if len(labels) == 0 else []
         logits = _Logits(spec)
         for chunk in spec.chunks():
-            part = partial_statistics(
-                spec.backend,
-                *logits.of(chunk, kept, weight.detach(), taught, teacher_weight),
-                labels[chunk],
-                request=request,
-                **spec.shard,
-                scratch=True,
+            student, second = logits.of(chunk, kept, weight.detach(), taught, teacher_weight)
+            part = second.partial_statistics(
+                spec.backend, student, labels[chunk], request=request, shard=spec.shard, scratch=True
             )
             partials.append(part)
-            if spec.overwrites_logits:
+            if second.overwrites_logits:
                 logits.spoil()
-        spec.statistics, ctx.shift = merge_parts(
+        spec.statistics, ctx.shift = whole.merge(
             spec.backend,
             collectives.gather_partials(partials[0] if len(partials) == 1 else torch.cat(partials), spec.group),
             labels,
             labels != spec.shard["ignore_index"],
-            spec.sparse_teacher,
             request=request,
             vocab_size=spec.vocab_size,
         )
@@ -278,16 +268,15 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         weight_sum = _WeightGradient(ctx.weight) if wants_weight else None
         # From the last one, whose logits are still there.
         for chunk in reversed(spec.chunks()):
-            gradient, teacher = logits.of(chunk, kept, weight, taught, teacher_weight)
+            gradient, second = logits.of(chunk, kept, weight, taught, teacher_weight)
             logits.spoil()
-            logit_gradient(
+            second.logit_gradient(
                 spec.backend,
                 gradient,
-                teacher,
                 labels[chunk],
                 residuals=spec.objective.residuals,
                 shift=None if ctx.shift is None else ctx.shift[:, chunk],
-                **spec.shard,
+                shard=spec.shard,
                 **ctx.token_gradient.rows(chunk).kernel_arguments(spec.backend, upstream[chunk]),
                 out=gradient,
             )
@@ -295,7 +284,7 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
                 torch.mm(gradient, weight, out=kept_gradient[chunk])
             if wants_weight:
                 weight_sum.add(gradient, kept[chunk])
-        gradient = teacher = None
+        gradient = second = None
         logits.release()
         hidden_gradient = _whole_gradient(kept_gradient, spec, ctx.hidden_shape) if wants_hidden else None
         return hidden_gradient, weight_sum.finish() if wants_weight else None, None, None, None, None

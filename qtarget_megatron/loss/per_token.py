@@ -137,3 +137,12 @@ def flat_inputs(
             check_token_input(name, value[supervised])
         inputs[name] = value.reshape(-1).double()
     return inputs
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raise RuntimeError in a backward that is recorded itself."""
+    # once_differentiable would not do: it lets create_graph=True pass where the upstream gradient is a constant.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} has no second derivative, its targets are detached: run backward without create_graph=True"
+        )

@@ -19,6 +19,7 @@ in total variation. So the token's loss is off by at most c T (max z - min z), a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -26,10 +27,16 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron.kernels import DTYPES, reference
-from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, kernel_coefficients, merge
+from qtarget_megatron.statistics import (
+    ResidualColumns,
+    Residuals,
+    StatisticsRequest,
+    TokenStatistics,
+    kernel_coefficients,
+    merge,
+)
 
 TAIL_RULES = ("uniform", "student", "drop")
-_BASE = 4  # m, s, e, z_y
 # Rows whose logits are copied at a time, where the caller's must stay as they are.
 _COPIED_ROWS = 256
 
@@ -92,52 +99,44 @@ def check_residuals(residuals: Residuals, rule: str) -> None:
         raise ValueError("a sparse teacher with the tail rule 'student' serves no uniform residual: use 'uniform'")
 
 
-Teacher = Tensor | SparseTeacher | None
-
-
 def partial_statistics(
-    backend: ModuleType,
+    kernel: ModuleType,
     logits: Tensor,
-    teacher: Teacher,
+    teacher: SparseTeacher,
     labels: Tensor,
     *,
     request: StatisticsRequest,
-    vocab_start: int,
-    valid_columns: int,
-    ignore_index: int,
+    shard: Mapping[str, int],
     scratch: bool = False,
 ) -> Tensor:
-    """The kernels' partial_statistics for any second model: logits, none, or a sparse one of these N rows.
+    """``[N, 2 * request.width]`` of these N rows: the tail's part, then the kept entries'.
 
-    With a sparse one ``[N, 2 * request.width]``: the tail's part, then the kept entries'. scratch: the logits may be
-    overwritten.
+    kernel: a backend's module. shard: of per_token.vocabulary_shard. scratch: the logits may be overwritten.
     """
-    shard = dict(vocab_start=vocab_start, valid_columns=valid_columns, ignore_index=ignore_index)
-    if not isinstance(teacher, SparseTeacher):
-        return backend.partial_statistics(logits, teacher, labels, request=request, **shard)
-    kept = _Kept.of(logits, teacher, vocab_start, valid_columns)
+    kept = _Kept.of(logits, teacher, shard)
     dense_request = dataclasses.replace(request, residuals=_dense_residuals(request.residuals, teacher.rule))
+    columns = request.columns
     masked = teacher.rule == "student"
     if not masked:
-        dense = backend.partial_statistics(logits, None, labels, request=dense_request, **shard)
+        dense = kernel.partial_statistics(logits, None, labels, request=dense_request, **shard)
     else:
         parts, step = [], max(len(labels), 1) if scratch else _COPIED_ROWS
         for start in range(0, max(len(labels), 1), step):
             rows = slice(start, start + step)
             piece = logits[rows] if scratch else logits[rows].clone()
             kept.write(torch.full_like(kept.logits[rows], -torch.inf), piece, rows)
-            parts.append(backend.partial_statistics(piece, None, labels[rows], request=dense_request, **shard))
+            parts.append(kernel.partial_statistics(piece, None, labels[rows], request=dense_request, **shard))
         dense = torch.cat(parts)
-        dense[:, 3] = kept.label_logit(dense[:, 3], labels)
+        dense[:, columns.label_logit] = kept.label_logit(dense[:, columns.label_logit], labels)
 
-    top = _kept_statistics(kept, labels, request, ignore_index, whole_base=masked)
+    top = _kept_statistics(kept, labels, request, shard["ignore_index"], whole_base=masked)
     coefficients = kernel_coefficients(request.residuals, dense.dtype)
-    for index, column in _teacher_columns(request):
+    for index, residual in _reading_teacher(request):
         if teacher.rule == "drop":
-            dense[:, column] = -torch.inf
-            dense[:, column + 1 : column + request.residual_width] = 0
+            dense[:, residual.max] = -torch.inf
+            dense[:, residual.rest] = 0
         elif teacher.rule == "uniform":
-            _take_out(dense, column, request, coefficients[index][0], kept)
+            _take_out(dense, request, index, coefficients[index][0], kept)
     return torch.cat([dense, top.to(dense.dtype)], dim=-1)
 
 
@@ -146,68 +145,58 @@ def merge_parts(
     partials: Tensor,
     labels: Tensor,
     supervised: Tensor,
-    teacher: Teacher,
+    teacher: SparseTeacher,
     *,
     request: StatisticsRequest,
     vocab_size: int,
-) -> tuple[TokenStatistics, Tensor | None]:
-    """Merge the gathered partials of all ranks: statistics, and the sparse teacher's constant ``[R, N]``.
+) -> tuple[TokenStatistics, Tensor]:
+    """Merge the gathered partials of all ranks: statistics, and the tail's constant ``[R, N]``.
 
     The constant is what the exponent of each residual has besides a' z outside of the kept entries; 0 for a residual
     that reads no teacher.
     """
-    if not isinstance(teacher, SparseTeacher):
-        return merge(kernel, partials, supervised, request), None
     dense, top = partials.double().split(request.width, dim=-1)
-    dense = dense.clone()
+    dense, columns = dense.clone(), request.columns
     shift = torch.zeros(len(request.residuals), *supervised.shape, dtype=torch.float64, device=partials.device)
-    tail = _log_tail(dense, teacher, vocab_size)
+    tail = _log_tail(dense, teacher, request, vocab_size)
     in_tail = ~(teacher.ids == labels[:, None]).any(-1)
     coefficients = kernel_coefficients(request.residuals, partials.dtype)
     of_tail = kernel_coefficients(_dense_residuals(request.residuals, teacher.rule), partials.dtype)
-    z_max, of_label = dense[..., 0].amax(0), tail
+    z_max, of_label = dense[..., columns.max].amax(0), tail
     if teacher.rule == "drop":
         of_label = torch.full_like(tail, -torch.inf)
     elif teacher.rule == "student":
-        of_label = tail + dense[..., 3].sum(0)
-    for index, column in _teacher_columns(request):
+        of_label = tail + dense[..., columns.label_logit].sum(0)
+    for index, residual in _reading_teacher(request):
         a, b = coefficients[index]
         constant = b * tail
         if teacher.rule == "student":
             # Rounded, a and b do not add up to the coefficient that the tail was given.
             constant = constant + (a + b - of_tail[index][0]) * z_max.masked_fill(~z_max.isfinite(), 0)
         shift[index] = constant.masked_fill(~supervised, 0)
-        _add_constant(dense, column, request, shift[index], partials.dtype)
-        if request.residual_label:
+        _add_constant(dense, residual, shift[index], partials.dtype)
+        if residual.label_logit is not None:
             # Of a label outside of the kept entries, on the first of the shards over which it is added up.
-            dense[0, :, column + request.residual_width - 1] = of_label.masked_fill(~in_tail, 0)
+            dense[0, :, residual.label_logit] = of_label.masked_fill(~in_tail, 0)
     parts = torch.stack([dense, top], dim=1).flatten(0, 1)
     return merge(kernel, parts, supervised, request, coefficients), shift
 
 
 def logit_gradient(
-    backend: ModuleType,
+    kernel: ModuleType,
     logits: Tensor,
-    teacher: Teacher,
+    teacher: SparseTeacher,
     labels: Tensor,
     *,
     residuals: Residuals,
-    shift: Tensor | None,
-    vocab_start: int,
-    valid_columns: int,
-    ignore_index: int,
+    shift: Tensor,
+    shard: Mapping[str, int],
     maxima: Tensor,
     scales: Tensor,
     out: Tensor,
 ) -> None:
-    """The kernels' logit_gradient for any second model of these rows; shift: the constant from merge_parts."""
-    shard = dict(vocab_start=vocab_start, valid_columns=valid_columns, ignore_index=ignore_index)
-    if not isinstance(teacher, SparseTeacher):
-        backend.logit_gradient(
-            logits, teacher, labels, residuals=residuals, **shard, maxima=maxima, scales=scales, out=out
-        )
-        return
-    kept = _Kept.of(logits, teacher, vocab_start, valid_columns)
+    """As the kernels' logit_gradient. shift: the constant from merge_parts."""
+    kept = _Kept.of(logits, teacher, shard)
     dense_maxima, dense_scales = maxima.clone(), scales.clone()
     centre = maxima[1:].double() - shift
     dense_maxima[1:] = centre
@@ -216,7 +205,7 @@ def logit_gradient(
         for index, (_, b) in enumerate(residuals):
             if b != 0:
                 dense_scales[2 + index] = 0
-    backend.logit_gradient(
+    kernel.logit_gradient(
         logits,
         None,
         labels,
@@ -234,7 +223,7 @@ def logit_gradient(
         weight = (u - maximum[:, None]).to(gradient.dtype).exp()
         gradient -= (weight * mass[:, None]).masked_fill(mass[:, None] == 0, 0)
     gradient -= scales[1, :, None].masked_fill(kept.ids != labels[:, None], 0)
-    active = (labels != ignore_index) & (scales != 0).any(0)
+    active = (labels != shard["ignore_index"]) & (scales != 0).any(0)
     kept.write(gradient.masked_fill(~active[:, None], 0), out)
 
 
@@ -255,9 +244,9 @@ class _Kept:
     log_p: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, teacher: SparseTeacher, vocab_start: int, valid_columns: int) -> _Kept:
-        local = teacher.ids - vocab_start
-        here = (teacher.ids >= 0) & (local >= 0) & (local < valid_columns)
+    def of(cls, logits: Tensor, teacher: SparseTeacher, shard: Mapping[str, int]) -> _Kept:
+        local = teacher.ids - shard["vocab_start"]
+        here = (teacher.ids >= 0) & (local >= 0) & (local < shard["valid_columns"])
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
         if here.shape[1] == 0:
             first = here.new_zeros(len(here), 0, dtype=torch.int64)
@@ -295,14 +284,9 @@ def _dense_residuals(residuals: Residuals, rule: str) -> Residuals:
     return tuple((a, b) if b == 0 else dense[rule](a, b) for a, b in residuals)
 
 
-def _residual_columns(request: StatisticsRequest):
-    first = request.width - request.residual_width * len(request.residuals)
-    return [(index, first + request.residual_width * index) for index in range(len(request.residuals))]
-
-
-def _teacher_columns(request: StatisticsRequest):
-    """Index and first column of each residual that reads the teacher."""
-    return [(index, column) for index, column in _residual_columns(request) if request.residuals[index][1] != 0]
+def _reading_teacher(request: StatisticsRequest) -> list[tuple[int, ResidualColumns]]:
+    """Index and columns of each residual that reads the teacher."""
+    return [(index, request.columns.residuals[index]) for index, (_, b) in enumerate(request.residuals) if b != 0]
 
 
 def _moved(sums: Tensor, change: Tensor) -> Tensor:
@@ -310,15 +294,14 @@ def _moved(sums: Tensor, change: Tensor) -> Tensor:
     return (sums * change.masked_fill(~change.isfinite(), 0).exp()).to(sums.dtype)
 
 
-def _add_constant(dense: Tensor, column: int, request: StatisticsRequest, constant: Tensor, dtype: torch.dtype) -> None:
+def _add_constant(dense: Tensor, residual: ResidualColumns, constant: Tensor, dtype: torch.dtype) -> None:
     """Raise a residual's u by a constant; its maximum stays a number of the kernels' dtype: the gradient reads it."""
-    exact = dense[..., column] + constant
-    dense[..., column] = exact.to(dtype).double()
-    change = exact - dense[..., column]
-    if request.residual_entropy:
-        dense[..., column + 3] += dense[..., column + 1] * change.masked_fill(~change.isfinite(), 0)
-    for sums in range(column + 1, column + 3 + request.residual_entropy):
-        dense[..., sums] = _moved(dense[..., sums], change)
+    exact = dense[..., residual.max] + constant
+    dense[..., residual.max] = exact.to(dtype).double()
+    change = exact - dense[..., residual.max]
+    if residual.centred is not None:
+        dense[..., residual.centred] += dense[..., residual.sum_exp] * change.masked_fill(~change.isfinite(), 0)
+    dense[..., residual.sums] = _moved(dense[..., residual.sums], change[..., None])
 
 
 def _kept_statistics(
@@ -343,40 +326,41 @@ def _kept_statistics(
         valid_columns=slots,
         ignore_index=-1,
     )
-    top[:, 3] = 0  # the other part has the label's logit
+    columns = request.columns
+    top[:, columns.label_logit] = 0  # the other part has the label's logit
     if not whole_base:
         # m stays: the residuals' sums are centred on it.
-        first = _BASE + request.collision
-        top[:, 1:first] = 0
-        top[:, first : first + request.top_k] = -torch.inf
-        for index, column in _residual_columns(request):
-            if request.residuals[index][1] == 0:
-                top[:, column] = -torch.inf
-                top[:, column + 1 : column + request.residual_width] = 0
+        top[:, columns.base] = 0
+        top[:, columns.top] = -torch.inf
+        for (_, b), residual in zip(request.residuals, columns.residuals, strict=True):
+            if b == 0:
+                top[:, residual.max] = -torch.inf
+                top[:, residual.rest] = 0
         top = top.masked_fill((labels == ignore_index)[:, None], 0)
     return top
 
 
-def _take_out(dense: Tensor, column: int, request: StatisticsRequest, a: float, kept: _Kept) -> None:
-    """Subtract the kept entries from the sums over a z.
+def _take_out(dense: Tensor, request: StatisticsRequest, index: int, a: float, kept: _Kept) -> None:
+    """Subtract the kept entries from a residual's sums over a z.
 
     Well-conditioned: the tail's constant is not above a kept log_p, so what is subtracted is, in the merged residual,
     not above what the kept entries put in its place.
     """
-    centre, maximum = dense[:, :1], dense[:, column, None]
+    residual = request.columns.residuals[index]
+    centre, maximum = dense[:, request.columns.max, None], dense[:, residual.max, None]
     shifted = (reference.residual_logits(kept.logits, None, a, 0.0) - maximum).to(kept.logits.dtype)
     weight = shifted.exp().masked_fill(~kept.here, 0)
 
     def total(values: Tensor) -> Tensor:
         return (weight * values).masked_fill(weight == 0, 0).sum(-1).to(dense.dtype)
 
-    dense[:, column + 1] = (dense[:, column + 1] - total(torch.ones_like(weight))).clamp_min(0)
-    dense[:, column + 2] -= total(kept.logits - centre)
-    if request.residual_entropy:
-        dense[:, column + 3] -= total(shifted)
+    dense[:, residual.sum_exp] = (dense[:, residual.sum_exp] - total(torch.ones_like(weight))).clamp_min(0)
+    dense[:, residual.cross] -= total(kept.logits - centre)
+    if residual.centred is not None:
+        dense[:, residual.centred] -= total(shifted)
 
 
-def _log_tail(dense: Tensor, teacher: SparseTeacher, vocab_size: int) -> Tensor:
+def _log_tail(dense: Tensor, teacher: SparseTeacher, request: StatisticsRequest, vocab_size: int) -> Tensor:
     """The tail's log-probability of one token, up to what depends on the token: [N] float64."""
     log_mass = teacher.tail.double().log()
     if teacher.rule == "drop":
@@ -384,6 +368,6 @@ def _log_tail(dense: Tensor, teacher: SparseTeacher, vocab_size: int) -> Tensor:
     if teacher.rule == "uniform":
         others = vocab_size - (teacher.ids >= 0).sum(-1)
         return (log_mass - others.clamp_min(1).double().log()).masked_fill(others <= 0, -torch.inf)
-    m, s = dense[..., 0], dense[..., 1]
+    m, s = dense[..., request.columns.max], dense[..., request.columns.sum_exp]
     log_others = torch.logsumexp((m + s.log()).masked_fill(~(s > 0), -torch.inf), dim=0)
     return (log_mass - log_others).masked_fill(log_others == -torch.inf, -torch.inf)

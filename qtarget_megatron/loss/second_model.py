@@ -1,0 +1,182 @@
+"""The second model of an objective, in the form in which it is known: not needed, its logits, or its largest
+probabilities. Each form says how the statistics of a shard, their merge and the gradient of the logits come about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+from torch import Tensor
+
+from qtarget_megatron import kernels
+from qtarget_megatron.loss import sparse_teacher
+from qtarget_megatron.loss.sparse_teacher import SparseTeacher
+from qtarget_megatron.objectives import Objective
+from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, merge
+
+
+class SecondModel(Protocol):
+    """kernel: a backend's module. shard: of per_token.vocabulary_shard. All of the same N rows."""
+
+    def partial_statistics(
+        self,
+        kernel: ModuleType,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        request: StatisticsRequest,
+        shard: Mapping[str, int],
+        scratch: bool = False,
+    ) -> Tensor:
+        """What travels, [N, width(request)]. scratch: the logits may be overwritten, see overwrites_logits."""
+
+    def width(self, request: StatisticsRequest) -> int:
+        """Numbers per token and rank that travel."""
+
+    def merge(
+        self,
+        kernel: ModuleType,
+        partials: Tensor,
+        labels: Tensor,
+        supervised: Tensor,
+        *,
+        request: StatisticsRequest,
+        vocab_size: int,
+    ) -> tuple[TokenStatistics, Tensor | None]:
+        """Of the partials of all ranks [T, N, width]: statistics over the whole vocabulary, and the shift [R, N] of
+        the residuals' exponents that logit_gradient asks for."""
+
+    def logit_gradient(
+        self,
+        kernel: ModuleType,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        residuals: Residuals,
+        shift: Tensor | None,
+        shard: Mapping[str, int],
+        maxima: Tensor,
+        scales: Tensor,
+        out: Tensor,
+    ) -> None:
+        """As the kernels' logit_gradient."""
+
+    @property
+    def overwrites_logits(self) -> bool:
+        """Whether partial_statistics changes logits that are scratch."""
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """logits: [N, V_local], sharded as the student's; None where the objective reads no second model."""
+
+    logits: Tensor | None = None
+
+    overwrites_logits = False
+
+    def partial_statistics(self, kernel, logits, labels, *, request, shard, scratch=False):
+        return kernel.partial_statistics(logits, self.logits, labels, request=request, **shard)
+
+    def width(self, request):
+        return request.width
+
+    def merge(self, kernel, partials, labels, supervised, *, request, vocab_size):
+        return merge(kernel, partials, supervised, request), None
+
+    def logit_gradient(self, kernel, logits, labels, *, residuals, shift, shard, maxima, scales, out):
+        kernel.logit_gradient(
+            logits, self.logits, labels, residuals=residuals, **shard, maxima=maxima, scales=scales, out=out
+        )
+
+
+@dataclass(frozen=True)
+class KeptEntries:
+    """teacher: its largest probabilities, [N, K]; see sparse_teacher."""
+
+    teacher: SparseTeacher
+
+    def rows(self, rows: slice) -> KeptEntries:
+        """Of some of the rows."""
+        return KeptEntries(self.teacher.rows(rows))
+
+    @property
+    def overwrites_logits(self) -> bool:
+        return self.teacher.rule == "student"
+
+    def partial_statistics(self, kernel, logits, labels, *, request, shard, scratch=False):
+        return sparse_teacher.partial_statistics(
+            kernel, logits, self.teacher, labels, request=request, shard=shard, scratch=scratch
+        )
+
+    def width(self, request):
+        return 2 * request.width
+
+    def merge(self, kernel, partials, labels, supervised, *, request, vocab_size):
+        return sparse_teacher.merge_parts(
+            kernel, partials, labels, supervised, self.teacher, request=request, vocab_size=vocab_size
+        )
+
+    def logit_gradient(self, kernel, logits, labels, *, residuals, shift, shard, maxima, scales, out):
+        sparse_teacher.logit_gradient(
+            kernel,
+            logits,
+            self.teacher,
+            labels,
+            residuals=residuals,
+            shift=shift,
+            shard=shard,
+            maxima=maxima,
+            scales=scales,
+            out=out,
+        )
+
+
+def check(objective: Objective, labels: Tensor, dense: Mapping[str, Tensor | None], kept: SparseTeacher | None) -> None:
+    """ValueError unless an objective that needs a second model has it in exactly one form, of a dtype that is served.
+
+    dense: arguments by name.
+    """
+    if kept is not None and any(value is not None for value in dense.values()):
+        raise ValueError(f"the second model is either {' and '.join(dense)} or sparse_teacher, got both: drop one")
+    if not objective.needs_teacher:
+        return
+    if kept is None and any(value is None for value in dense.values()):
+        raise ValueError(f"objective {objective} needs a second model: pass {' and '.join(dense)}, or sparse_teacher")
+    if kept is not None:
+        kept.check_fits(labels)
+        sparse_teacher.check_residuals(objective.residuals, kept.rule)
+        return
+    for name, value in dense.items():
+        kernels.check_dtype(name, value.dtype)
+
+
+def check_logits(teacher_logits: Tensor | None, logits: Tensor) -> None:
+    """ValueError for logits of a second model that do not lie as the student's."""
+    if teacher_logits is None:
+        return
+    if teacher_logits.shape != logits.shape:
+        raise ValueError(
+            f"teacher_logits must be sharded like logits {list(logits.shape)}, got {list(teacher_logits.shape)}"
+        )
+    if teacher_logits.device != logits.device:
+        raise ValueError(f"teacher_logits must be on {logits.device} like the logits, got {teacher_logits.device}")
+
+
+def unit_stride(matrix: Tensor) -> Tensor:
+    """With adjacent columns, as the kernels read a matrix."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+
+
+def of_rows(objective: Objective, teacher_logits: Tensor | None, kept: SparseTeacher | None) -> SecondModel:
+    """What an objective reads of what is given, flattened to rows; see check()."""
+    if not objective.needs_teacher:
+        return NO_SECOND_MODEL
+    if kept is not None:
+        return KeptEntries(kept.rows(slice(None)))
+    return TeacherLogits(unit_stride(teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])))
+
+
+NO_SECOND_MODEL = TeacherLogits()
