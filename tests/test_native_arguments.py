@@ -57,7 +57,7 @@ def call(**changes):
             r"teacher_logits must have shape \(2, 8\), got \(2, 7\)",
         ),
         (dict(teacher_logits=torch.zeros(2, 8).double()), "teacher_logits must be float32"),
-        (dict(labels=torch.zeros(2).int()), "labels must be int64"),
+        (dict(labels=torch.zeros(2).int()), r"labels must be torch\.int64"),
         (dict(labels=torch.zeros(3).long()), r"shape \(2,\)"),
         (dict(labels=torch.zeros(4).long()[::2]), "labels must be contiguous"),
         (dict(valid_columns=9), r"valid_columns must be in 0\.\.8"),

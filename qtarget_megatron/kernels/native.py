@@ -245,7 +245,7 @@ def chain(scales: Tensor, upstream: Tensor) -> Tensor:
     """
     count, rows = scales.shape
     wide = _is_wide(upstream.dtype)
-    if scales.dtype != torch.float64 or upstream.shape != (rows,) or upstream.device != scales.device:
+    if scales.dtype is not torch.float64 or upstream.shape != (rows,) or upstream.device != scales.device:
         raise ValueError(
             f"scales must be float64 [count, N] and upstream [N] on the same device, got {scales.dtype} "
             f"{list(scales.shape)} on {scales.device} and {list(upstream.shape)} on {upstream.device}"
@@ -262,9 +262,11 @@ def chain(scales: Tensor, upstream: Tensor) -> Tensor:
 
 
 def _is_wide(dtype: torch.dtype) -> bool:
-    if dtype not in (torch.float32, torch.float64):
+    if dtype is torch.float32:
+        return False
+    if dtype is not torch.float64:
         raise ValueError(f"partials, losses and maxima are float32 or float64, got {dtype}")
-    return dtype == torch.float64
+    return True
 
 
 def _layout(request: StatisticsRequest) -> tuple[bool, int, bool, bool]:
@@ -293,19 +295,17 @@ def _shard(
     """The checked arguments that both kernels share, in their order."""
     if len(residuals) > MAX_RESIDUALS:
         raise ValueError(f"the native kernels take at most {MAX_RESIDUALS} residuals, got {len(residuals)}")
+    if logits.dim() != 2:
+        raise ValueError(f"logits must have shape [N, V_local], got {tuple(logits.shape)}")
+    if logits.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"logits must be on cpu or cuda, got {logits.device}")
     _check_matrix("logits", logits, logits)
     rows, columns = logits.shape
     if not 0 <= valid_columns <= columns:
         raise ValueError(f"valid_columns must be in 0..{columns} (the columns of logits), got {valid_columns}")
-    if labels.dtype != torch.int64 or labels.shape != (rows,) or labels.device != logits.device:
-        raise ValueError(
-            f"labels must be int64 of shape ({rows},) on {logits.device}, "
-            f"got {labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
-        )
-    if not labels.is_contiguous():
-        raise ValueError(f"labels must be contiguous, got stride {labels.stride(0)}: call .contiguous()")
+    _check_per_token("labels", labels, torch.int64, (rows,), logits.device)
     teacher = _NO_MATRIX
-    if any(b != 0 for _, b in residuals):
+    if residuals and any(b != 0 for _, b in residuals):
         if teacher_logits is None:
             raise ValueError(f"residuals {residuals} read teacher_logits: expected a tensor, got None")
         _check_matrix("teacher_logits", teacher_logits, logits)
@@ -316,13 +316,12 @@ def _shard(
 def _check_matrix(name: str, matrix: Tensor, logits: Tensor) -> None:
     if matrix.dtype not in _DTYPE_CODES:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {matrix.dtype}: use backend='reference'")
-    if matrix.device.type not in ("cpu", "cuda") or matrix.device != logits.device:
-        expected = logits.device if logits.device.type in ("cpu", "cuda") else "cpu or cuda"
-        raise ValueError(f"{name} must be on {expected}, got {matrix.device}")
-    if matrix.dim() != 2 or matrix.shape != logits.shape:
-        expected = tuple(logits.shape) if logits.dim() == 2 else "[N, V_local]"
-        raise ValueError(f"{name} must have shape {expected}, got {tuple(matrix.shape)}")
-    if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+    if matrix is not logits:
+        if matrix.device != logits.device:
+            raise ValueError(f"{name} must be on {logits.device}, got {matrix.device}")
+        if matrix.shape != logits.shape:
+            raise ValueError(f"{name} must have shape {tuple(logits.shape)}, got {tuple(matrix.shape)}")
+    if matrix.stride(1) != 1 and matrix.shape[1] > 1:
         raise ValueError(f"{name} must have adjacent columns, got column stride {matrix.stride(1)}: call .contiguous()")
 
 
