@@ -1,7 +1,7 @@
 """Supervised fine-tuning on Megatron-Core with designed target distributions.
 
 The loss and everything else that needs no Megatron is imported from here; qtarget_megatron.megatron plugs it into
-Megatron's training loop, and ``python -m qtarget_megatron.finetune`` runs it.
+Megatron's training loop, and ``qtarget finetune`` runs it.
 """
 
 from pathlib import Path

@@ -57,7 +57,7 @@ SYNONYMS = {
     ("ddp-timeout",): ("--distributed-timeout-minutes",),
 }
 _OWN_HELP = "--help lists the flags"
-_ALL_HELP = "--help lists this program's flags, python -m qtarget_megatron.finetune --help-megatron Megatron's"
+_ALL_HELP = "--help lists this program's flags, qtarget finetune --help-megatron Megatron's"
 # argparse's words.
 _UNKNOWN, _MISSING = "unrecognized arguments: ", "the following arguments are required: "
 

@@ -79,10 +79,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(argv: list[str]) -> None:
-    """Check everything that can be checked, then train, then export. ValueError for bad input."""
+def command_line() -> Parser:
+    """The parser of its own flags; Megatron's are not among them."""
     parser = Parser(
-        prog="python -m qtarget_megatron.finetune",
+        prog="qtarget finetune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -90,6 +90,13 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
     parser.add_argument("--help-megatron", action="store_true", help="list Megatron's flags")
     parser.add_argument("--help-objectives", action="store_true", help="list the objectives with their formulas")
+    add_arguments(parser)
+    return parser
+
+
+def run(argv: list[str]) -> None:
+    """Check everything that can be checked, then train, then export. ValueError for bad input."""
+    parser = command_line()
     if "--help-megatron" in argv:
         cpu_platform.activate()
         launch.print_flags()
@@ -97,7 +104,7 @@ def run(argv: list[str]) -> None:
     if "--help-objectives" in argv:
         print(objectives.describe())
         return
-    ours, _ = add_arguments(parser).parse_known_args(argv)
+    ours, _ = parser.parse_known_args(argv)
     if ours.objective_file is not None:
         objectives.register_from_file(ours.objective_file)
     launch.check_version()
@@ -273,7 +280,7 @@ def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Ob
             missing, present = (cache, data) if getattr(args, cache) is None else (data, cache)
             raise ValueError(
                 f"--{present.replace('_', '-')} without --{missing.replace('_', '-')}: a cache belongs to one data "
-                "file, written by python -m qtarget_megatron.commands.cache_teacher"
+                "file, written by qtarget cache-teacher"
             )
 
 

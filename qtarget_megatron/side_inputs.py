@@ -12,8 +12,8 @@ import numpy as np
 # What a record holds under a name of its own.
 _RECORD_FIELDS = frozenset({"messages", "prompt", "completion", "tools"})
 _WHERE_FROM = {
-    "old_log_prob": "python -m qtarget_megatron.commands.score computes it",
-    "weight": "add it, or let python -m qtarget_megatron.commands.score --reference-hf compute importance weights",
+    "old_log_prob": "qtarget score computes it",
+    "weight": "add it, or let qtarget score --reference-hf compute importance weights",
 }
 
 

@@ -27,7 +27,7 @@ def test_the_tool_runs_by_its_path_and_under_torchrun(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (ckpt / "latest_checkpointed_iteration.txt").read_text() == "release"
-    words = ["qtarget_megatron.commands.convert_hf", "export", *source, "--load", ckpt, "--save-hf", out, *TP2]
+    words = ["qtarget_megatron.export", *source, "--load", ckpt, "--save-hf", out, *TP2]
     done = run_torchrun(2, list(map(str, words)), timeout=240)
     assert done.returncode == 0, done.stdout[-3000:]
     assert done.stdout.count("convert_hf: exported") == 1

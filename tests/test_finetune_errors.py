@@ -105,7 +105,7 @@ CASES = {
     ),
     "side input missing": (
         {"--objective": "psft", "--objective-args": None, "--sft-train": "no-side-inputs.jsonl"},
-        ["no-side-inputs.jsonl:1", '"old_log_prob"', "python -m qtarget_megatron.commands.score"],
+        ["no-side-inputs.jsonl:1", '"old_log_prob"', "qtarget score"],
     ),
     "side input of another length": (
         {"--objective": "cft", "--objective-args": None, "--sft-train": "short-side-input.jsonl"},

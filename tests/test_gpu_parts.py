@@ -265,5 +265,5 @@ def test_models_of_the_engine_s_sizes(tmp_path, family):
     assert len((tmp_path / "text").read_text().split()) == 40
     assert training.different_tensors(tmp_path / "model", tmp_path / "model") == []
     for words in training.conversions():
-        ours, rest = convert_hf._parser().parse_known_args(words)
+        ours, rest = convert_hf.command_line().parse_known_args(words)
         assert ours.hf_model == Path("model") and set(rest) <= set(training._LOCAL)

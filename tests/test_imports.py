@@ -64,6 +64,12 @@ ALLOWED = {
         "_version", "megatron", "objectives", "checkpoint", "data", "inspection", "teacher_cache", "verification",
         "command_line",
     },
+    "commands.main": {"_version", "commands.completion"},
+    "commands.completion": {"commands", "commands.main", "finetune"},
+    **dict.fromkeys(
+        ("__main__", "import", "export", "check", "score", "cache_teacher", "plan", "verify", "inspect"),
+        {"commands.main"},
+    ),
     "finetune": {
         "_version", "objectives", "data", "checkpoint", "megatron", "output_lock", "resumable", "loss.sparse_teacher",
         "teacher_cache", "verification", "command_line",

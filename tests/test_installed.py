@@ -162,5 +162,5 @@ def test_a_launch_script(python, tree, models, tmp_path, where):
 def test_a_tool_by_its_path_and_by_its_module(python, tree, models, tmp_path):
     words = ["--hf-model", models / "untied", "--world-size", 1, "--seq-length", 32]
     assert "GiB per rank of a pipeline stage" in run([python, tree / "tools" / "plan.py", *words], tmp_path)
-    printed = command([python, "-m", "qtarget_megatron.commands.convert_hf", "--version"], tmp_path)
+    printed = command([python.parent / "qtarget", "import", "--version"], tmp_path)
     assert printed.startswith(f"qtarget_megatron {__version__}, torch ")

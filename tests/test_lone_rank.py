@@ -12,6 +12,7 @@ from finetune_runs import vocabulary, write_data, write_model
 from launching import REPOSITORY, run_alone
 from test_plugging_in import FLAGS
 
+from qtarget_megatron.commands.main import COMMANDS
 from qtarget_megatron.megatron import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -20,10 +21,10 @@ TEXT = (REPOSITORY / "README.md").read_text()
 
 
 def commands():
-    """Those that the README starts without torchrun, in their order, as words behind ``python -m``."""
+    """Those that the README starts without torchrun, in their order, as words behind ``qtarget``."""
     blocks = re.findall(r"(?:^    .*\n)+", TEXT, re.MULTILINE)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python -m qtarget_megatron.")]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qtarget ")]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,10 @@ def workspace(tmp_path_factory):
 
 def test_the_commands_of_the_readme(workspace):
     found = commands()
-    assert {words[0].removeprefix("qtarget_megatron.") for words in found} == {
-        *(f"commands.{name}" for name in ("inspect_targets", "score", "cache_teacher", "convert_hf", "plan")),
-        "finetune",
-    }
+    assert {words[0] for words in found} == COMMANDS.keys() - {"verify"}
     for words in found:
         shutil.rmtree(workspace / "OUT", ignore_errors=True)  # each of them starts with none
-        done = run_alone(words, timeout=300, folder=workspace)
+        done = run_alone(["qtarget_megatron", *words], timeout=300, folder=workspace)
         assert done.returncode == 0, f"{words}:\n{done.stdout[-3000:]}"
 
 

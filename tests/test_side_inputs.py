@@ -167,8 +167,8 @@ def test_a_bad_field_is_named_with_its_line(tmp_path, field, seq_length, message
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("old_log_prob", "python -m qtarget_megatron.commands.score computes it"),
-        ("weight", "python -m qtarget_megatron.commands.score --reference-hf compute importance weights"),
+        ("old_log_prob", "qtarget score computes it"),
+        ("weight", "qtarget score --reference-hf compute importance weights"),
         ("mine", "add a number, or a list with one number per supervised token"),
     ],
 )

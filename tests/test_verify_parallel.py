@@ -271,7 +271,7 @@ def test_a_rank_that_hangs_is_named(outcomes):
 
 @marked
 def test_the_command_under_torchrun():
-    done = run_torchrun(2, ["qtarget_megatron.commands.verify_parallel", *SMALL, *TP2, *SP, *FEW], timeout=200)
+    done = run_torchrun(2, ["qtarget_megatron.verify", *SMALL, *TP2, *SP, *FEW], timeout=200)
     assert done.returncode == 0, done.stdout
     assert len(rows(done.stdout)) == 16
     assert "TP 2 with sequence parallel, PP 1, CP 1, DP 1 on 2 rank(s) over " in done.stdout
@@ -383,7 +383,7 @@ def test_help_teaches_the_command(capsys):
     text = capsys.readouterr().out
     assert ended.value.code == 0
     for part in (
-        "torchrun --nproc-per-node 8 -m qtarget_megatron.commands.verify_parallel",
+        "torchrun --nproc-per-node 8 -m qtarget_megatron.verify",
         "(2 + T) u",
         "Exit code on every rank",
     ):

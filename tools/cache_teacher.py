@@ -1,4 +1,4 @@
-"""``python -m qtarget_megatron.commands.cache_teacher`` by the path of a checkout, from any folder."""
+"""``qtarget cache-teacher`` by the path of a checkout, from any folder."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""``python -m qtarget_megatron.commands.convert_hf`` by the path of a checkout, from any folder."""
+"""``qtarget import``, ``export`` and ``check`` by the path of a checkout, from any folder."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""``python -m qtarget_megatron.commands.inspect_targets`` by the path of a checkout, from any folder."""
+"""``qtarget inspect`` by the path of a checkout, from any folder."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""``python -m qtarget_megatron.commands.plan`` by the path of a checkout, from any folder."""
+"""``qtarget plan`` by the path of a checkout, from any folder."""
 
 import runpy
 import sys

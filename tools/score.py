@@ -1,4 +1,4 @@
-"""``python -m qtarget_megatron.commands.score`` by the path of a checkout, from any folder."""
+"""``qtarget score`` by the path of a checkout, from any folder."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""``python -m qtarget_megatron.commands.verify_parallel`` by the path of a checkout, from any folder."""
+"""``qtarget verify`` by the path of a checkout, from any folder."""
 
 import runpy
 import sys

@@ -23,7 +23,7 @@ PRECISION=${QTARGET_PRECISION---bf16}           # empty: float32
 
 mkdir -p "$OUT"
 # Ended on the way it goes on where it stopped; complete, it says so and does nothing.
-torchrun --standalone --nproc-per-node "$GPUS" -m qtarget_megatron.commands.cache_teacher \
+torchrun --standalone --nproc-per-node "$GPUS" -m qtarget_megatron.cache_teacher \
     --teacher-hf "$TEACHER" --student-hf "$STUDENT" --data "$TRAIN" --out "$OUT/teacher-cache" \
     --k "$KEPT" --seq-length "$SEQ_LENGTH" --micro-batch-size 4 \
     --tensor-model-parallel-size "$TEACHER_TP" $PRECISION

@@ -1,1 +1,1 @@
-"""Commands beside finetune, each a module: ``python -m qtarget_megatron.commands.convert_hf``, or under torchrun."""
+"""The command qtarget: main.py starts a subcommand, each other module is one, or what some have in common."""

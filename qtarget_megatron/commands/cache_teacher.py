@@ -1,15 +1,15 @@
 """Run a teacher over a data set once and keep its most likely tokens, for training without the teacher.
 
     # the 64 most likely tokens at every supervised token
-    python -m qtarget_megatron.commands.cache_teacher --teacher-hf DIR --data train.jsonl --out CACHE \\
+    qtarget cache-teacher --teacher-hf DIR --data train.jsonl --out CACHE \\
         --k 64 --seq-length 4096
 
     # fewer where these hold 99% of the mass
-    python -m qtarget_megatron.commands.cache_teacher --teacher-hf DIR --data train.jsonl --out CACHE \\
+    qtarget cache-teacher --teacher-hf DIR --data train.jsonl --out CACHE \\
         --k 64 --top-p 0.99 --seq-length 4096
 
     # a teacher too large for one process, weights from a Megatron checkpoint
-    torchrun --nproc-per-node 8 -m qtarget_megatron.commands.cache_teacher --teacher-hf DIR --load CKPT \\
+    torchrun --nproc-per-node 8 -m qtarget_megatron.cache_teacher --teacher-hf DIR --load CKPT \\
         --data train.jsonl --out CACHE --k 64 --seq-length 4096 --micro-batch-size 4 --bf16 \\
         --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write one cache; returns the process's exit code: 0 done, 2 bad input."""
     from qtarget_megatron.megatron.commands import exit_code
 
-    return exit_code("cache_teacher", lambda: _run(*_parser().parse_known_args(argv)))
+    return exit_code("cache_teacher", lambda: _run(*command_line().parse_known_args(argv)))
 
 
 def _run(ours: argparse.Namespace, words: list[str]) -> int:
@@ -68,8 +68,9 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("cache_teacher", __doc__, others=MEGATRON)
+def command_line() -> argparse.ArgumentParser:
+    """The parser of its own flags."""
+    parser = command_parser("cache-teacher", __doc__, others=MEGATRON)
     add_run(
         parser,
         model="--teacher-hf",

@@ -1,44 +1,65 @@
-"""Convert models between Hugging Face directories and Megatron checkpoints, and check the result.
-
-    # Hugging Face -> Megatron; the checkpoint (torch_dist) loads at any layout, by
-    # finetune --load CKPT --finetune and by plain Megatron
-    python -m qtarget_megatron.commands.convert_hf import --hf-model DIR --save CKPT
-
-    # a model too large for one process: any layout, each rank reads its slices only
-    torchrun --nproc-per-node 8 -m qtarget_megatron.commands.convert_hf import --hf-model DIR --save CKPT \\
-        --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2
-
-    # Megatron -> Hugging Face; architecture and tokenizer come from DIR
-    python -m qtarget_megatron.commands.convert_hf export --hf-model DIR --load CKPT --save-hf OUT
-
-    # do both compute the same? logits of Megatron against transformers' in float32; exit code 0 or 1.
-    # Where they differ: the worst tokens, the first layer whose hidden states differ, and what to look at
-    python -m qtarget_megatron.commands.convert_hf check --hf-model DIR
-    python -m qtarget_megatron.commands.convert_hf check --hf-model DIR --load CKPT
-    python -m qtarget_megatron.commands.convert_hf check --hf-model OUT --reference DIR
-
-OUT and CKPT appear when they are complete; until then they are filled in a hidden folder beside them,
-.NAME.incomplete. An export that was interrupted goes on when the same command is given again: the
-files that were complete are kept if their SHA-256 still says so. Started from another checkpoint,
-dtype or number of pipeline stages it is refused, until that folder is deleted. An import starts anew.
-
-Every Megatron flag works: layout, --bf16 or --fp16 to change the dtype (import and export keep it,
-check computes in float32), --transformer-impl, --ckpt-step. finetune reads --hf-model and writes
---save-hf by itself; this tool is for other programs, and to look before a long run.
-
-A checkpoint imported on a CPU (Megatron's local layers) has the tensor names of one imported on a
-GPU (Transformer Engine's layers) and loads there. Plain Megatron then needs
---dist-ckpt-strictness log_unexpected, because Transformer Engine's layers ask for a state of their
-own that such a checkpoint does not hold; finetune, export and check set it themselves.
+"""Convert models between Hugging Face directories and Megatron checkpoints, and check the result: qtarget import,
+qtarget export, qtarget check.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from qtarget_megatron.commands.parsers import command_parser
+from qtarget_megatron._version import versions
+from qtarget_megatron.command_line import Parser
+from qtarget_megatron.commands.parsers import MEGATRON, add_path, command_parser
 
+_FLAGS = """\
+Every Megatron flag works: layout, --bf16 or --fp16 to change the dtype (import and export keep it, check computes in
+float32), --transformer-impl, --ckpt-step. finetune reads --hf-model and writes --save-hf by itself; this command is for
+other programs, and to look before a long run.
+"""
+IMPORT = f"""\
+Hugging Face directory to Megatron checkpoint.
+
+    # the checkpoint (torch_dist) loads at any layout, by finetune --load CKPT --finetune and by plain Megatron
+    qtarget import --hf-model DIR --save CKPT
+
+    # a model too large for one process: any layout, each rank reads its slices only
+    torchrun --nproc-per-node 8 -m qtarget_megatron.import --hf-model DIR --save CKPT \\
+        --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2
+
+CKPT appears when it is complete; until then it is filled in a hidden folder beside it, .CKPT.incomplete. An import that
+was interrupted starts anew.
+
+{_FLAGS}
+A checkpoint imported on a CPU (Megatron's local layers) has the tensor names of one imported on a GPU (Transformer
+Engine's layers) and loads there. Plain Megatron then needs --dist-ckpt-strictness log_unexpected, because Transformer
+Engine's layers ask for a state of their own that such a checkpoint does not hold; finetune, export and check set it
+themselves.
+"""
+EXPORT = f"""\
+Megatron checkpoint to Hugging Face directory.
+
+    # architecture and tokenizer come from DIR
+    qtarget export --hf-model DIR --load CKPT --save-hf OUT
+
+    # a model too large for one process: at any layout
+    torchrun --nproc-per-node 8 -m qtarget_megatron.export --hf-model DIR --load CKPT --save-hf OUT \\
+        --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2
+
+OUT appears when it is complete; until then it is filled in a hidden folder beside it, .OUT.incomplete. An export that
+was interrupted goes on when the same command is given again: the files that were complete are kept if their SHA-256
+still says so. Started from another checkpoint, dtype or number of pipeline stages it is refused, until that folder is
+deleted.
+
+{_FLAGS}"""
+CHECK = f"""\
+Do both compute the same? Logits of Megatron against transformers' in float32; exit code 0 or 1. Where they differ: the
+worst tokens, the first layer whose hidden states differ, and what to look at.
+
+    qtarget check --hf-model DIR
+    qtarget check --hf-model DIR --load CKPT
+    qtarget check --hf-model OUT --reference DIR
+    torchrun --nproc-per-node 8 -m qtarget_megatron.check --hf-model DIR --load CKPT --tensor-model-parallel-size 8
+
+{_FLAGS}"""
 TEXT = """\
 A lighthouse keeper once kept two books. In the first she wrote what she saw: ships by name, the
 hour they passed, the colour of the sea. In the second she wrote what she expected to see the next
@@ -57,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     from qtarget_megatron.megatron.commands import exit_code
 
     def command() -> int:
-        ours, words = _parser().parse_known_args(argv)
+        ours, words = command_line().parse_known_args(argv)
         return ours.run(ours, words)
 
     return exit_code("convert_hf", command)
@@ -112,19 +133,16 @@ def run_check(ours: argparse.Namespace, words: list[str]) -> int:
     return 0 if equal else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("convert_hf", __doc__)
+def command_line() -> argparse.ArgumentParser:
+    """The parser of its own flags."""
+    parser = Parser(prog="qtarget", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
     commands = parser.add_subparsers(required=True, metavar="{import,export,check}")
 
-    def command(name: str, run, summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary}. Takes Megatron's flags as well.",
-            allow_abbrev=False,
-        )
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = command_parser(name, text, others=MEGATRON, of=commands)
         sub.set_defaults(run=run)
-        add(sub, "--hf-model", "DIR", "Hugging Face directory; its config.json is the architecture", required=True)
+        add_path(sub, "--hf-model", "DIR", "Hugging Face directory; its config.json is the architecture", required=True)
         sub.add_argument(
             "--cpu",
             action="store_true",
@@ -132,20 +150,18 @@ def _parser() -> argparse.ArgumentParser:
         )
         return sub
 
-    def add(sub: argparse.ArgumentParser, flag: str, metavar: str, text: str, **extra) -> None:
-        sub.add_argument(flag, type=Path, metavar=metavar, help=text, **extra)
-
     new = "a new or empty directory"
-    sub = command("import", run_import, "Hugging Face directory to Megatron checkpoint")
-    add(sub, "--save", "CKPT", f"where to write the checkpoint: {new}", required=True)
-    sub = command("export", run_export, "Megatron checkpoint to Hugging Face directory")
-    add(sub, "--load", "CKPT", "the Megatron checkpoint", required=True)
-    add(sub, "--save-hf", "OUT", f"where to write the model: {new}", required=True)
-    add(sub, "--checksums", "FILE", "write the SHA-256 of each file there: cd OUT && sha256sum -c FILE (default: none)")
-    sub = command("check", run_check, "Compare the logits of Megatron and transformers, in float32")
-    add(sub, "--load", "CKPT", "Megatron checkpoint with the weights (default: those of --hf-model)")
-    add(sub, "--reference", "DIR", "what transformers loads (default: --hf-model)")
-    add(sub, "--text", "FILE", "UTF-8 text to run on (default: a paragraph of this tool's own)")
+    sub = command("import", run_import, IMPORT)
+    add_path(sub, "--save", "CKPT", f"where to write the checkpoint: {new}", required=True)
+    sub = command("export", run_export, EXPORT)
+    add_path(sub, "--load", "CKPT", "the Megatron checkpoint", required=True)
+    add_path(sub, "--save-hf", "OUT", f"where to write the model: {new}", required=True)
+    checksums = "write the SHA-256 of each file there: cd OUT && sha256sum -c FILE (default: none)"
+    add_path(sub, "--checksums", "FILE", checksums)
+    sub = command("check", run_check, CHECK)
+    add_path(sub, "--load", "CKPT", "Megatron checkpoint with the weights (default: those of --hf-model)")
+    add_path(sub, "--reference", "DIR", "what transformers loads (default: --hf-model)")
+    add_path(sub, "--text", "FILE", "UTF-8 text to run on (default: a paragraph of this command's own)")
     sub.add_argument(
         "--tolerance",
         type=float,
@@ -154,6 +170,12 @@ def _parser() -> argparse.ArgumentParser:
         help="largest absolute difference of two logits to accept (default: %(default)g)",
     )
     return parser
+
+
+def command_lines() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each subcommand."""
+    (subcommands,) = (a for a in command_line()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(subcommands.choices)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 the rest of the probability.
 
     # what sft and dft would pull the model to, on one completion
-    python -m qtarget_megatron.commands.inspect_targets --hf-model DIR --prompt "2 + 3 =" --completion " 5" --out OUT
+    qtarget inspect --hf-model DIR --prompt "2 + 3 =" --completion " 5" --out OUT
 
     # several objectives, with parameters, a teacher, and record 4 of a training file
-    python -m qtarget_megatron.commands.inspect_targets --hf-model DIR --teacher-hf TEACHER_DIR \\
+    qtarget inspect --hf-model DIR --teacher-hf TEACHER_DIR \\
         --data train.jsonl --index 4 --objective sft --objective eaft:k=20 --objective target-sft:eta=0.3 --out OUT
 
 OUT/targets.html   one self-contained page: choose an objective, point at a token to see the alternatives
@@ -42,7 +42,7 @@ _SHOWN = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\
 def main(argv: list[str] | None = None) -> int:
     """Write the three files; returns the process's exit code: 0 done, 2 bad input."""
     try:
-        args = _parser().parse_args(argv)
+        args = command_line().parse_args(argv)
         report = inspect_sample(args)
         write(report, args.out)
     except ValueError as error:
@@ -234,8 +234,9 @@ def _table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("inspect_targets", __doc__)
+def command_line() -> argparse.ArgumentParser:
+    """The parser of its own flags."""
+    parser = command_parser("inspect", __doc__)
     add = parser.add_argument
     add("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face directory: model and tokenizer")
     add("--teacher-hf", type=Path, metavar="DIR", help="the second model, where an objective reads one")

@@ -12,15 +12,21 @@ from qtarget_megatron.command_line import Parser
 MEGATRON = "Megatron's flags as well: layout, --micro-batch-size, --bf16, ..."
 
 
-def command_parser(name: str, text: str, *, others: str | None = None) -> argparse.ArgumentParser:
-    """A command's parser, with --version. text: its --help. others: flags that it takes besides, which end the help."""
-    parser = Parser(
-        prog=f"python -m qtarget_megatron.commands.{name}",
+def command_parser(
+    name: str, text: str, *, others: str | None = None, of: argparse._SubParsersAction | None = None
+) -> argparse.ArgumentParser:
+    """A command's parser, with --version. text: its --help. others: flags that it takes besides, which end the help.
+    of: the subcommands that it is one of."""
+    settings = dict(
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog=None if others is None else f"Takes {others}",
     )
+    if of is None:
+        parser = Parser(prog=f"qtarget {name}", **settings)
+    else:
+        parser = of.add_parser(name, help=text.partition("\n")[0], **settings)
     parser.add_argument("--version", action="version", version=versions(), help="print versions and exit")
     return parser
 

@@ -1,6 +1,6 @@
 """Plan a fine-tuning before renting for it: memory per rank, traffic of the loss, and what does not fit or divide.
 
-    python -m qtarget_megatron.commands.plan --hf-model DIR --teacher-hf TEACHER_DIR --teacher-cache-k 64 \\
+    qtarget plan --hf-model DIR --teacher-hf TEACHER_DIR --teacher-cache-k 64 \\
         --world-size 64 --memory-gib 80 --tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 \\
         --sequence-parallel --bf16 --use-distributed-optimizer --seq-length 4096 \\
         --micro-batch-size 1 --global-batch-size 128
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print one plan; returns the process's exit code: 0 it fits and divides, 1 it does not, 2 bad input."""
     from qtarget_megatron.megatron.commands import exit_code
 
-    return exit_code("plan", lambda: _run(*_parser().parse_known_args(argv)))
+    return exit_code("plan", lambda: _run(*command_line().parse_known_args(argv)))
 
 
 def _run(ours: argparse.Namespace, words: list[str]) -> int:
@@ -103,7 +103,8 @@ def _gib(count: float) -> str:
     return f"{count / 2**30:{'.2f' if abs(count) >= 2**30 / 10 else '.2g'}}" if count else "-"
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of its own flags."""
     parser = command_parser(
         "plan",
         __doc__,

@@ -1,15 +1,15 @@
 """Score a data set with a frozen model: the side inputs that psft and iw-sft train with.
 
     # log p of every supervised token under the model before training: "old_log_prob", for psft
-    python -m qtarget_megatron.commands.score --hf-model DIR --data train.jsonl --out scored.jsonl --seq-length 4096
+    qtarget score --hf-model DIR --data train.jsonl --out scored.jsonl --seq-length 4096
 
     # besides, "weight", one number a sample, for iw-sft:
     # clamp(exp(temp * mean_t(log p - log p_ref)), 0, max-weight), p under DIR and p_ref under REF
-    python -m qtarget_megatron.commands.score --hf-model DIR --reference-hf REF --data train.jsonl --out scored.jsonl \\
+    qtarget score --hf-model DIR --reference-hf REF --data train.jsonl --out scored.jsonl \\
         --seq-length 4096 --temp 1.0 --max-weight 16
 
     # a model too large for one process, weights from a Megatron checkpoint
-    torchrun --nproc-per-node 8 -m qtarget_megatron.commands.score --hf-model DIR --load CKPT --data train.jsonl \\
+    torchrun --nproc-per-node 8 -m qtarget_megatron.score --hf-model DIR --load CKPT --data train.jsonl \\
         --out scored.jsonl --seq-length 4096 --micro-batch-size 4 --bf16 \\
         --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     from qtarget_megatron.megatron.commands import exit_code
 
     def command() -> int:
-        parser = _parser()
+        parser = command_line()
         ours, words = parser.parse_known_args(argv)
         for flag, value in (("--temp", ours.temp), ("--max-weight", ours.max_weight)):
             if value is not None and ours.reference_hf is None:
@@ -69,7 +69,8 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of its own flags."""
     parser = command_parser("score", __doc__, others=MEGATRON)
     add_run(
         parser,

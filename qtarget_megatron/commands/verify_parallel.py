@@ -1,11 +1,11 @@
 """Verify the losses on your own cluster, at your own layout: no data and no checkpoint are read.
 
     # under your launcher, with as many ranks and the layout that training will have
-    torchrun --nproc-per-node 8 -m qtarget_megatron.commands.verify_parallel --bf16 \\
+    torchrun --nproc-per-node 8 -m qtarget_megatron.verify --bf16 \\
         --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel
 
     # two objectives, one with a parameter, over a small vocabulary
-    torchrun --nproc-per-node 4 -m qtarget_megatron.commands.verify_parallel --tensor-model-parallel-size 4 \\
+    torchrun --nproc-per-node 4 -m qtarget_megatron.verify --tensor-model-parallel-size 4 \\
         --objective dft target-sft:eta=0.3 --vocab-size 1000
 
 Every rank draws the same problem from --seed: hidden states, an output layer whose vocabulary is padded,
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     """Verify one layout; returns the process's exit code: 0 all well, 1 a mismatch or a failed rank, 2 bad input."""
     from qtarget_megatron.megatron.commands import exit_code
 
-    return exit_code("verify_parallel", lambda: _run(_parser().parse_args(argv)))
+    return exit_code("verify_parallel", lambda: _run(command_line().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -111,8 +111,9 @@ def _how_to_verify(left_out: list[str]) -> str:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("verify_parallel", __doc__)
+def command_line() -> argparse.ArgumentParser:
+    """The parser of its own flags."""
+    parser = command_parser("verify", __doc__)
 
     def number(flag: str, default: int, text: str) -> None:
         parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{text} (default: {default})")

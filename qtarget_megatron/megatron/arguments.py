@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="in place of --teacher-hf: the second model's largest probabilities for each token of --sft-train, "
-        "written by python -m qtarget_megatron.commands.cache_teacher at any layout",
+        "written by qtarget cache-teacher at any layout",
     )
     group.add_argument(
         "--teacher-cache-valid", type=Path, metavar="DIR", help="the same for --sft-valid, which is another file"

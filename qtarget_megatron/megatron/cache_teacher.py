@@ -167,7 +167,7 @@ class _Caching:
                 bad = int(np.flatnonzero(~(np.isfinite(sample.tail) & np.isfinite(sample.log_p[:, 0])))[0])
                 raise ValueError(
                     f"{self.file.where(index)}: the logits of supervised token {bad} are not finite under "
-                    f"--teacher-hf {self.options.hf_model}: check its weights (convert_hf.py check), or the precision"
+                    f"--teacher-hf {self.options.hf_model}: check its weights (qtarget check), or the precision"
                 )
         self.writer.append(results)
 

@@ -248,6 +248,6 @@ def _advice(sizes: Sizes, fused: bool) -> dict[str, str]:
         "loss": "a smaller --qtarget-chunk-size or more tensor parallelism"
         if fused
         else "drop --qtarget-materialize-logits (fused head)",
-        "teacher": "a cached teacher: python -m qtarget_megatron.commands.cache_teacher, then --teacher-cache",
+        "teacher": "a cached teacher: qtarget cache-teacher, then --teacher-cache",
         "cached": "a smaller --teacher-cache-k",
     }

@@ -214,7 +214,7 @@ class _Scoring:
             if (bad := np.flatnonzero(~np.isfinite(values))).size:
                 raise ValueError(
                     f"{self.file.where(index)}: log p of supervised token {bad[0]} is {values[bad[0]]} under {name}: "
-                    "expected a finite number; check the model's weights (convert_hf.py check), or the precision"
+                    "expected a finite number; check the model's weights (qtarget check), or the precision"
                 )
 
 

@@ -9,7 +9,7 @@ each rank holds its share of the teacher's weights. It serves every schedule of 
 pipeline), with sequence parallelism, recomputation and either optimizer. What it cannot serve: a teacher that tensor
 parallelism of the student's size does not divide, one that does not fit beside the student, and the schedules that take
 a model apart into layers (--overlap-moe-expert-parallel-comm). For these the teacher runs forward-only, first, at a
-layout of its own: qtarget_megatron.commands.cache_teacher, then --teacher-cache.
+layout of its own: qtarget cache-teacher, then --teacher-cache.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def iw_sft() -> Objective:
 
     w is what the data says, the same in every step. The released method takes it anew in each step from the model as it
     is then, clamp(exp(temp mean_t(log p - log p_ref)), 0, 16) over a sample, with p_ref the model that training starts
-    from. qtarget_megatron.commands.score computes this formula once, for two frozen models: of a model against itself
+    from. qtarget score computes this formula once, for two frozen models: of a model against itself
     every weight is 1, which is sft.
     """
 
@@ -188,7 +188,7 @@ def psft(epsilon_low: float = 0.2, epsilon_high: float = 0.28) -> Objective:
     c_y = r where r <= 1 + epsilon_high, else 0.  The log-ratio is clamped to +-20; where it is, the mass is 0 like the
     derivative.  epsilon_low (in [0, 1]) is the paper's and never acts, because the minimum takes the smaller r;
     epsilon_high >= 0.
-    token_inputs: "old_log_prob", log p_old(y) in nats, from qtarget_megatron.commands.score.  Source: arXiv 2508.17784.
+    token_inputs: "old_log_prob", log p_old(y) in nats, from qtarget score.  Source: arXiv 2508.17784.
 
     p_old is what the data says, the same in every step. The released method takes it anew from the model every 8
     updates; with one that stays, no token is trained beyond (1 + epsilon_high) times its first probability, and

@@ -10,7 +10,7 @@ from pathlib import Path
 from qtarget_megatron.teacher_cache.header import CacheHeader
 from qtarget_megatron.teacher_cache.parts import Part
 
-PROGRAM = "python -m qtarget_megatron.commands.cache_teacher"
+PROGRAM = "qtarget cache-teacher"
 INDEX_FILE, VOCABULARY_FILE = "cache.json", "vocabulary.json"
 _LARGEST = (1 << 63) - 1
 _FORMAT, _VERSION = "qtarget_megatron teacher cache", 1

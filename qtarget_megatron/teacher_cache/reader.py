@@ -114,7 +114,7 @@ class TeacherCache:
         if vocab_size is not None and vocab_size <= largest:
             raise ValueError(
                 f"{where} has token ids up to {largest}, the student a vocabulary of {vocab_size}: write the cache "
-                "with --student-hf STUDENT_DIR (qtarget_megatron.commands.cache_teacher) where the two share their "
+                "with --student-hf STUDENT_DIR (qtarget cache-teacher) where the two share their "
                 "tokens and pad them to different sizes; else use a teacher that shares them"
             )
 

@@ -1,0 +1,38 @@
+"""What a shell completes behind the command qtarget: its subcommands, their flags, files and directories."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qtarget_megatron import finetune
+from qtarget_megatron.commands import cache_teacher, convert_hf, inspect_targets, plan, score, verify_parallel
+from qtarget_megatron.commands.main import COMMANDS
+
+_FILES = ("FILE",)
+_PARSERS = {
+    "finetune": finetune.command_line,
+    "score": score.command_line,
+    "cache-teacher": cache_teacher.command_line,
+    "plan": plan.command_line,
+    "verify": verify_parallel.command_line,
+    "inspect": inspect_targets.command_line,
+}
+
+
+def script(shell: str) -> str:
+    """The program that a shell reads. ImportError without shtab, ValueError for a shell that it does not know."""
+    import shtab
+
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise ValueError(f"expected one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
+    root = argparse.ArgumentParser(prog="qtarget")
+    subcommands = root.add_subparsers()
+    parsers = {name: make() for name, make in _PARSERS.items()} | convert_hf.command_lines()
+    for name, command in COMMANDS.items():
+        child = subcommands.add_parser(name, help=command.summary, add_help=False)
+        for action in parsers[name]._actions:
+            child._add_action(action)
+            if action.type is Path:
+                action.complete = shtab.FILE if action.metavar in _FILES else shtab.DIRECTORY
+    return shtab.complete(root, shell)
