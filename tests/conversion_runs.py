@@ -63,7 +63,8 @@ def run_all(jobs: dict[str, tuple]) -> dict[str, object]:
 def convert(*words) -> tuple[int, str]:
     """qtarget_megatron.commands.convert_hf: exit code, and its own lines of the output; not those of its progress."""
     code, printed = convert_output(*words)
-    return code, "\n".join(line for line in printed.splitlines() if "convert_hf:" in line and "GB/s" not in line)
+    own = (line for line in printed.splitlines() if re.match("(import|export|check|qtarget): ", line))
+    return code, "\n".join(line for line in own if "GB/s" not in line)
 
 
 def convert_output(*words) -> tuple[int, str]:

@@ -96,7 +96,7 @@ def run_all(jobs, folder):
             except BaseException as error:
                 error.add_note(f"in job {name}; printed:\n{printed.getvalue()[-3000:]}")
                 raise
-        own = [line for line in printed.getvalue().splitlines() if line.startswith("cache_teacher")]
+        own = [line for line in printed.getvalue().splitlines() if line.startswith(("cache-teacher", "import"))]
         results[name] = code, "\n".join(own)
         reset()
     return results
@@ -342,8 +342,8 @@ def test_what_is_printed(workspace, one):
     lines = one["one"][1].splitlines()
     cache = TeacherCache(workspace / "one")
     assert lines[0].endswith("data.jsonl: 33 samples, 3 truncated to 32 tokens, 3 without a supervised token")
-    assert f"cache_teacher: {cache.num_tokens} supervised tokens of 56 bytes" in lines[1]
-    assert "cache_teacher: 33/33 samples" in lines[-2] and "0:00:00 left" in lines[-2]
+    assert f"cache-teacher: {cache.num_tokens} supervised tokens of 56 bytes" in lines[1]
+    assert "cache-teacher: 33/33 samples" in lines[-2] and "0:00:00 left" in lines[-2]
     assert f"33 samples, {cache.num_tokens} supervised tokens, 8.0 entries each" in lines[-1]
     assert f"mean tail {cache.mean_tail:.4f}" in lines[-1] and 0.05 < cache.mean_tail < 0.95
     assert "teacher-cache: up to 0.0 GB will be written, there are 0.0 GB of free" in one["teacher"][1]

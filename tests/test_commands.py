@@ -53,7 +53,7 @@ def test_a_subcommand_gets_the_words_behind_it(words):
     done = run(*words, "--hf-modle", "X")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1] == (
-        "convert_hf: error: the following arguments are required: --hf-model; --hf-modle: did you mean --hf-model?"
+        "check: error: the following arguments are required: --hf-model; --hf-modle: did you mean --hf-model?"
     )
 
 

@@ -436,7 +436,7 @@ def test_check_prints_where_to_look(one):
     assert "\nworst tokens\nposition " in printed
     verdict, last = printed.splitlines()[-2:]
     assert verdict.startswith("first divergence: layer 1, MLP (") and "gate_proj and up_proj exchanged" in verdict
-    assert last.startswith("convert_hf: over 64 tokens") and last.endswith(": DIFFERENT")
+    assert last.startswith("check: over 64 tokens") and last.endswith(": DIFFERENT")
     # Tokens as text, not as numbers.
     row = printed[printed.index("worst tokens") :].splitlines()[2]
     assert row.count("'") >= 8
@@ -447,9 +447,9 @@ def test_conversions_say_how_far_they_are(one, way):
     code, printed = one[f"printed {way}"][0]
     assert code == 0
     doing = {"import": "reading", "export": "writing"}[way]
-    lines = [line for line in printed.splitlines() if line.startswith(f"convert_hf: {doing}: ")]
+    lines = [line for line in printed.splitlines() if line.startswith(f"{way}: {doing}: ")]
     size = r"([\d.e-]+)"
-    done, total = re.fullmatch(rf"convert_hf: {doing}: {size}/{size} GB, .* GB/s, 0:00:00 left", lines[-1]).groups()
+    done, total = re.fullmatch(rf"{way}: {doing}: {size}/{size} GB, .* GB/s, 0:00:00 left", lines[-1]).groups()
     assert done == total
 
 
@@ -484,7 +484,7 @@ def test_bad_input_is_one_line_and_writes_nothing(workspace, one):
     for name, (_, message) in bad_inputs(workspace).items():
         code, line = one[f"bad {name}"][0]
         assert code == 2, (name, code, line)
-        assert line.startswith("convert_hf: error: ") and line.count("\n") == 0, name
+        assert re.match("(import|export|check): error: ", line) and line.count("\n") == 0, name
         assert message in line, (name, line)
     assert not (workspace / "never").exists()
     assert [path.name for path in (workspace / "occupied").iterdir()] == ["notes"]

@@ -30,5 +30,5 @@ def test_the_tool_runs_by_its_path_and_under_torchrun(tmp_path):
     words = ["qtarget_megatron.export", *source, "--load", ckpt, "--save-hf", out, *TP2]
     done = run_torchrun(2, list(map(str, words)), timeout=240)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("convert_hf: exported") == 1
+    assert done.stdout.count("export: exported") == 1
     assert_same_bits(read_tensors(out), read_tensors(tmp_path / "tied"))

@@ -241,7 +241,7 @@ def test_a_family_is_converted_both_ways(work, monkeypatch):
     def ranks(self, words, size, environment):
         if words[1] == "export":
             shutil.copytree(work.folder / "model", work.folder / "exported")
-        return f"convert_hf: over 40 tokens {words[-1]}\n" if words[1] == "check" else "convert_hf: done\n"
+        return f"check: over 40 tokens {words[-1]}\n" if words[1] == "check" else "import: done\n"
 
     monkeypatch.setattr(Work, "needs_engine", lambda self: None)
     monkeypatch.setattr(Work, "ranks", ranks)

@@ -288,7 +288,7 @@ def test_bad_input_is_one_line_and_writes_nothing(workspace, tmp_path, capsys, w
     assert run(workspace, *(word.format(workspace) for word in words), "--out", out) == 2
     printed = capsys.readouterr()
     assert re.search(message, printed.err), printed.err
-    assert printed.err.startswith("inspect_targets: error: ") and printed.err.count("\n") == 1
+    assert printed.err.startswith("inspect: error: ") and printed.err.count("\n") == 1
     assert printed.out == "" and not out.exists()
 
 

@@ -105,7 +105,7 @@ def test_cached_teacher_in_two_steps(workspace):
     ) as launch:
         done = launch.wait(timeout=180)
     assert_ended_well(done)
-    assert "cache_teacher: 30/30 samples" in done.stdout
+    assert "cache-teacher: 30/30 samples" in done.stdout
     assert_exported(workspace / "cached" / "hf")
 
 

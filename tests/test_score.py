@@ -100,7 +100,7 @@ def run_all(jobs, folder):
                 error.add_note(f"in job {name}; printed:\n{printed.getvalue()[-3000:]}")
                 raise
         # argparse's own refusals begin with the command.
-        own = ("score", "convert_hf", "finetune", "qtarget")
+        own = ("score", "import", "export", "finetune", "qtarget")
         results[name] = code, "\n".join(line for line in printed.getvalue().splitlines() if line.startswith(own))
         reset()
     return results

@@ -366,7 +366,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, words, messa
     code = verify_parallel.main(words)
     printed = capsys.readouterr()
     assert (code, printed.out) == (2, "")
-    assert printed.err.count("\n") == 1 and printed.err.startswith("verify_parallel: error: ")
+    assert printed.err.count("\n") == 1 and printed.err.startswith("verify: error: ")
     assert message in printed.err
 
 

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write one cache; returns the process's exit code: 0 done, 2 bad input."""
     from qtarget_megatron.megatron.commands import exit_code
 
-    return exit_code("cache_teacher", lambda: _run(*command_line().parse_known_args(argv)))
+    return exit_code("cache-teacher", lambda: _run(*command_line().parse_known_args(argv)))
 
 
 def _run(ours: argparse.Namespace, words: list[str]) -> int:
@@ -62,7 +62,7 @@ def _run(ours: argparse.Namespace, words: list[str]) -> int:
     cache = TeacherCache(ours.out)
     mean = cache.num_entries / max(cache.num_tokens, 1)
     print_once(
-        f"cache_teacher: {ours.out}: {len(cache)} samples, {cache.num_tokens} supervised tokens, "
+        f"cache-teacher: {ours.out}: {len(cache)} samples, {cache.num_tokens} supervised tokens, "
         f"{mean:.1f} entries each, {cache.num_bytes / 1e6:,.1f} MB; mean tail {cache.mean_tail:.4f}"
     )
     return 0
@@ -95,4 +95,4 @@ def command_line() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     from qtarget_megatron.megatron import ending
 
-    ending.run("cache_teacher", main)
+    ending.run("cache-teacher", main)

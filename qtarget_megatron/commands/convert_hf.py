@@ -5,6 +5,7 @@ qtarget export, qtarget check.
 from __future__ import annotations
 
 import argparse
+import sys
 
 from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
@@ -81,7 +82,13 @@ def main(argv: list[str] | None = None) -> int:
         ours, words = command_line().parse_known_args(argv)
         return ours.run(ours, words)
 
-    return exit_code("convert_hf", command)
+    return exit_code(_name(argv), command)
+
+
+def _name(argv: list[str] | None = None) -> str:
+    """Of the subcommand that is run, for its lines."""
+    words = sys.argv[1:] if argv is None else argv
+    return words[0] if words and words[0] in ("import", "export", "check") else "qtarget"
 
 
 def run_import(ours: argparse.Namespace, words: list[str]) -> int:
@@ -89,7 +96,7 @@ def run_import(ours: argparse.Namespace, words: list[str]) -> int:
     from qtarget_megatron.megatron.convert import import_hf
 
     import_hf(ours.hf_model, ours.save, words, cpu=ours.cpu)
-    print_once(f"convert_hf: imported {ours.hf_model} to {ours.save}")
+    print_once(f"import: imported {ours.hf_model} to {ours.save}")
     return 0
 
 
@@ -98,7 +105,7 @@ def run_export(ours: argparse.Namespace, words: list[str]) -> int:
     from qtarget_megatron.megatron.convert import export_hf
 
     export_hf(ours.hf_model, ours.load, ours.save_hf, words, checksums=ours.checksums, cpu=ours.cpu)
-    print_once(f"convert_hf: exported {ours.load} to {ours.save_hf}")
+    print_once(f"export: exported {ours.load} to {ours.save_hf}")
     return 0
 
 
@@ -127,7 +134,7 @@ def run_check(ours: argparse.Namespace, words: list[str]) -> int:
     # Written so that NaN fails.
     equal = found.max_difference <= ours.tolerance
     print_once(
-        f"convert_hf: over {found.num_tokens} tokens the logits of Megatron and of transformers differ by at most "
+        f"check: over {found.num_tokens} tokens the logits of Megatron and of transformers differ by at most "
         f"{found.max_difference:.3g}: {'equal' if equal else 'DIFFERENT'}"
     )
     return 0 if equal else 1
@@ -181,4 +188,4 @@ def command_lines() -> dict[str, argparse.ArgumentParser]:
 if __name__ == "__main__":
     from qtarget_megatron.megatron import ending
 
-    ending.run("convert_hf", main)
+    ending.run(_name(), main)

@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if not raised_in.is_relative_to(Path(__file__).parent.parent):
             raise
-        print(f"inspect_targets: error: {error}", file=sys.stderr)
+        print(f"inspect: error: {error}", file=sys.stderr)
         return 2
     print(_table(report))
-    print(f"inspect_targets: wrote {', '.join(str(args.out / name) for name in FILES)}")
+    print(f"inspect: wrote {', '.join(str(args.out / name) for name in FILES)}")
     return 0
 
 

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     """Verify one layout; returns the process's exit code: 0 all well, 1 a mismatch or a failed rank, 2 bad input."""
     from qtarget_megatron.megatron.commands import exit_code
 
-    return exit_code("verify_parallel", lambda: _run(command_line().parse_args(argv)))
+    return exit_code("verify", lambda: _run(command_line().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -156,4 +156,4 @@ def command_line() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     from qtarget_megatron.megatron import ending
 
-    ending.run("verify_parallel", main, at_once={1})
+    ending.run("verify", main, at_once={1})

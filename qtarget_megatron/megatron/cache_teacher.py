@@ -87,17 +87,17 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
     )
     writer = CacheWriter(options.out, header, tokenizer)
     if writer.check():
-        print_once(f"cache_teacher: {options.out} is complete already, made from the same inputs")
+        print_once(f"cache-teacher: {options.out} is complete already, made from the same inputs")
         return
     if is_first_rank():
         writer.reserve()
 
     options = replace(options, data_date=header.date)
-    run = DatasetRun("cache_teacher", options, words, tokenizer=tokenizer, file=file, cpu=cpu)
+    run = DatasetRun("cache-teacher", options, words, tokenizer=tokenizer, file=file, cpu=cpu)
     num_tokens = run.inspect()
     most = "at most " if options.top_p is not None else ""
     print_once(
-        f"cache_teacher: {num_tokens} supervised tokens of {most}{header.bytes_per_token} bytes: {most}"
+        f"cache-teacher: {num_tokens} supervised tokens of {most}{header.bytes_per_token} bytes: {most}"
         f"{num_tokens * header.bytes_per_token / 1e6:,.1f} MB"
     )
 
@@ -107,7 +107,7 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
         return check_space(options.out, least, most=most)
 
     if warning := on_first_rank(check_room):
-        print_once(f"cache_teacher: WARNING: {warning}")
+        print_once(f"cache-teacher: WARNING: {warning}")
     run.complete(_Caching(options, header, file, writer))
 
 
@@ -158,7 +158,7 @@ class _Caching:
 
     def open(self) -> int:
         if done := self.writer.open():
-            print_once(f"cache_teacher: going on behind the {done} samples that are cached already")
+            print_once(f"cache-teacher: going on behind the {done} samples that are cached already")
         return done
 
     def append(self, first: int, results: list[SampleEntries | None]) -> None:

@@ -77,7 +77,7 @@ def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False
         element = 2 if {"--bf16", "--fp16"}.intersection(words) else dtype.itemsize
         numbers = sum(math.prod(shape) for shape in hf_tensor_shapes(Architecture.from_hf(hf_model)).values())
         check_space(Path(save).absolute().parent, numbers * element)
-    model = open_model(hf_model, words, save=directory.folder, dtype=dtype, cpu=cpu, progress="convert_hf: reading")
+    model = open_model(hf_model, words, save=directory.folder, dtype=dtype, cpu=cpu, progress="import: reading")
     from megatron.training.checkpointing import save_checkpoint
 
     from qtarget_megatron.megatron.fingerprint import Fingerprints
@@ -140,7 +140,7 @@ def export_hf(
     made_from |= {"--load": directory_digest(Path(checkpoint_directory(load, model.args.ckpt_step)))}
 
     def progress(total: int):
-        return Progress("convert_hf: writing", total, unit="GB", scale=1e9).add
+        return Progress("export: writing", total, unit="GB", scale=1e9).add
 
     digests = save_hf_weights(
         model.chunks,

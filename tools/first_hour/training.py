@@ -93,7 +93,7 @@ def convert(work: Work, family: str) -> list[str]:
     differing = different_tensors(work.folder / "model", work.folder / "exported")
     if differing:
         raise Failed(f"{len(differing)} tensors are not exported as they were imported: {', '.join(differing[:5])}")
-    of_its_own, of_local_layers = re.findall(r"convert_hf: (over .*)", text)
+    of_its_own, of_local_layers = re.findall(r"check: (over .*)", text)
     return [
         f"- {families.FAMILIES[family][0]}: every tensor is exported as it was imported",
         f"- its checkpoint: {of_its_own}",
