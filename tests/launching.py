@@ -48,6 +48,8 @@ def left_behind() -> list[str]:
     Those that multiprocessing keeps for the next launch are no part of it.
     """
     end = time.monotonic() + GRACE_SECONDS
+    # A process that has just started its program has no environment for a moment.
+    time.sleep(0.05)
     while (found := _marked(_SESSION, os.environ[_SESSION])) and time.monotonic() < end:
         time.sleep(0.1)
     return _end(found)

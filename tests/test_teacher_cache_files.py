@@ -109,7 +109,7 @@ def test_foreign_directories_are_refused(tmp_path, index):
     for directory in (folder, tmp_path / "absent"):
         with pytest.raises(
             ValueError,
-            match="expected a directory that .*cache_teacher wrote, got no valid cache",
+            match="expected a directory that qtarget cache-teacher wrote, got no valid cache",
         ):
             TeacherCache(directory)
         folder.mkdir(exist_ok=True)
@@ -124,7 +124,7 @@ def test_an_incomplete_cache_is_refused_with_what_is_there(tmp_path, small_parts
     write(tmp_path / "cache", header(), upto=5)
     with pytest.raises(
         ValueError,
-        match="is incomplete, with 4 of 8 samples: run .*cache_teacher again",
+        match="is incomplete, with 4 of 8 samples: run qtarget cache-teacher again",
     ):
         TeacherCache(tmp_path / "cache")
     write(tmp_path / "cache", header())
