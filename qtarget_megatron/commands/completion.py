@@ -9,7 +9,6 @@ from qtarget_megatron import finetune
 from qtarget_megatron.commands import cache_teacher, convert_hf, inspect_targets, plan, score, verify_parallel
 from qtarget_megatron.commands.main import COMMANDS
 
-_FILES = ("FILE",)
 _PARSERS = {
     "finetune": finetune.command_line,
     "score": score.command_line,
@@ -34,5 +33,5 @@ def script(shell: str) -> str:
         for action in parsers[name]._actions:
             child._add_action(action)
             if action.type is Path:
-                action.complete = shtab.FILE if action.metavar in _FILES else shtab.DIRECTORY
+                action.complete = shtab.FILE if action.metavar == "FILE" else shtab.DIRECTORY
     return shtab.complete(root, shell)
