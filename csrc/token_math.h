@@ -184,7 +184,7 @@ struct WeighArgs {
     int64_t rows;
     Layout layout;
     int num_residuals;
-    const double* loss;  // [rows], of the objective
+    const double* loss;  // [rows], of the objective; null: the cross-entropy of its target
     Mass label_mass;
     Mass residual_masses[kMaxResiduals];
     int num_guards;
@@ -213,8 +213,19 @@ QTARGET_FN void weigh_token(const WeighArgs& args, int64_t row) {
     totals[args.rows] = residual_mass;
     totals[2 * args.rows] = supervised ? label_mass / total : 0.0;
 
+    double loss = 0.0;
+    if (args.loss != nullptr) {
+        loss = args.loss[row];
+    } else {
+        // A mass of 0 adds nothing to the loss, whatever it weighs.
+        if (label_mass != 0.0) loss = -label_mass * merged(2);
+        const double lse = merged(0) + log(merged(1));
+        for (int r = 0; r < args.num_residuals; ++r) {
+            const double cross_entropy = lse - merged(merged_residual_row(args.layout, r) + 3);
+            if (masses[r] != 0.0) loss += masses[r] * cross_entropy;
+        }
+    }
     // A NaN statistic must reach the loss even where an objective's own guards would hide it.
-    double loss = args.loss[row];
     const auto guard = [&](double statistic) {
         if (statistic != statistic) loss = statistic;
     };

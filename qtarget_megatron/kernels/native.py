@@ -203,7 +203,7 @@ def weigh(
     supervised: Tensor,
     *,
     request: StatisticsRequest,
-    loss: Tensor,
+    loss: Tensor | None,
     label_mass: Tensor | float,
     residual_masses: Sequence[Tensor | float],
     guards: Sequence[Tensor],
@@ -211,14 +211,15 @@ def weigh(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """An objective's loss and masses per token, made ready for the gradient; as of reference.weigh."""
     tokens, residuals = rows.shape[1], len(request.residuals)
-    for guard in guards[_MAX_GUARDS:]:
-        loss = torch.where(guard == guard, loss, guard)
-    guards = guards[:_MAX_GUARDS]
+    if len(guards) > _MAX_GUARDS:
+        rest = torch.stack(guards[_MAX_GUARDS - 1 :])
+        guards = [*guards[: _MAX_GUARDS - 1], torch.zeros_like(rest[0]).masked_fill_(rest.isnan().any(0), torch.nan)]
     masses = [label_mass, *residual_masses]
     device, shape = rows.device, (tokens,)
     _check_per_token("rows", rows, torch.float64, (request.merged_rows + 3, tokens), device)
     _check_per_token("supervised", supervised, torch.bool, shape, device)
-    _check_per_token("loss", loss, torch.float64, shape, device)
+    if loss is not None:
+        _check_per_token("loss", loss, torch.float64, shape, device)
     for guard in guards:
         _check_per_token("guards", guard, torch.float64, shape, device)
     for mass in masses:
@@ -228,7 +229,7 @@ def weigh(
     maxima = torch.empty(1 + residuals, tokens, dtype=dtype, device=device)
     scales = torch.empty(2 + residuals, tokens, dtype=torch.float64, device=device)
     _function("weigh", rows)(
-        *(rows.data_ptr(), supervised.data_ptr(), loss.data_ptr()),
+        *(rows.data_ptr(), supervised.data_ptr(), 0 if loss is None else loss.data_ptr()),
         *(out_loss.data_ptr(), maxima.data_ptr(), scales.data_ptr()),
         *(_is_wide(dtype), tokens, _layout(request)),
         [(mass.data_ptr(), 0.0) if isinstance(mass, Tensor) else (0, float(mass)) for mass in masses],

@@ -193,7 +193,7 @@ def weigh(
     supervised: Tensor,
     *,
     request: StatisticsRequest,
-    loss: Tensor,
+    loss: Tensor | None,
     label_mass: Tensor | float,
     residual_masses: Sequence[Tensor | float],
     guards: Sequence[Tensor],
@@ -202,7 +202,8 @@ def weigh(
     """An objective's loss and masses per token, made ready for the gradient; 0 where not supervised.
 
     rows: of TokenStatistics, whose last three this fills in. loss, masses, guards: float64 ``[N]``; a mass may be
-    one number for all tokens. A NaN among the guards, in log p(y) or in a residual's mean logit reaches the loss.
+    one number for all tokens. Without a loss it is -label_mass log p(y) + sum_i mass_i (lse - mean_logit_i), where a
+    mass of 0 adds exactly 0. A NaN among the guards, in log p(y) or in a residual's mean logit reaches the loss.
 
     Returns the loss ``[N]`` and, of z and each residual's u, the maxima ``[1 + R, N]``, in dtype; and the scales of
     exp(z - max), of the label, and of each residual's exp(u - max), ``[2 + R, N]`` in float64:
@@ -220,6 +221,9 @@ def weigh(
     label_mass, residual_mass = per_token(label_mass), sum(masses[1:], masses[0]) if masses else per_token(0.0)
     total = label_mass + residual_mass
     torch.stack([label_mass, residual_mass, per_token(label_mass / total)], out=rows[-3:])
+    if loss is None:
+        of_residuals = [(mass, stats.cross_entropy(index)) for index, mass in enumerate(masses)]
+        loss = sum((m * ce).masked_fill(m == 0, 0.0) for m, ce in [(label_mass, -stats.log_p), *of_residuals])
     for statistic in (stats.log_p, *(residual.mean_logit for residual in stats.residuals), *guards):
         loss = torch.where(statistic == statistic, loss, statistic)
     scales = [mass / residual.sum_exp for mass, residual in zip(masses, stats.residuals, strict=True)]

@@ -60,7 +60,7 @@ def evaluate(
             f"{len(residual_masses)} residual mass(es): return one for each"
         )
 
-    def per_token(value) -> Tensor | float:
+    def per_token(value) -> Tensor | float | None:
         if not isinstance(value, Tensor):
             return value
         if value.dtype != stats.p.dtype or value.shape != stats.p.shape:
@@ -71,7 +71,7 @@ def evaluate(
         stats.rows,
         stats.supervised,
         request=objective.request,
-        loss=per_token(loss if isinstance(loss, Tensor) else torch.full_like(stats.p, loss)),
+        loss=per_token(torch.full_like(stats.p, loss) if isinstance(loss, int | float) else loss),
         label_mass=per_token(label_mass),
         residual_masses=[per_token(mass) for mass in residual_masses],
         guards=[value.contiguous() for value in inputs.values()],

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from qtarget_megatron.objectives.published import deformed_log, kept_or_all, split_between_label_and_residual
+from qtarget_megatron.objectives.published import deformed_log, kept_or_all, label_and_rest
 from qtarget_megatron.objectives.registry import Objective, in_range, refuse, register
 
 
@@ -53,8 +53,7 @@ def talr(tau: float = 1.0) -> Objective:
     tau = in_range("tau", tau, 0, math.inf, open_low=True)
 
     def evaluate(stats, inputs):
-        weight = (stats.log_p / tau).exp()
-        return stats.weighted_nll(weight), weight, ()
+        return None, (stats.log_p / tau).exp(), ()
 
     return Objective(evaluate)
 
@@ -88,7 +87,7 @@ def gift(beta: float) -> Objective:
 
     def evaluate(stats, inputs):
         log_c = stats.residuals[0].log_p + log_tilt
-        return split_between_label_and_residual(stats, torch.nn.functional.logsigmoid(log_c))
+        return None, *label_and_rest(torch.nn.functional.logsigmoid(log_c))
 
     return Objective(evaluate, residuals=((0.0, 1.0),), residual_label=True)
 
@@ -107,8 +106,7 @@ def entropy_mask(threshold: float, keep: str = "high", denominator: str = "all")
 
     def evaluate(stats, inputs):
         high = stats.entropy >= threshold
-        weight = (high if keep == "high" else ~high).to(stats.p.dtype)
-        return stats.weighted_nll(weight), weight, ()
+        return None, (high if keep == "high" else ~high).to(stats.p.dtype), ()
 
     return Objective(evaluate, denominator=kept_or_all(denominator))
 

@@ -27,7 +27,7 @@ def sft() -> Objective:
     """
 
     def evaluate(stats, inputs):
-        return -stats.log_p, 1.0, ()
+        return None, 1.0, ()
 
     return Objective(evaluate)
 
@@ -41,7 +41,7 @@ def dft() -> Objective:
     """
 
     def evaluate(stats, inputs):
-        return _weighted(stats, stats.p)
+        return None, stats.p, ()
 
     return Objective(evaluate)
 
@@ -75,7 +75,7 @@ def profit(tau: float = 0.1, denominator: str = "all") -> Objective:
     tau = in_range("tau", tau, 0, 1)
 
     def evaluate(stats, inputs):
-        return _weighted(stats, (stats.p >= tau).to(stats.p.dtype))
+        return None, (stats.p >= tau).to(stats.p.dtype), ()
 
     return Objective(evaluate, denominator=kept_or_all(denominator))
 
@@ -95,7 +95,7 @@ def eaft(k: int = 20, normalizer: float | None = None, exponent: float = 1.0) ->
     exponent = in_range("exponent", exponent, 0, math.inf)
 
     def evaluate(stats, inputs):
-        return _weighted(stats, (stats.top_k_entropy() / normalizer) ** exponent)
+        return None, (stats.top_k_entropy() / normalizer) ** exponent, ()
 
     return Objective(evaluate, top_k=k)
 
@@ -113,7 +113,7 @@ def iw_sft() -> Objective:
     """
 
     def evaluate(stats, inputs):
-        return _weighted(stats, inputs["weight"])
+        return None, inputs["weight"], ()
 
     return Objective(
         evaluate,
@@ -134,7 +134,7 @@ def cft(denominator: str = "all") -> Objective:
         raise ValueError(f"denominator must be 'all' or 'critical', got {denominator!r}")
 
     def evaluate(stats, inputs):
-        return _weighted(stats, inputs["critical"])
+        return None, inputs["critical"], ()
 
     counted = "critical" if denominator == "critical" else None
     return Objective(evaluate, token_inputs=("critical",), denominator=counted)
@@ -152,8 +152,7 @@ def label_smoothing(lam: float = 0.1) -> Objective:
         return sft()
 
     def evaluate(stats, inputs):
-        label_mass = torch.full_like(stats.p, 1 - lam)
-        return stats.weighted_nll(label_mass) + lam * stats.cross_entropy(), label_mass, (lam,)
+        return None, 1 - lam, (lam,)
 
     return Objective(evaluate, residuals=(_UNIFORM,))
 
@@ -233,8 +232,7 @@ def gem(beta: float = 0.7, h: str = "linear") -> Objective:
         raise ValueError(f"gem(h={h!r}) is not available: {reason}")
 
     def evaluate(stats, inputs):
-        one = torch.ones_like(stats.p)
-        return stats.weighted_nll(one) - stats.cross_entropy(), one, (-1.0,)
+        return None, 1.0, (-1.0,)
 
     return Objective(evaluate, residuals=((1 / beta, 0.0),))
 
@@ -282,7 +280,7 @@ def target_sft(eta: float = 0.5) -> Objective:
     eta = in_range("eta", eta, 0, 1)
 
     def evaluate(stats, inputs):
-        return split_between_label_and_residual(stats, stats.log_p)
+        return None, *label_and_rest(stats.log_p)
 
     return Objective(evaluate, residuals=((1 - eta, eta),))
 
@@ -294,22 +292,14 @@ def kept_or_all(denominator: str) -> str | None:
     return "label_mass" if denominator == "kept" else None
 
 
-def _weighted(stats: TokenStatistics, weight: Tensor) -> tuple[Tensor, Tensor, tuple]:
-    """loss = -sg(w) log p(y);  c_y = w."""
-    return stats.weighted_nll(weight), weight, ()
-
-
 def deformed_log(stats: TokenStatistics, alpha: Tensor) -> tuple[Tensor, Tensor, tuple]:
     """loss = (1 - p(y)^alpha) / alpha with alpha [N] detached, none of it 0;  c_y = p(y)^alpha."""
     return -torch.expm1(alpha * stats.log_p) / alpha, (alpha * stats.log_p).exp(), ()
 
 
-def split_between_label_and_residual(stats: TokenStatistics, log_trust: Tensor) -> tuple[Tensor, Tensor, tuple]:
-    """loss = CE(gamma onehot(y) + (1 - gamma) r, p), gamma = exp(log_trust) detached;  c_y = gamma, c_r = 1 - gamma."""
-    trust, rest = log_trust.exp(), -torch.expm1(log_trust)
-    cross_entropy = stats.cross_entropy()
-    residual_loss = (rest * cross_entropy).masked_fill(rest == 0, 0.0)
-    return stats.weighted_nll(trust) + residual_loss, trust, (rest,)
+def label_and_rest(log_trust: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+    """Masses of a target with the trust gamma = exp(log_trust):  c_y = gamma, c_r = 1 - gamma."""
+    return log_trust.exp(), (-torch.expm1(log_trust),)
 
 
 def _with_divergence(lam: float, label_mass) -> Objective:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics
 
-Evaluate = Callable[[TokenStatistics, Mapping[str, Tensor]], tuple[Tensor, Tensor | float, Sequence[Tensor | float]]]
-
+Evaluate = Callable[
+    [TokenStatistics, Mapping[str, Tensor]], tuple[Tensor | None, Tensor | float, Sequence[Tensor | float]]
+]
 
 _LABEL_MASS = "label_mass"
 # What a token input may hold, besides being finite. The slack above 0 is the rounding of whoever computed the value.
@@ -32,7 +33,8 @@ class Objective:
     """One objective with its parameters fixed.
 
     evaluate:     (stats, inputs) -> (loss, c_y, [c_i ...]); float64 [N] tensors, loss in nats. Must be elementwise. A
-                  mass that is the same for all tokens may be a number.
+                  mass that is the same for all tokens may be a number. The loss may be None, for the cross-entropy of
+                  the target itself: -c_y log p(y) + sum_i c_i CE(r_i, p), where a mass of 0 adds exactly 0.
     residuals:    (a, b) of each residual softmax(a*z + b*t), at most two.
     token_inputs: names of the per-token side inputs it needs, handed to evaluate as float64 [N] tensors.
     denominator:  what a batch's mean is divided by: the number of non-zero entries of this token input, or of
