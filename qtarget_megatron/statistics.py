@@ -139,18 +139,18 @@ class StatisticsRequest:
         """Numbers per token and rank that travel in the one collective (float32 each)."""
         return self.columns.width
 
-    @property
+    @functools.cached_property
     def merged_rows(self) -> int:
         """Statistics of a token over the whole vocabulary, besides its largest logits; see TokenStatistics."""
         return _MERGED_BASE + self.collision + self.merged_residual * len(self.residuals)
 
-    @property
+    @functools.cached_property
     def merged_sums(self) -> list[int]:
         """Which of them are sum_exp, of the logits and of each residual."""
         first = _MERGED_BASE + self.collision
         return [1, *(first + self.merged_residual * index + 1 for index in range(len(self.residuals)))]
 
-    @property
+    @functools.cached_property
     def merged_residual(self) -> int:
         """Of them, those of each residual."""
         return _MERGED_RESIDUAL + self.residual_entropy + self.residual_label

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -298,7 +298,7 @@ def _shard(
         raise ValueError(f"the native kernels take at most {MAX_RESIDUALS} residuals, got {len(residuals)}")
     if logits.dim() != 2:
         raise ValueError(f"logits must have shape [N, V_local], got {tuple(logits.shape)}")
-    if logits.device.type not in ("cpu", "cuda"):
+    if not (logits.is_cpu or logits.is_cuda):
         raise ValueError(f"logits must be on cpu or cuda, got {logits.device}")
     _check_matrix("logits", logits, logits)
     rows, columns = logits.shape
@@ -332,11 +332,16 @@ def _matrix(matrix: Tensor) -> tuple[int, int, int]:
 
 def _kernels_for(tensor: Tensor) -> str:
     """Which kernels take the tensors of a device: cpu or cuda."""
-    return tensor.device.type
+    return "cuda" if tensor.is_cuda else "cpu"
 
 
-def _function(name: str, tensor: Tensor):
-    function = getattr(extension(), f"{_kernels_for(tensor)}_{name}", None)
+def _function(name: str, tensor: Tensor) -> Callable[..., None]:
+    return _compiled(extension(), f"{_kernels_for(tensor)}_{name}")
+
+
+@functools.cache
+def _compiled(module: ModuleType, name: str) -> Callable[..., None]:
+    function = getattr(module, name, None)
     if function is None:
         raise ValueError("qtarget_megatron._C was built without CUDA: rebuild it where nvcc is found")
     return function
@@ -344,7 +349,7 @@ def _function(name: str, tensor: Tensor):
 
 def _execution(tensor: Tensor) -> tuple[int, ...]:
     """The last arguments of a kernel: the number of threads; the device and its stream."""
-    device = tensor.device
-    if device.type == "cpu":
+    if tensor.is_cpu:
         return (torch.get_num_threads(),)
+    device = tensor.device
     return device.index, torch.cuda.current_stream(device).cuda_stream

@@ -108,7 +108,7 @@ def qtarget_cross_entropy(
     return loss, spec.statistics.reshaped(labels.shape)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Spec:
     """What forward and backward share besides tensors."""
 
@@ -162,13 +162,13 @@ class _QTargetCrossEntropy(torch.autograd.Function):
         out = logits if spec.inplace else torch.empty_like(logits)
         second.logit_gradient(
             spec.backend,
-            logits.detach(),
+            logits,
             labels,
             residuals=spec.objective.residuals,
             shift=ctx.shift,
             shard=spec.shard,
             **ctx.token_gradient.kernel_arguments(spec.backend, grad_loss),
-            out=out.detach(),
+            out=out,
         )
         if spec.inplace:
             # The native kernels write behind autograd's back: whoever saved the logits too must hear of it.
