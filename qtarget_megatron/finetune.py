@@ -24,44 +24,44 @@ import torch.distributed as dist
 
 from qtarget_megatron import objectives, output_lock
 from qtarget_megatron._version import versions
-from qtarget_megatron.checkpoint import (
-    Architecture,
-    HFReader,
-    check_tensors,
-)
 from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import JsonlFile
+from qtarget_megatron.huggingface import Architecture, HFReader, check_tensors
 from qtarget_megatron.loss.sparse_teacher import check_residuals
-from qtarget_megatron.megatron import cpu_platform, ending, launch, outputs, start, wheel_repairs
-from qtarget_megatron.megatron.arguments import (
+from qtarget_megatron.megatron.faults import ending, same_start
+from qtarget_megatron.megatron.faults.explained import explained
+from qtarget_megatron.megatron.faults.resume_point import iteration_folder, newest_complete, prepare_start
+from qtarget_megatron.megatron.faults.watchdog import Watchdog
+from qtarget_megatron.megatron.jobs.open_model import check_second_model, load_model_tokenizer
+from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
+from qtarget_megatron.megatron.runtime import cpu_platform, launch, wheel_repairs
+from qtarget_megatron.megatron.runtime.architecture_flags import (
+    check_flags,
+    implementation_flags,
+    megatron_flags,
+    record_architecture,
+)
+from qtarget_megatron.megatron.runtime.gpu_flags import check_fine_tuning, check_gpu_flags
+from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout, check_whole_stages
+from qtarget_megatron.megatron.runtime.progress import Progress
+from qtarget_megatron.megatron.training import outputs
+from qtarget_megatron.megatron.training.arguments import (
     add_arguments,
     apply_nan_choice,
     check_backend,
     check_balance,
     check_data_flags,
-    check_experts,
-    check_flags,
     check_head,
-    check_layout,
     check_numbers,
     check_trained,
-    check_whole_stages,
     fault_flags,
-    implementation_flags,
 )
-from qtarget_megatron.megatron.convert import check_second_model, load_model_tokenizer
-from qtarget_megatron.megatron.faults import explained
-from qtarget_megatron.megatron.gpu_flags import check_fine_tuning, check_gpu_flags
-from qtarget_megatron.megatron.progress import Progress
-from qtarget_megatron.megatron.resume_flags import ResumedFlags, check_schedule, read_saved
-from qtarget_megatron.megatron.saved_files import iteration_folder, newest_complete, prepare_start
-from qtarget_megatron.megatron.saved_model import SavedModel, check_resumed_experts, saved_argument
-from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
-from qtarget_megatron.megatron.teacher_cost import TeacherCost
-from qtarget_megatron.megatron.watchdog import Watchdog
+from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_schedule, read_saved
+from qtarget_megatron.megatron.verify.problem import try_evaluate
+from qtarget_megatron.megatron.weights.checkpoint_folder import saved_argument
+from qtarget_megatron.megatron.weights.saved_model import SavedModel, check_resumed_experts
 from qtarget_megatron.resumable import file_digest
 from qtarget_megatron.teacher_cache import TeacherCache
-from qtarget_megatron.verification import try_evaluate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,8 +132,8 @@ def run(argv: list[str]) -> None:
     wheel_repairs.repair_megatron_wheel()
     args.calculate_per_token_loss = True
     record_architecture(args, student)
-    store = start.open_store(args)
-    keys = start.for_this_run(store) if store is not None and args.world_size > 1 else None
+    store = same_start.open_store(args)
+    keys = same_start.for_this_run(store) if store is not None and args.world_size > 1 else None
     if args.rank == args.world_size - 1:
         outputs.check_board(args)
     iteration, done, args.data_date = _agree(args, argv, student, keys)
@@ -181,7 +181,7 @@ def _agree(
 
     if store is None:
         return lead()
-    return start.agree(store, args.rank, args.world_size, start.identity(args, argv), lead)
+    return same_start.agree(store, args.rank, args.world_size, same_start.identity(args, argv), lead)
 
 
 def _skip_what_is_done(args: argparse.Namespace, iteration: int | None) -> None:
@@ -316,13 +316,13 @@ def _check_models(args: argparse.Namespace, student: Architecture):
 
 def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, flags, store, watchdog) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
-    from qtarget_megatron.megatron.datasets import DatasetProvider
-    from qtarget_megatron.megatron.fingerprint import watch_checkpoints
-    from qtarget_megatron.megatron.hf_weights import save_hf_weights
-    from qtarget_megatron.megatron.model import ModelProvider
-    from qtarget_megatron.megatron.pace import Pace
-    from qtarget_megatron.megatron.soundness import Soundness
-    from qtarget_megatron.megatron.step import LossSettings, forward_step
+    from qtarget_megatron.megatron.faults.soundness import Soundness
+    from qtarget_megatron.megatron.model.build import ModelProvider
+    from qtarget_megatron.megatron.training.checkpoint_hooks import watch_checkpoints
+    from qtarget_megatron.megatron.training.datasets import DatasetProvider
+    from qtarget_megatron.megatron.training.pace import Pace
+    from qtarget_megatron.megatron.training.step import LossSettings, forward_step
+    from qtarget_megatron.megatron.weights.hf_weights import save_hf_weights
 
     from_checkpoint, teacher_cost = launch.has_checkpoint(args.load), TeacherCost()
     models = ModelProvider(

@@ -13,7 +13,7 @@ import launching
 import pytest
 import torch
 
-from qtarget_megatron.megatron import cpu_platform
+from qtarget_megatron.megatron.runtime import cpu_platform
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -82,10 +82,10 @@ def logits(directory: str, *words) -> np.ndarray | None:
 
     An array, as everything that is returned: a tensor travels as a handle that ends with its rank.
     """
-    from qtarget_megatron.megatron.convert import open_model
+    from qtarget_megatron.megatron.jobs.open_model import open_model
 
     model = open_model(Path(directory), [str(word) for word in words])
-    from qtarget_megatron.megatron.agreement import megatron_logits
+    from qtarget_megatron.megatron.jobs.against_transformers import megatron_logits
 
     found = megatron_logits(model, tokens(model.args.seq_length))
     return None if found is None else found.numpy()
@@ -93,11 +93,11 @@ def logits(directory: str, *words) -> np.ndarray | None:
 
 def bytes_read(directory: str, *words) -> int:
     """Bytes of safetensors that this rank reads to fill its part of the model."""
-    from qtarget_megatron.checkpoint import HFReader
-    from qtarget_megatron.megatron.convert import open_model
+    from qtarget_megatron.huggingface import HFReader
+    from qtarget_megatron.megatron.jobs.open_model import open_model
 
     model = open_model(Path(directory), [str(word) for word in words])
-    from qtarget_megatron.megatron.hf_weights import load_hf_weights
+    from qtarget_megatron.megatron.weights.hf_weights import load_hf_weights
 
     reader = HFReader(directory)
     for chunk in model.chunks:
@@ -110,14 +110,14 @@ def reading(directory: str, *words) -> tuple[int, int]:
 
     The system counts what read() and pread() return, wherever it comes from; of mapped files it would count nothing.
     """
-    from qtarget_megatron.checkpoint import HFReader
-    from qtarget_megatron.megatron.convert import open_model
+    from qtarget_megatron.huggingface import HFReader
+    from qtarget_megatron.megatron.jobs.open_model import open_model
 
     def system() -> int:
         return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
 
     model = open_model(Path(directory), [str(word) for word in words])
-    from qtarget_megatron.megatron.hf_weights import load_hf_weights
+    from qtarget_megatron.megatron.weights.hf_weights import load_hf_weights
 
     before = system()
     with HFReader(directory) as reader:
@@ -132,7 +132,8 @@ def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, 
 
     The allocator is watched in a run of its own: the profiler that does it holds megabytes of events, more or fewer.
     """
-    from qtarget_megatron.megatron.convert import export_hf, import_hf, open_model
+    from qtarget_megatron.megatron.jobs.convert import export_hf, import_hf
+    from qtarget_megatron.megatron.jobs.open_model import open_model
     from tools.benchmarking import measure
 
     words, source = [str(word) for word in words], Path(directory)
@@ -157,7 +158,7 @@ def memory(directory: str, ckpt: str, out: str, *words) -> dict[str, tuple[int, 
 
 def written_files(*words) -> list[str]:
     """qtarget_megatron.commands.convert_hf export in files of at most 30 KB; those that this rank wrote."""
-    from qtarget_megatron.checkpoint import HFExport
+    from qtarget_megatron.huggingface import HFExport
 
     written, write = [], HFExport.write_shard
     with (
@@ -173,7 +174,7 @@ def written_files(*words) -> list[str]:
 
 @contextlib.contextmanager
 def small_files():
-    from qtarget_megatron.megatron import hf_weights
+    from qtarget_megatron.megatron.weights import hf_weights
 
     with mock.patch.object(hf_weights, "plan_shards", partial(hf_weights.plan_shards, max_shard_bytes=30_000)):
         yield
@@ -181,7 +182,7 @@ def small_files():
 
 def killed_export(after: int, *words) -> None:
     """The same export, whose rank that writes a file too many dies as by SIGKILL once there are so many on the disk."""
-    from qtarget_megatron.checkpoint import HFExport
+    from qtarget_megatron.huggingface import HFExport
 
     write = HFExport.write_shard
 
@@ -210,10 +211,10 @@ def killed_import(*words) -> None:
 
 def agreement(directory: str, reference: str):
     """(Agreement as a dict, Megatron's logits of the directory)."""
-    from qtarget_megatron.megatron.convert import open_model
+    from qtarget_megatron.megatron.jobs.open_model import open_model
 
     model = open_model(Path(directory), [])
-    from qtarget_megatron.megatron.agreement import compare_with_transformers, megatron_logits
+    from qtarget_megatron.megatron.jobs.against_transformers import compare_with_transformers, megatron_logits
 
     ids = tokens(model.args.seq_length)
     found = megatron_logits(model, ids)
@@ -225,11 +226,11 @@ def divergence(directory: str, reference: str, epsilon_of: str, *words) -> tuple
 
     epsilon_of: a norm, as "2.pre_mlp_layernorm", whose epsilon is made another; "" for none.
     """
-    from qtarget_megatron.checkpoint import report_lines
-    from qtarget_megatron.megatron.convert import open_model
+    from qtarget_megatron.huggingface import report_lines
+    from qtarget_megatron.megatron.jobs.open_model import open_model
 
     model = open_model(Path(directory), [str(word) for word in words])
-    from qtarget_megatron.megatron.agreement import compare_with_transformers
+    from qtarget_megatron.megatron.jobs.against_transformers import compare_with_transformers
 
     layer, _, norm = epsilon_of.partition(".")
     for chunk in model.chunks:
@@ -243,10 +244,10 @@ def divergence(directory: str, reference: str, epsilon_of: str, *words) -> tuple
 
 def incomplete(directory: str, *words) -> str:
     """What check_complete says where the last stage's chunks are left out."""
-    from qtarget_megatron.megatron.convert import open_model
+    from qtarget_megatron.megatron.jobs.open_model import open_model
 
     model = open_model(Path(directory), [str(word) for word in words])
-    from qtarget_megatron.megatron.hf_weights import check_complete
+    from qtarget_megatron.megatron.weights.hf_weights import check_complete
 
     last = dist.get_rank() == dist.get_world_size() - 1
     try:
@@ -258,7 +259,7 @@ def incomplete(directory: str, *words) -> str:
 
 def plain_megatron(directory: str, checkpoint: str) -> np.ndarray:
     """Logits of Megatron's own GPTModel, own layer spec and own norms, from a checkpoint."""
-    from qtarget_megatron.megatron.convert import open_model
+    from qtarget_megatron.megatron.jobs.open_model import open_model
 
     args = open_model(Path(directory), []).args
     from megatron.core.models.gpt import GPTModel
@@ -293,13 +294,13 @@ def layers_with_own_state(directory: str, checkpoint: str) -> list[str]:
 
     For each --dist-ckpt-strictness: "loaded", or the error.
     """
-    from qtarget_megatron.megatron.convert import open_model
+    from qtarget_megatron.megatron.jobs.open_model import open_model
 
     model = open_model(Path(directory), [])
     from megatron.training.checkpointing import load_checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from qtarget_megatron.megatron.model import RMSNorm
+    from qtarget_megatron.megatron.model.build import RMSNorm
 
     expected = {name: p.detach().clone() for name, p in model.chunks[0].named_parameters()}
     outcomes = []

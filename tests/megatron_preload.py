@@ -7,7 +7,7 @@ import argparse
 import functools
 import gc
 
-from qtarget_megatron.megatron import cpu_platform
+from qtarget_megatron.megatron.runtime import cpu_platform
 
 # Before Megatron, as in every command. A process that has touched CUDA cannot be forked: there, nothing is preloaded.
 if cpu_platform.activate():
@@ -20,17 +20,12 @@ if cpu_platform.activate():
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, modeling_utils
 
     from qtarget_megatron import finetune
-    from qtarget_megatron.megatron import (
-        cache_teacher,
-        convert,
-        datasets,
-        model,
-        plan,
-        saved_model,
-        score,
-        step,
-        verify,
-    )
+    from qtarget_megatron.megatron.jobs import cache_teacher, convert, score
+    from qtarget_megatron.megatron.model import build
+    from qtarget_megatron.megatron.planning import plan
+    from qtarget_megatron.megatron.training import datasets, step
+    from qtarget_megatron.megatron.verify import layout
+    from qtarget_megatron.megatron.weights import saved_model
 
     # Megatron parses its own sources for the help of its flags, twice at every start, and writes a text of each of 850
     # arguments into TensorBoard's file: a quarter of a small run.

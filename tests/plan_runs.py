@@ -84,14 +84,18 @@ def measure(words: list[str]) -> dict:
     allocator; sent: the collectives of the fused loss. Without pipeline saved: what is kept for backward by the layers,
     the embedding and the final norm; without a teacher step: peak of forward, loss and backward.
     """
-    from qtarget_megatron.megatron import cpu_platform, launch, wheel_repairs
-    from qtarget_megatron.megatron.arguments import add_arguments, implementation_flags
-    from qtarget_megatron.megatron.shape import megatron_flags, record_architecture
+    from qtarget_megatron.megatron.runtime import cpu_platform, launch, wheel_repairs
+    from qtarget_megatron.megatron.runtime.architecture_flags import (
+        implementation_flags,
+        megatron_flags,
+        record_architecture,
+    )
+    from qtarget_megatron.megatron.training.arguments import add_arguments
 
     cpu_platform.activate()
     from qtarget_megatron import objectives
-    from qtarget_megatron.checkpoint import Architecture
-    from qtarget_megatron.megatron.plan import PlanOptions, make_plan
+    from qtarget_megatron.huggingface import Architecture
+    from qtarget_megatron.megatron.planning.plan import PlanOptions, make_plan
 
     plan = make_plan(PlanOptions(dist.get_world_size()), words)
     assert not plan.problems, plan.problems
@@ -110,7 +114,7 @@ def measure(words: list[str]) -> dict:
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import setup_model_and_optimizer
 
-    from qtarget_megatron.megatron.model import ModelProvider
+    from qtarget_megatron.megatron.model.build import ModelProvider
 
     initialize_megatron(store=None)
     provider = ModelProvider(args, student, teacher, load_weights=False)
@@ -181,7 +185,7 @@ def _saved_bytes(model, args: argparse.Namespace, student) -> int:
 
 
 def _step_bytes(model, args: argparse.Namespace, student, objective) -> int:
-    from qtarget_megatron.megatron.step import LossContext, LossSettings, output_processor
+    from qtarget_megatron.megatron.training.step import LossContext, LossSettings, output_processor
     from tools.benchmarking.measure import Subject, memory
 
     tokens, positions, mask = _inputs(args, student)
@@ -207,8 +211,8 @@ def _hidden_states(*, hidden_states, **unused):
 
 def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
     from qtarget_megatron.loss.sparse_teacher import SparseTeacher
-    from qtarget_megatron.megatron.output_head import OutputHead
-    from qtarget_megatron.megatron.step import LossContext, LossSettings, output_processor
+    from qtarget_megatron.megatron.model.output_head import OutputHead
+    from qtarget_megatron.megatron.training.step import LossContext, LossSettings, output_processor
     from tools.benchmarking.measure import Subject, memory
 
     ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1

@@ -6,7 +6,7 @@ from conversion_runs import run_all, variant
 from finetune_runs import write_models
 from launching import run_ranks
 
-from qtarget_megatron.checkpoint import Agreement, Place, StateAgreement, report_lines
+from qtarget_megatron.huggingface import Agreement, Place, StateAgreement, report_lines
 
 LAYOUTS = {
     "single": [],

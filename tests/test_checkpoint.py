@@ -13,7 +13,7 @@ import torch
 from checkpoint_models import CASES, PADDED, assert_same_bits, edit_json, make_model
 from safetensors.torch import load_file, save_file
 
-from qtarget_megatron.checkpoint import (
+from qtarget_megatron.huggingface import (
     Architecture,
     HFReader,
     check_tensors,

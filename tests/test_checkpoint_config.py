@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from qtarget_megatron.checkpoint import Architecture, Experts, Groups, LatentAttention, RopeScaling
+from qtarget_megatron.huggingface import Architecture, Experts, Groups, LatentAttention, RopeScaling
 
 SHAPE = dict(
     vocab_size=131,

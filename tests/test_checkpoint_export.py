@@ -15,14 +15,8 @@ from checkpoint_models import CASES, assert_same_bits, edit_json, make_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qtarget_megatron.checkpoint import (
-    Architecture,
-    HFExport,
-    HFReader,
-    hf_tensor_shapes,
-    plan_shards,
-)
-from qtarget_megatron.checkpoint.safetensors_file import PlannedTensor, SafetensorsFile
+from qtarget_megatron.huggingface import Architecture, HFExport, HFReader, hf_tensor_shapes, plan_shards
+from qtarget_megatron.huggingface.weights.safetensors_file import PlannedTensor, SafetensorsFile
 from qtarget_megatron.resumable import check_output_directory
 from tools.first_hour.families import VOCAB
 

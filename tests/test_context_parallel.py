@@ -55,9 +55,9 @@ class GatheringAttention(torch.nn.Module):
 def run_with_gathering_attention(runs, folder):
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from qtarget_megatron.megatron import model
+    from qtarget_megatron.megatron.model import build
 
-    local_spec = model.layer_spec
+    local_spec = build.layer_spec
 
     def layer_spec(*args):
         block = local_spec(*args)
@@ -68,11 +68,11 @@ def run_with_gathering_attention(runs, folder):
             )
         return block
 
-    model.layer_spec = layer_spec
+    build.layer_spec = layer_spec
     try:
         return run_all(runs, folder)
     finally:
-        model.layer_spec = local_spec
+        build.layer_spec = local_spec
 
 
 @pytest.fixture(scope="module")

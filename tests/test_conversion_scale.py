@@ -10,7 +10,7 @@ from conversion_runs import read_tensors, run_all
 from launching import run_ranks
 from safetensors.torch import load_file, save_file
 
-from qtarget_megatron.checkpoint import Architecture, HFReader
+from qtarget_megatron.huggingface import Architecture, HFReader
 from qtarget_megatron.resumable import ResumableDirectory
 from tools.first_hour.families import write_model
 

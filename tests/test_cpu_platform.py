@@ -7,7 +7,7 @@ import pytest
 import torch
 from launching import REPOSITORY
 
-from qtarget_megatron.megatron.wheel_repairs import GroupStepAdam
+from qtarget_megatron.megatron.runtime.wheel_repairs import GroupStepAdam
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the platform never activates where CUDA is present")
 
@@ -23,7 +23,7 @@ def test_importing_the_package_leaves_torch_alone():
         "import torch\n"
         "before = torch.cuda.is_available, torch.cuda.Stream, torch.compile\n"
         "import qtarget_megatron.finetune\n"
-        "from qtarget_megatron.megatron import cpu_platform\n"
+        "from qtarget_megatron.megatron.runtime import cpu_platform\n"
         "assert not cpu_platform.is_active()\n"
         "assert before == (torch.cuda.is_available, torch.cuda.Stream, torch.compile)\n"
         "import sys; assert not any(name == 'megatron' or name.startswith('megatron.') for name in sys.modules)\n"
@@ -34,7 +34,7 @@ def test_importing_the_package_leaves_torch_alone():
 @NO_GPU
 def test_activation_says_so_once_and_redirects_cuda_to_the_cpu():
     result = python(
-        "from qtarget_megatron.megatron import cpu_platform\n"
+        "from qtarget_megatron.megatron.runtime import cpu_platform\n"
         "assert cpu_platform.activate() and cpu_platform.activate(requested=True) and cpu_platform.is_active()\n"
         "import torch\n"
         "made = [torch.zeros(2, device=d) for d in ('cuda', 'cuda:0', torch.device('cuda'), 0)]\n"
@@ -55,7 +55,7 @@ def test_activation_says_so_once_and_redirects_cuda_to_the_cpu():
 @NO_GPU
 def test_a_backward_function_may_name_cuda_however_backward_is_called():
     result = python(
-        "from qtarget_megatron.megatron import cpu_platform\n"
+        "from qtarget_megatron.megatron.runtime import cpu_platform\n"
         "cpu_platform.activate()\n"
         "import torch\n"
         "class Double(torch.autograd.Function):\n"
@@ -77,7 +77,7 @@ def test_activation_is_refused_where_cuda_is_present():
     result = python(
         "import torch\n"
         "torch.cuda.is_available = lambda: True\n"
-        "from qtarget_megatron.megatron import cpu_platform\n"
+        "from qtarget_megatron.megatron.runtime import cpu_platform\n"
         "assert not cpu_platform.activate() and not cpu_platform.is_active()\n"
         "try: cpu_platform.activate(requested=True)\n"
         "except ValueError as error: assert '--cpu' in str(error)\n"
@@ -90,7 +90,7 @@ def test_activation_is_refused_where_cuda_is_present():
 def test_activation_after_megatron_is_refused():
     result = python(
         "import sys, types\n"
-        "from qtarget_megatron.megatron import cpu_platform\n"
+        "from qtarget_megatron.megatron.runtime import cpu_platform\n"
         "sys.modules['megatron.core'] = types.ModuleType('megatron.core')\n"
         "try: cpu_platform.activate()\n"
         "except RuntimeError as error: assert 'before importing megatron' in str(error)\n"

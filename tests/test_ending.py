@@ -17,8 +17,9 @@ from finetune_runs import COMMON, write_data, write_models
 from launching import Launch, run_ranks
 
 from qtarget_megatron.command_line import Parser, record_cause
-from qtarget_megatron.megatron import ending, launch, output
-from qtarget_megatron.megatron.faults import explained
+from qtarget_megatron.megatron.faults import ending
+from qtarget_megatron.megatron.faults.explained import explained
+from qtarget_megatron.megatron.runtime import launch, logs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m"]
@@ -141,7 +142,7 @@ def test_ctrl_c_and_a_closed_terminal_are_one_line(workspace, start, number, wha
 def test_a_second_ctrl_c_waits_for_nothing():
     program = """
 import os, signal, time
-from qtarget_megatron.megatron import ending
+from qtarget_megatron.megatron.faults import ending
 
 def main():
     os.kill(os.getpid(), signal.SIGINT)
@@ -173,7 +174,7 @@ def test_ranks_end_with_their_launcher(workspace):
 
 def test_the_process_of_saves_in_the_background_ends_with_a_killed_command():
     program = """
-from qtarget_megatron.megatron import cpu_platform, launch
+from qtarget_megatron.megatron.runtime import cpu_platform, launch
 if __name__ == "__main__":
     cpu_platform.activate()
     launch.prepare_saves(in_background=True)
@@ -333,7 +334,7 @@ def test_a_missing_flag_may_have_another_name():
 def print_arguments(shown):
     from megatron.training.arguments import _print_args
 
-    with contextlib.redirect_stdout(io.StringIO()) as printed, output.without_arguments(shown=shown):
+    with contextlib.redirect_stdout(io.StringIO()) as printed, logs.without_arguments(shown=shown):
         print("before\nbe", end="")
         print("tween")
         _print_args("arguments", argparse.Namespace(lr=1, seed=2))

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-from qtarget_megatron.checkpoint import Architecture, families, hf_tensor_shapes
-from qtarget_megatron.checkpoint.family import Family
+from qtarget_megatron.huggingface import Architecture, hf_tensor_shapes
+from qtarget_megatron.huggingface.config import families
+from qtarget_megatron.huggingface.config.family import Family
 
 DECLARED = families.all_families()
 PLANET = """
-from qtarget_megatron.checkpoint.family import Family
+from qtarget_megatron.huggingface.config.family import Family
 
 FAMILY = Family(name="planet", architecture="PlanetForCausalLM", qkv_bias=True, tensors={"head": "planet.head"})
 """

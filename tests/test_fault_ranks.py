@@ -27,8 +27,8 @@ from test_finetune import tensors
 from transformers import AutoTokenizer
 
 from qtarget_megatron.data import JsonlFile, SupervisedDataset, inspect_samples
-from qtarget_megatron.megatron.start import difference
-from qtarget_megatron.megatron.watchdog import Report, Watchdog, who_waits
+from qtarget_megatron.megatron.faults.same_start import difference
+from qtarget_megatron.megatron.faults.watchdog import Report, Watchdog, who_waits
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 

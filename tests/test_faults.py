@@ -18,7 +18,7 @@ from finetune_runs import COMMON, write_data, write_models
 from launching import Launch
 from test_finetune import tensors
 
-from qtarget_megatron.megatron.saved_files import TRACKER, find_damage, newest_complete, prepare_start
+from qtarget_megatron.megatron.faults.resume_point import TRACKER, find_damage, newest_complete, prepare_start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 

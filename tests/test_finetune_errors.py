@@ -15,7 +15,7 @@ from small_tokenizers import CHATML, SPECIAL, byte_tokenizer
 
 from qtarget_megatron import output_lock
 from qtarget_megatron.command_line import SYNONYMS, Parser
-from qtarget_megatron.megatron.arguments import add_arguments, check_numbers
+from qtarget_megatron.megatron.training.arguments import add_arguments, check_numbers
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

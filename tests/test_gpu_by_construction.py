@@ -195,7 +195,7 @@ def test_a_cached_teacher_never_waits(name, rule):
 
 def reports():
     """Of a micro-batch, by objective: for each number of the report, where it lies and its shape."""
-    from qtarget_megatron.megatron import step
+    from qtarget_megatron.megatron.training import step
 
     found = {}
     for name in ("sft", "target-sft"):

@@ -8,8 +8,9 @@ import torch
 from launching import run_ranks
 
 from qtarget_megatron import kernels
-from qtarget_megatron.megatron import arguments, gpu_flags
-from qtarget_megatron.megatron.gpu_flags import check_gpu_flags
+from qtarget_megatron.megatron.runtime import gpu_flags
+from qtarget_megatron.megatron.runtime.gpu_flags import check_gpu_flags
+from qtarget_megatron.megatron.training import arguments
 
 LOCAL, ENGINE = SimpleNamespace(transformer_impl="local"), SimpleNamespace(transformer_impl="transformer_engine")
 

@@ -14,9 +14,9 @@ import torch
 from launching import REPOSITORY
 
 from qtarget_megatron import objectives
-from qtarget_megatron.checkpoint import Architecture
 from qtarget_megatron.commands import convert_hf, verify_parallel
-from qtarget_megatron.megatron import verify
+from qtarget_megatron.huggingface import Architecture
+from qtarget_megatron.megatron.verify import layout
 from tools.benchmarking import head, peers, report, step, workers
 from tools.first_hour import checks, families, steps, sync_waits, training, ways
 from tools.first_hour.steps import STEPS
@@ -152,10 +152,10 @@ def test_what_the_tools_print_is_read():
 def test_the_table_of_verify_parallel_is_read(monkeypatch, capsys):
     def verify_two(options, objectives, on_row):
         for number, objective in enumerate(objectives, 1):
-            on_row(verify.Row(str(objective), "fused head, sparse teacher", 1e-7, 0, number * 1e-3, 3, "weight", 1, 1))
-        return verify.Verdict((), "TP 1")
+            on_row(layout.Row(str(objective), "fused head, sparse teacher", 1e-7, 0, number * 1e-3, 3, "weight", 1, 1))
+        return layout.Verdict((), "TP 1")
 
-    monkeypatch.setattr(verify, "verify", verify_two)
+    monkeypatch.setattr(layout, "verify", verify_two)
     assert verify_parallel.main(["--objective", "sft", "kd:temperature=2"]) == 0
     assert checks.worst(capsys.readouterr().out) == (
         "2 comparisons, loss off by 1.0e-07 and gradient by 2.0e-03 at most. verified: 2 objective(s) at TP 1"
@@ -182,16 +182,19 @@ LOG = """\
 /a/b/site-packages/torch/cuda/x.py:3: UserWarning: called a synchronizing CUDA operation (Triggered internally at)
   x
  [2026-11-29 01:29:07.7] iteration        2/       4 | consumed samples: 4 | lm loss: 6.5E+00 | grad norm: 1.5 |
-/home/me/qtarget_megatron/megatron/step.py:20: UserWarning: called a synchronizing CUDA operation (Triggered
+/home/me/qtarget_megatron/megatron/training/step.py:20: UserWarning: called a synchronizing CUDA operation (Triggered
 /a/site-packages/megatron/training/training.py:7: UserWarning: called a synchronizing CUDA operation (Triggered
-/home/me/qtarget_megatron/megatron/step.py:20: UserWarning: called a synchronizing CUDA operation (Triggered
+/home/me/qtarget_megatron/megatron/training/step.py:20: UserWarning: called a synchronizing CUDA operation (Triggered
  [2026-11-29 01:29:07.8] iteration        3/       4 | consumed samples: 6 | lm loss: 6.25E+00 | grad norm: 1.25 |
 /home/me/after.py:1: UserWarning: called a synchronizing CUDA operation
 """
 
 
 def test_waits_of_the_last_step_are_counted_by_line():
-    assert sync_waits.waits(LOG) == {"qtarget_megatron/megatron/step.py:20": 2, "megatron/training/training.py:7": 1}
+    assert sync_waits.waits(LOG) == {
+        "qtarget_megatron/megatron/training/step.py:20": 2,
+        "megatron/training/training.py:7": 1,
+    }
     assert sync_waits.waits(LOG[: LOG.index("3/       4")]) is None
 
 

@@ -13,8 +13,8 @@ import transformers
 from checkpoint_models import CASES, SIZES
 from finetune_runs import vocabulary, write_model
 
-from qtarget_megatron.checkpoint import Architecture, HFReader, check_tensors, hf_tensor_shapes
 from qtarget_megatron.data import load_tokenizer
+from qtarget_megatron.huggingface import Architecture, HFReader, check_tensors, hf_tensor_shapes
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32, beta_slow=1)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)

@@ -12,13 +12,13 @@ import torch
 from launching import REPOSITORY
 from torch.distributed.checkpoint.api import CheckpointException
 
-from qtarget_megatron.megatron.faults import explained
-from qtarget_megatron.megatron.limits import what_ran_out
+from qtarget_megatron.megatron.faults.explained import explained
+from qtarget_megatron.megatron.faults.limits import what_ran_out
 
 PROGRAM = """
 import json, os, resource, sys, threading
 import torch
-from qtarget_megatron.megatron.limits import what_ran_out
+from qtarget_megatron.megatron.faults.limits import what_ran_out
 
 lines = {}
 

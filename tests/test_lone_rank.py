@@ -13,7 +13,7 @@ from launching import REPOSITORY, run_alone
 from test_plugging_in import FLAGS
 
 from qtarget_megatron.commands.main import COMMANDS
-from qtarget_megatron.megatron import launch
+from qtarget_megatron.megatron.runtime import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from launching import run_ranks
 
-from qtarget_megatron.megatron.faults import NotFinite
+from qtarget_megatron.megatron.faults.explained import NotFinite
 
 pytestmark = pytest.mark.distributed
 MICRO_BATCHES = 3
@@ -24,7 +24,7 @@ def look(kind, values, on_nan="stop", in_training=True):
     """How many micro-batches were looked at when it stopped (None: all), the error's line, what was printed."""
     from megatron.core.rerun_state_machine import RerunMode
 
-    from qtarget_megatron.megatron import loss_check
+    from qtarget_megatron.megatron.faults import loss_check
 
     machine = SimpleNamespace(get_mode=lambda: RerunMode.DISABLED)
     replacements = {

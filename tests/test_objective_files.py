@@ -7,8 +7,8 @@ import pytest
 
 from qtarget_megatron import Objective, objectives
 from qtarget_megatron.commands import verify_parallel
+from qtarget_megatron.megatron.verify.problem import try_evaluate
 from qtarget_megatron.objectives import registry as registry_module
-from qtarget_megatron.verification import try_evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def test_the_file_of_an_objective_with_a_required_parameter_can_be_verified(tmp_
         checked.extend(str(objective) for objective in chosen)
         return type("Verdict", (), dict(rows=(), failure="", ok=True, verified="this"))
 
-    monkeypatch.setattr("qtarget_megatron.megatron.verify.verify", verify)
+    monkeypatch.setattr("qtarget_megatron.megatron.verify.layout.verify", verify)
     assert verify_parallel.main(["--objective-file", "mine.py", *WORDS]) == 0
     printed = capsys.readouterr().out
     said = "not verified: mine, with a parameter that has no default: name it, --objective mine:KEY=VALUE, or register"

@@ -15,9 +15,9 @@ from finetune_runs import COMMON, run_all, vocabulary, write_data, write_model
 from launching import REPOSITORY, run_ranks
 
 from qtarget_megatron import output_lock
-from qtarget_megatron.checkpoint import Architecture, copied_files
-from qtarget_megatron.megatron import outputs
-from qtarget_megatron.megatron.saved_files import TRACKER
+from qtarget_megatron.huggingface import Architecture, copied_files
+from qtarget_megatron.megatron.faults.resume_point import TRACKER
+from qtarget_megatron.megatron.training import outputs
 from qtarget_megatron.resumable import ResumableDirectory, ResumableLines
 from qtarget_megatron.teacher_cache import CacheWriter
 

@@ -7,8 +7,8 @@ import pytest
 from finetune_runs import SEQ_LENGTH, TRAIN_ITERS, run_all, write_data, write_models
 from launching import run_ranks
 
-from qtarget_megatron.megatron import pace
-from qtarget_megatron.megatron.pace import Pace
+from qtarget_megatron.megatron.training import pace
+from qtarget_megatron.megatron.training.pace import Pace
 
 
 class Training:

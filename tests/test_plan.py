@@ -9,7 +9,7 @@ import pytest
 from launching import REPOSITORY, run_ranks
 from plan_runs import run_all, words_of, write_models
 
-from qtarget_megatron.planning import GIB, Plan, Stage
+from qtarget_megatron.megatron.planning.report import GIB, Plan, Stage
 
 # The first test of a launch waits for all of it.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(700)]

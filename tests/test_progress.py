@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from qtarget_megatron.megatron import progress
-from qtarget_megatron.megatron.progress import Progress
+from qtarget_megatron.megatron.runtime import progress
+from qtarget_megatron.megatron.runtime.progress import Progress
 
 
 class Clock:

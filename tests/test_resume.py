@@ -13,8 +13,8 @@ from launching import run_ranks
 from small_tokenizers import CHATML, byte_tokenizer
 
 from qtarget_megatron.data import IGNORE_INDEX, JsonlFile, SupervisedDataset, inspect_samples
-from qtarget_megatron.megatron import bit_sums
-from qtarget_megatron.megatron.resume_flags import ResumedFlags, check_schedule
+from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_schedule
+from qtarget_megatron.megatron.weights import bit_sums
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -161,8 +161,8 @@ class Faulty:
     def __enter__(self):
         from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-        from qtarget_megatron.megatron import wheel_repairs
-        from qtarget_megatron.megatron.fingerprint import Fingerprints
+        from qtarget_megatron.megatron.runtime import wheel_repairs
+        from qtarget_megatron.megatron.weights.fingerprint import Fingerprints
 
         wheel_repairs.repair_megatron_wheel()
         self._before = DistributedOptimizer.sharded_param_state_fully_reshardable, Fingerprints.record
@@ -182,7 +182,7 @@ class Faulty:
     def __exit__(self, *exception):
         from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-        from qtarget_megatron.megatron.fingerprint import Fingerprints
+        from qtarget_megatron.megatron.weights.fingerprint import Fingerprints
 
         DistributedOptimizer.sharded_param_state_fully_reshardable, Fingerprints.record = self._before
 
@@ -308,7 +308,7 @@ def test_a_state_that_is_not_what_was_saved_ends_the_run(workspace, tmp_path):
 
 
 def refusal(directory):
-    from qtarget_megatron.megatron.fingerprint import _compare_sums
+    from qtarget_megatron.megatron.weights.fingerprint import _compare_sums
 
     sums, saved = {"w": {"weights": [0, 0, 10, 5]}}, {"parameters": {"w": {"weights": [10, 4]}}}
     with pytest.raises(ValueError) as refused:

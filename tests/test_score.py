@@ -23,8 +23,8 @@ from megatron_reset import reset
 from small_tokenizers import CHATML, SPECIAL, byte_tokenizer, chat
 
 from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples, load_tokenizer
-from qtarget_megatron.megatron import score as scoring
-from qtarget_megatron.side_inputs import batch_key
+from qtarget_megatron.data.side_inputs import batch_key
+from qtarget_megatron.megatron.jobs import score as scoring
 
 # The first test of a launch waits for all of its jobs.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -6,9 +6,13 @@ import math
 
 import pytest
 
-from qtarget_megatron.checkpoint import Architecture
-from qtarget_megatron.megatron.arguments import check_flags
-from qtarget_megatron.megatron.shape import describe_layers, layer_arguments, megatron_flags
+from qtarget_megatron.huggingface import Architecture
+from qtarget_megatron.megatron.runtime.architecture_flags import (
+    check_flags,
+    describe_layers,
+    layer_arguments,
+    megatron_flags,
+)
 
 SIZES = dict(
     vocab_size=7,

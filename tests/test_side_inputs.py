@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from qtarget_megatron import objectives
 from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples
-from qtarget_megatron.side_inputs import batch_key, importance_weight
+from qtarget_megatron.data.side_inputs import batch_key, importance_weight
 from qtarget_megatron.teacher_cache import CacheHeader, CacheWriter, SampleEntries, TeacherCache, context_digests
 
 # Prompt of 3 tokens; supervised: x, y and the end-of-sequence token.
@@ -187,7 +187,7 @@ def test_a_side_input_cannot_replace_a_part_of_the_record(name):
 
 def with_cached_teacher(file, cache, names=()):
     """The parts of the first sample."""
-    from qtarget_megatron.megatron.datasets import TaughtDataset
+    from qtarget_megatron.megatron.training.datasets import TaughtDataset
 
     parts = TaughtDataset(dataset(file, completions(), 8, names), TeacherCache(cache))[0]
     return {name: np.asarray(value) for name, value in parts.items()}
@@ -273,12 +273,12 @@ def test_importance_weight_refuses_what_has_no_mean(arguments, options, message)
 
 def slices(path):
     """This rank's part of the first batch of two items."""
-    from qtarget_megatron.megatron import cpu_platform
+    from qtarget_megatron.megatron.runtime import cpu_platform
 
     cpu_platform.activate()
     from megatron.core import parallel_state
 
-    from qtarget_megatron.megatron.batches import on_this_rank
+    from qtarget_megatron.megatron.training.batches import on_this_rank
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
     data = dataset(JsonlFile(path), byte_tokenizer(CHATML), 32, ("weight", "mine"))
@@ -312,8 +312,8 @@ def test_context_parallel_ranks_cut_side_inputs_where_they_cut_labels(tmp_path):
 
 def inspected(paths):
     """What rank 0 prints when two ranks inspect each file for its objective, two seconds for each record."""
-    from qtarget_megatron.megatron import progress
-    from qtarget_megatron.megatron.datasets import DatasetProvider
+    from qtarget_megatron.megatron.runtime import progress
+    from qtarget_megatron.megatron.training.datasets import DatasetProvider
 
     progress.time = SimpleNamespace(monotonic=itertools.count(step=2).__next__)
     printed = {}
@@ -358,7 +358,7 @@ def test_what_leaves_nothing_to_train_but_sft_or_little_is_warned_of_at_the_star
 
 
 def test_a_model_scored_against_itself_is_known_before_it_is_scored(tmp_path):
-    from qtarget_megatron.megatron.score import ScoreOptions
+    from qtarget_megatron.megatron.jobs.score import ScoreOptions
 
     for name, content in (("model", b"one"), ("other", b"two"), ("more", b"one")):
         (tmp_path / name).mkdir()

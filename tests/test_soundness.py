@@ -12,9 +12,9 @@ from finetune_runs import COMMON, run_all, write_data, write_models
 from launching import run_ranks
 from safetensors.torch import load_file, save_file
 
-from qtarget_megatron.checkpoint import HFReader, is_finite
-from qtarget_megatron.megatron.faults import NotFinite
-from qtarget_megatron.megatron.soundness import Soundness, most_skips
+from qtarget_megatron.huggingface import HFReader, is_finite
+from qtarget_megatron.megatron.faults.explained import NotFinite
+from qtarget_megatron.megatron.faults.soundness import Soundness, most_skips
 
 NAMES = ("model.layers.2.mlp.down_proj.weight", "model.norm.weight")
 WHOLE, PART = ["--train-iters", 2], ["--tensor-model-parallel-size", 2]
@@ -139,7 +139,7 @@ def damage(folder):
 def run_and_damage(folder, first, then):
     """The checkpoint is one of those that have no fingerprint, by which the damage would be seen first."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qtarget_megatron.megatron.fingerprint.Fingerprints.record", lambda *arguments: None)
+        patch.setattr("qtarget_megatron.megatron.weights.fingerprint.Fingerprints.record", lambda *arguments: None)
         saved = run_all({"first": first}, str(folder), [])
     return saved, damage(folder), run_all(then, str(folder), [])
 

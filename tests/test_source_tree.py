@@ -11,8 +11,9 @@ import pytest
 from launching import REPOSITORY
 
 from qtarget_megatron.kernels import native
-from qtarget_megatron.megatron import cpu_platform, dataset_run
-from qtarget_megatron.megatron.arguments import check_backend
+from qtarget_megatron.megatron.jobs import dataset_run
+from qtarget_megatron.megatron.runtime import cpu_platform
+from qtarget_megatron.megatron.training.arguments import check_backend
 
 # A start takes seconds, and minutes where many others are made on the machine.
 pytestmark = pytest.mark.timeout(600)

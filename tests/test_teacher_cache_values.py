@@ -268,7 +268,7 @@ def test_headers_of_what_was_begun_are_read_with_care(tmp_path):
 
 
 def verified(directory):
-    from qtarget_megatron.megatron.datasets import verify_cache
+    from qtarget_megatron.megatron.training.datasets import verify_cache
 
     cache, numbers = TeacherCache(directory), []
     verify = TeacherCache.verify

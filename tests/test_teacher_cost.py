@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from qtarget_megatron.megatron.teacher_cost import TeacherCost
+from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 
 
 class Event:

@@ -16,9 +16,17 @@ import torch
 import torch.distributed as dist
 from launching import REPOSITORY, run_ranks, run_torchrun
 
-from qtarget_megatron import collectives, objectives, verification
+from qtarget_megatron import collectives, objectives
 from qtarget_megatron.commands import verify_parallel
-from qtarget_megatron.verification import LOSS_BOUND, Problem, Setting, chosen_objectives, gradient_bound, measure
+from qtarget_megatron.megatron.verify import problem
+from qtarget_megatron.megatron.verify.problem import (
+    LOSS_BOUND,
+    Problem,
+    Setting,
+    chosen_objectives,
+    gradient_bound,
+    measure,
+)
 
 SMALL = ["--vocab-size", "500", "--tokens", "40", "--hidden", "32"]
 FEW = ["--objective", "sft", "eaft", "target-sft", "kd:temperature=2"]
@@ -51,7 +59,7 @@ def skewed_logits_on_rank_1():
         skew = 0.01 if group is not None and dist.get_rank() == 1 else 0
         return original(logits + skew, *args, group=group, **kwargs)
 
-    return _patched(verification, "qtarget_cross_entropy", loss)
+    return _patched(problem, "qtarget_cross_entropy", loss)
 
 
 def hidden_gradients_not_summed():
@@ -79,7 +87,7 @@ def last_bit_on_rank_3():
             return result
         return torch.where(result == 0, result, result * (1 + 2**-23))
 
-    return _patched(verification, "qtarget_cross_entropy", loss)
+    return _patched(problem, "qtarget_cross_entropy", loss)
 
 
 def exception_on_rank_2():
@@ -88,13 +96,13 @@ def exception_on_rank_2():
             raise RuntimeError("the device fell off\nthe bus")
         return original(*args, group=group, objective=objective, **kwargs)
 
-    return _patched(verification, "qtarget_cross_entropy", loss)
+    return _patched(problem, "qtarget_cross_entropy", loss)
 
 
 def other_version_on_rank_1():
-    from qtarget_megatron.megatron import verify
+    from qtarget_megatron.megatron.verify import layout
 
-    return _patched(verify, "versions", lambda of: "version 0" if dist.get_rank() == 1 else of())
+    return _patched(layout, "versions", lambda of: "version 0" if dist.get_rank() == 1 else of())
 
 
 def hang_on_rank_1():
@@ -106,7 +114,7 @@ def hang_on_rank_1():
                 time.sleep(0.05)
         return original(*args, group=group, **kwargs)
 
-    return _patched(verification, "qtarget_linear_cross_entropy", loss)
+    return _patched(problem, "qtarget_linear_cross_entropy", loss)
 
 
 def shared_store():

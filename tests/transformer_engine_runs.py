@@ -48,8 +48,8 @@ def run_all(
 
 
 def _difference(directory: Path, words: list) -> float:
-    from qtarget_megatron.megatron.agreement import compare_with_transformers
-    from qtarget_megatron.megatron.convert import open_model
+    from qtarget_megatron.megatron.jobs.against_transformers import compare_with_transformers
+    from qtarget_megatron.megatron.jobs.open_model import open_model
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         model = open_model(directory, [str(word) for word in [*FLAGS, *words]])
@@ -68,7 +68,7 @@ def _prepare() -> None:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     from qtarget_megatron import finetune
-    from qtarget_megatron.megatron import convert
+    from qtarget_megatron.megatron.jobs import convert
 
     assert HAVE_TE and Path(transformer_engine.__file__).is_relative_to(STAND_IN)
     torch.cuda.get_device_capability = lambda *device: (9, 0)

@@ -198,7 +198,7 @@ def check_out(out: Path) -> None:
 
 def check_room(out: Path, cache: Path) -> None:
     """Refuse what the disks surely cannot hold: the model in the cache, a checkpoint and the export in `out`."""
-    from qtarget_megatron.megatron import outputs
+    from qtarget_megatron.megatron.training import outputs
 
     float32 = 4 * PARAMETERS
     sizes = {

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from qtarget_megatron.megatron import cpu_platform
+from qtarget_megatron.megatron.runtime import cpu_platform
 
 VOCABULARY, LENGTH, BATCH, MICRO_BATCHES = 256, 32, 2, 4
 

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from qtarget_megatron.megatron import cpu_platform, wheel_repairs
+from qtarget_megatron.megatron.runtime import cpu_platform, wheel_repairs
 
 ON_CPU = cpu_platform.activate()  # before Megatron, and only where there is no GPU
 

@@ -41,14 +41,14 @@ from qtarget_megatron.commands.parsers import MEGATRON, add_path, add_run, comma
 
 def main(argv: list[str] | None = None) -> int:
     """Write one cache; returns the process's exit code: 0 done, 2 bad input."""
-    from qtarget_megatron.megatron.commands import exit_code
+    from qtarget_megatron.megatron.faults.ending import exit_code
 
     return exit_code("cache-teacher", lambda: _run(*command_line().parse_known_args(argv)))
 
 
 def _run(ours: argparse.Namespace, words: list[str]) -> int:
-    from qtarget_megatron.megatron.cache_teacher import CacheOptions, cache_teacher
-    from qtarget_megatron.megatron.commands import print_once
+    from qtarget_megatron.megatron.jobs.cache_teacher import CacheOptions, cache_teacher
+    from qtarget_megatron.megatron.runtime.ranks import print_once
     from qtarget_megatron.teacher_cache import TeacherCache
 
     options = CacheOptions(
@@ -93,6 +93,6 @@ def command_line() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    from qtarget_megatron.megatron import ending
+    from qtarget_megatron.megatron.faults import ending
 
     ending.run("cache-teacher", main)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from qtarget_megatron import finetune
 from qtarget_megatron.commands import cache_teacher, convert_hf, inspect_targets, plan, score, verify_parallel
-from qtarget_megatron.commands.main import COMMANDS
 
 _PARSERS = {
     "finetune": finetune.command_line,
@@ -19,8 +19,11 @@ _PARSERS = {
 }
 
 
-def script(shell: str) -> str:
-    """The program that a shell reads. ImportError without shtab, ValueError for a shell that it does not know."""
+def script(shell: str, summaries: Mapping[str, str]) -> str:
+    """The program that a shell reads. ImportError without shtab, ValueError for a shell that it does not know.
+
+    summaries: the help of each subcommand, by its name.
+    """
     import shtab
 
     if shell not in shtab.SUPPORTED_SHELLS:
@@ -28,8 +31,8 @@ def script(shell: str) -> str:
     root = argparse.ArgumentParser(prog="qtarget")
     subcommands = root.add_subparsers()
     parsers = {name: make() for name, make in _PARSERS.items()} | convert_hf.command_lines()
-    for name, command in COMMANDS.items():
-        child = subcommands.add_parser(name, help=command.summary, add_help=False)
+    for name, summary in summaries.items():
+        child = subcommands.add_parser(name, help=summary, add_help=False)
         for action in parsers[name]._actions:
             child._add_action(action)
             if action.type is Path:

@@ -76,7 +76,7 @@ and fog made noon as dark as any night.
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the process's exit code: 0 done or equal, 1 not equal, 2 bad input."""
-    from qtarget_megatron.megatron.commands import exit_code
+    from qtarget_megatron.megatron.faults.ending import exit_code
 
     def command() -> int:
         ours, words = command_line().parse_known_args(argv)
@@ -92,8 +92,8 @@ def _name(argv: list[str] | None = None) -> str:
 
 
 def run_import(ours: argparse.Namespace, words: list[str]) -> int:
-    from qtarget_megatron.megatron.commands import print_once
-    from qtarget_megatron.megatron.convert import import_hf
+    from qtarget_megatron.megatron.jobs.convert import import_hf
+    from qtarget_megatron.megatron.runtime.ranks import print_once
 
     import_hf(ours.hf_model, ours.save, words, cpu=ours.cpu)
     print_once(f"import: imported {ours.hf_model} to {ours.save}")
@@ -101,8 +101,8 @@ def run_import(ours: argparse.Namespace, words: list[str]) -> int:
 
 
 def run_export(ours: argparse.Namespace, words: list[str]) -> int:
-    from qtarget_megatron.megatron.commands import print_once
-    from qtarget_megatron.megatron.convert import export_hf
+    from qtarget_megatron.megatron.jobs.convert import export_hf
+    from qtarget_megatron.megatron.runtime.ranks import print_once
 
     export_hf(ours.hf_model, ours.load, ours.save_hf, words, checksums=ours.checksums, cpu=ours.cpu)
     print_once(f"export: exported {ours.load} to {ours.save_hf}")
@@ -112,10 +112,11 @@ def run_export(ours: argparse.Namespace, words: list[str]) -> int:
 def run_check(ours: argparse.Namespace, words: list[str]) -> int:
     import torch
 
-    from qtarget_megatron.checkpoint import report_lines
     from qtarget_megatron.data import load_tokenizer
-    from qtarget_megatron.megatron.commands import print_once
-    from qtarget_megatron.megatron.convert import open_model, text_tokens
+    from qtarget_megatron.huggingface import report_lines
+    from qtarget_megatron.megatron.jobs.convert import text_tokens
+    from qtarget_megatron.megatron.jobs.open_model import open_model
+    from qtarget_megatron.megatron.runtime.ranks import print_once
 
     tokens = text_tokens(ours.hf_model, ours.text or TEXT)
     tokenizer = load_tokenizer(ours.hf_model)
@@ -127,7 +128,7 @@ def run_check(ours: argparse.Namespace, words: list[str]) -> int:
         seq_length=len(tokens),
         cpu=ours.cpu,
     )
-    from qtarget_megatron.megatron.agreement import compare_with_transformers
+    from qtarget_megatron.megatron.jobs.against_transformers import compare_with_transformers
 
     found = compare_with_transformers(model, ours.reference or ours.hf_model, tokens)
     print_once("\n".join(report_lines(found, ours.tolerance, lambda token: repr(tokenizer.decode([token])))))
@@ -186,6 +187,6 @@ def command_lines() -> dict[str, argparse.ArgumentParser]:
 
 
 if __name__ == "__main__":
-    from qtarget_megatron.megatron import ending
+    from qtarget_megatron.megatron.faults import ending
 
     ending.run(_name(), main)

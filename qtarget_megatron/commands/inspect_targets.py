@@ -77,8 +77,8 @@ def inspect_sample(args: argparse.Namespace) -> dict[str, Any]:
     # Seconds of imports that --help and a mistyped objective do not spend.
     import torch
 
-    from qtarget_megatron.checkpoint import transformers_logits
     from qtarget_megatron.data import IGNORE_INDEX, compare_tokenizers, load_tokenizer
+    from qtarget_megatron.huggingface import transformers_logits
     from qtarget_megatron.inspection import inspect
 
     tokenizer = load_tokenizer(args.hf_model)

@@ -85,7 +85,7 @@ def _complete(words: list[str]) -> None:
     from qtarget_megatron.commands.completion import script
 
     try:
-        text = script(*words[:1] or [""])
+        text = script(words[0] if words else "", {name: command.summary for name, command in COMMANDS.items()})
     except ImportError as error:
         _fail(f"completion: {error}: pip install 'qtarget_megatron[completion]'")
     except ValueError as error:

@@ -29,13 +29,13 @@ from qtarget_megatron.commands.parsers import command_parser
 
 def main(argv: list[str] | None = None) -> int:
     """Print one plan; returns the process's exit code: 0 it fits and divides, 1 it does not, 2 bad input."""
-    from qtarget_megatron.megatron.commands import exit_code
+    from qtarget_megatron.megatron.faults.ending import exit_code
 
     return exit_code("plan", lambda: _run(*command_line().parse_known_args(argv)))
 
 
 def _run(ours: argparse.Namespace, words: list[str]) -> int:
-    from qtarget_megatron.megatron.plan import PlanOptions, make_plan
+    from qtarget_megatron.megatron.planning.plan import PlanOptions, make_plan
 
     plan = make_plan(PlanOptions(ours.world_size, ours.memory_gib, ours.teacher_cache_k), words)
     if ours.json:
@@ -123,6 +123,6 @@ def command_line() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    from qtarget_megatron.megatron import ending
+    from qtarget_megatron.megatron.faults import ending
 
     ending.run("plan", main)

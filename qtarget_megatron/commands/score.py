@@ -40,7 +40,7 @@ from qtarget_megatron.commands.parsers import MEGATRON, add_path, add_run, comma
 
 def main(argv: list[str] | None = None) -> int:
     """Score one file; returns the process's exit code: 0 done, 2 bad input."""
-    from qtarget_megatron.megatron.commands import exit_code
+    from qtarget_megatron.megatron.faults.ending import exit_code
 
     def command() -> int:
         parser = command_line()
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(ours: argparse.Namespace, words: list[str]) -> int:
-    from qtarget_megatron.megatron.commands import print_once
-    from qtarget_megatron.megatron.score import ScoreOptions, score
+    from qtarget_megatron.megatron.jobs.score import ScoreOptions, score
+    from qtarget_megatron.megatron.runtime.ranks import print_once
 
     options = ScoreOptions(
         **run_options(ours, ours.hf_model),
@@ -89,6 +89,6 @@ def command_line() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    from qtarget_megatron.megatron import ending
+    from qtarget_megatron.megatron.faults import ending
 
     ending.run("score", main)

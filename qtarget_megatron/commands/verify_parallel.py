@@ -42,7 +42,7 @@ from qtarget_megatron.commands.parsers import command_parser
 
 def main(argv: list[str] | None = None) -> int:
     """Verify one layout; returns the process's exit code: 0 all well, 1 a mismatch or a failed rank, 2 bad input."""
-    from qtarget_megatron.megatron.commands import exit_code
+    from qtarget_megatron.megatron.faults.ending import exit_code
 
     return exit_code("verify", lambda: _run(command_line().parse_args(argv)))
 
@@ -51,9 +51,9 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from qtarget_megatron import objectives
-    from qtarget_megatron.megatron.commands import print_once
-    from qtarget_megatron.megatron.verify import VerifyOptions, verify
-    from qtarget_megatron.verification import chosen_objectives
+    from qtarget_megatron.megatron.runtime.ranks import print_once
+    from qtarget_megatron.megatron.verify.layout import VerifyOptions, verify
+    from qtarget_megatron.megatron.verify.problem import chosen_objectives
 
     if args.objective_file is not None:
         objectives.register_from_file(args.objective_file)
@@ -154,6 +154,6 @@ def command_line() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    from qtarget_megatron.megatron import ending
+    from qtarget_megatron.megatron.faults import ending
 
     ending.run("verify", main, at_once={1})

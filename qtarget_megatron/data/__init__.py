@@ -3,7 +3,7 @@
 One record per line: ``{"messages": [{"role": ..., "content": ...}, ...]}``, rendered by the
 tokenizer's chat template, with the assistant messages as targets; or ``{"prompt": ...,
 "completion": ...}`` with the completion as target. Fields that an objective asks for are its side
-inputs (qtarget_megatron.side_inputs), other fields are ignored. Everything here depends on the
+inputs (qtarget_megatron.data.side_inputs), other fields are ignored. Everything here depends on the
 record, the tokenizer and the seed only, so every parallel layout sees the same samples.
 """
 

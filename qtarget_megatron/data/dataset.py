@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from qtarget_megatron.data.jsonl import JsonlFile
+from qtarget_megatron.data.side_inputs import batch_key
 from qtarget_megatron.data.supervision import EncodedSample, encode_at
-from qtarget_megatron.side_inputs import batch_key
 
 IGNORE_INDEX = -100
 

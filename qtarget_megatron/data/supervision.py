@@ -13,8 +13,8 @@ import numpy as np
 from qtarget_megatron.data.answers import Answer, Tokens, locate, turn_end
 from qtarget_megatron.data.jsonl import JsonlFile, check_record
 from qtarget_megatron.data.messages import for_template, is_trained
+from qtarget_megatron.data.side_inputs import read_side_inputs
 from qtarget_megatron.data.template import ChatTemplate
-from qtarget_megatron.side_inputs import read_side_inputs
 
 
 @dataclass(frozen=True)

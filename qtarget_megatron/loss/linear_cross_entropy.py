@@ -41,7 +41,7 @@ AUTO = "auto"
 _CHUNK_SIZES = {"cuda": 2048}
 _CHUNK_SIZE = 512
 # Columns of the weight's gradient that one product of 16-bit matrices makes before it is added up in float32.
-_COLUMN_TILE = 8192
+COLUMN_TILE = 8192
 
 
 def qtarget_linear_cross_entropy(
@@ -309,8 +309,8 @@ class _WeightGradient:
             # One product, never rounded to 16 bits, for one pass over the sum.
             torch.addmm(self._sum, logit_gradient.t(), hidden, out_dtype=self._sum.dtype, beta=beta, out=self._sum)
         else:
-            for start in range(0, self._sum.shape[0], _COLUMN_TILE):
-                tile = slice(start, start + _COLUMN_TILE)
+            for start in range(0, self._sum.shape[0], COLUMN_TILE):
+                tile = slice(start, start + COLUMN_TILE)
                 product = logit_gradient[:, tile].t() @ hidden
                 self._sum[tile].copy_(product) if self._is_empty else self._sum[tile].add_(product)
         self._is_empty = False

@@ -13,7 +13,7 @@ from torch import Tensor
 from qtarget_megatron import objectives
 from qtarget_megatron.data import IGNORE_INDEX
 from qtarget_megatron.loss.linear_cross_entropy import AUTO
-from qtarget_megatron.megatron.step import LossContext, LossSettings, output_processor
+from qtarget_megatron.megatron.training.step import LossContext, LossSettings, output_processor
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.statistics import TokenStatistics
 

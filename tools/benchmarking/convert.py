@@ -75,13 +75,14 @@ def measure(
     import torch.distributed as dist
 
     os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
-    from qtarget_megatron.megatron import cpu_platform
+    from qtarget_megatron.megatron.runtime import cpu_platform
     from tools.benchmarking.measure import resident
 
     cpu_platform.activate()
     from megatron.training.training import destroy_global_state
 
-    from qtarget_megatron.megatron.convert import export_hf, import_hf, open_model
+    from qtarget_megatron.megatron.jobs.convert import export_hf, import_hf
+    from qtarget_megatron.megatron.jobs.open_model import open_model
 
     words = ["--tensor-model-parallel-size", str(tensor_parallel)]
     words += ["--pipeline-model-parallel-size", str(pipeline_parallel)]

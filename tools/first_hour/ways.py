@@ -11,8 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qtarget_megatron import objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
+from qtarget_megatron.megatron.verify.problem import (
+    LOSS_BOUND,
+    Problem,
+    Setting,
+    chosen_objectives,
+    gradient_bound,
+    measure,
+)
 from qtarget_megatron.objectives import Objective
-from qtarget_megatron.verification import LOSS_BOUND, Problem, Setting, chosen_objectives, gradient_bound, measure
 from tools.first_hour.work import Failed
 
 Run = Callable[[Callable[[], tuple]], tuple]

@@ -1,0 +1,61 @@
+"""Hugging Face checkpoints: read a rank's slices, map them to Megatron parameters, export them."""
+
+from qtarget_megatron.huggingface.compare.agreement import Agreement, StateAgreement, TokenAgreement
+from qtarget_megatron.huggingface.compare.agreement_report import report_lines
+from qtarget_megatron.huggingface.compare.hidden_states import Place, recorded
+from qtarget_megatron.huggingface.compare.transformers_model import transformers_logits
+from qtarget_megatron.huggingface.config.architecture import Architecture
+from qtarget_megatron.huggingface.config.config_file import read_config
+from qtarget_megatron.huggingface.config.experts import Experts, Groups
+from qtarget_megatron.huggingface.config.family import CORRECTION
+from qtarget_megatron.huggingface.config.latent import LatentAttention
+from qtarget_megatron.huggingface.config.rope import RopeScaling, yarn_scale
+from qtarget_megatron.huggingface.weights.parameter_map import (
+    hf_names,
+    is_expert,
+    load_parameter,
+    merge_parameter,
+    merge_rows,
+    parameter_pieces,
+    partition_dim,
+    shard_numbers,
+)
+from qtarget_megatron.huggingface.weights.reader import HFReader, is_finite
+from qtarget_megatron.huggingface.weights.tensors import check_tensors, hf_tensor_shapes, tensor_dtype
+from qtarget_megatron.huggingface.weights.writer import HFExport, ShardPlan, copied_files, export_bytes, plan_shards
+
+__all__ = [
+    "CORRECTION",
+    "Agreement",
+    "Architecture",
+    "Experts",
+    "Groups",
+    "HFExport",
+    "HFReader",
+    "LatentAttention",
+    "Place",
+    "RopeScaling",
+    "ShardPlan",
+    "StateAgreement",
+    "TokenAgreement",
+    "check_tensors",
+    "copied_files",
+    "export_bytes",
+    "hf_names",
+    "hf_tensor_shapes",
+    "is_expert",
+    "is_finite",
+    "load_parameter",
+    "merge_parameter",
+    "merge_rows",
+    "parameter_pieces",
+    "partition_dim",
+    "plan_shards",
+    "read_config",
+    "recorded",
+    "report_lines",
+    "shard_numbers",
+    "tensor_dtype",
+    "transformers_logits",
+    "yarn_scale",
+]

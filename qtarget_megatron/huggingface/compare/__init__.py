@@ -1,0 +1,1 @@
+"""A model's logits and hidden states beside those of transformers."""

@@ -1,0 +1,1 @@
+"""A config.json as an architecture: families of models, and what they share."""

@@ -1,0 +1,57 @@
+"""Losses that are NaN or infinite: what happens with their micro-batch, and who is told."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+from megatron.training import get_args
+from torch import Tensor
+
+from qtarget_megatron.megatron.faults.explained import ON_NAN, NotFinite
+
+
+class LossCheck:
+    """Looks at the loss of every micro-batch.
+
+    On a GPU a training step's are looked at together, with its last micro-batch, before any parameter changes: the host
+    waits for the device once a step.
+    """
+
+    def __init__(self) -> None:
+        self._unseen: list[tuple[Tensor, Tensor]] = []
+
+    def look(self, loss_sum: Tensor, samples: Tensor, on_nan: str, *, in_training: bool) -> None:
+        """One micro-batch's. on_nan: "stop" raises NotFinite, "skip" prints a line in training. samples: its records.
+
+        Under --rerun-mode validate_results Megatron's own procedure takes the place of the exception.
+        """
+        machine = get_rerun_state_machine()
+        if on_nan == "stop" and machine.get_mode() != RerunMode.DISABLED:
+            machine.validate_result(
+                result=loss_sum,
+                rejection_func=lambda value: not torch.isfinite(value).item(),
+                message="finite loss",
+                tolerance=0.0,
+                fatal=True,
+            )
+            return
+        self._unseen.append((loss_sum, samples))
+        if loss_sum.is_cuda and in_training and len(self._unseen) < get_num_microbatches():
+            return
+        seen, self._unseen = self._unseen, []
+        for value, (_, records) in zip(torch.stack([loss for loss, _ in seen]).tolist(), seen, strict=True):
+            if not math.isfinite(value):
+                self._tell(value, records, on_nan, in_training=in_training)
+
+    def _tell(self, value: float, samples: Tensor, on_nan: str, *, in_training: bool) -> None:
+        records = f"record(s) {samples.tolist()} (counted from 0)"
+        where = f"the loss of {records} is {value} on rank {dist.get_rank()}"
+        if on_nan == "stop":
+            raise NotFinite(f"{where}: {ON_NAN}")
+        if in_training and parallel_state.get_tensor_model_parallel_rank() == 0:
+            print(f"qtarget_megatron: step {get_args().curr_iteration + 1} is skipped: {where}", flush=True)

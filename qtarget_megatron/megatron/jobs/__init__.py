@@ -1,0 +1,1 @@
+"""What is done with a frozen model: convert, compare with transformers, score, cache a teacher."""

@@ -1,0 +1,281 @@
+"""Megatron GPT models for a Hugging Face architecture, student and frozen teacher, with weights from safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.training.arguments import core_transformer_config_from_args
+
+from qtarget_megatron.huggingface import Architecture, HFReader
+from qtarget_megatron.megatron.model.router import Router
+from qtarget_megatron.megatron.model.stacked_teacher import StackedGPTModel
+from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
+from qtarget_megatron.megatron.runtime.architecture_flags import (
+    describe_layers,
+    has_qk_norm,
+    padded_vocab_size,
+    value_channels,
+)
+from qtarget_megatron.megatron.weights.hf_weights import check_complete, load_hf_weights
+from qtarget_megatron.megatron.weights.saved_model import SavedModel
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm for the local layer implementation, with sequence parallelism.
+
+    y = x / sqrt(mean(x^2) + eps) * weight, the mean in float32. Megatron's wrapper around torch's norm refuses sequence
+    parallelism, which needs no more than the mark on the weight: its gradient is then summed over the group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
+        super().__init__()
+        self.eps = eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return (hidden.float() * scale).to(hidden.dtype) * self.weight
+
+
+class LatentCoreAttention(DotProductAttention):
+    """Megatron's local attention for heads whose queries and keys have another width than their values.
+
+    It computes that as it is, but its constructor does not know the two widths: kv_channels is that of the values.
+    """
+
+    def __init__(self, *args, k_channels: int | None = None, v_channels: int | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+# Names in checkpoints of Transformer Engine's layers, whose norms are parts of the linear layer behind them.
+_LATENT_NAMES = {
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+
+
+def layer_spec(config: TransformerConfig, args: argparse.Namespace, vp_stage: int | None, pp_rank: int):
+    """This stage's layers: Transformer Engine's where --transformer-impl asks for them, Megatron's local ones
+    otherwise."""
+    is_local = args.transformer_impl != "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=not is_local,
+        normalization=config.normalization,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+    )
+    layers = [_with_router(spec) for spec in block.layer_specs]
+    if not is_local:
+        return dataclasses.replace(block, layer_specs=layers)
+    layers = [_local_layer(spec, config) for spec in layers]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _with_router(spec: ModuleSpec) -> ModuleSpec:
+    """Megatron's layer with our router, where it has one."""
+    layer = spec.submodules
+    if not _has_experts(layer):
+        return spec
+    experts = dataclasses.replace(layer.mlp.keywords["submodules"], router=Router)
+    layer = dataclasses.replace(layer, mlp=functools.partial(layer.mlp, submodules=experts))
+    return dataclasses.replace(spec, submodules=layer)
+
+
+def _has_experts(layer: TransformerLayerSubmodules) -> bool:
+    return getattr(layer.mlp, "func", None) is MoELayer
+
+
+def _local_layer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
+    """Megatron's local layer with norms that know sequence parallelism."""
+    layer, attention = spec.submodules, spec.submodules.self_attention
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    parts, names = {"q_layernorm": qk_norm, "k_layernorm": qk_norm}, layer.sharded_state_dict_keys_map
+    if config.multi_latent_attention:
+        names = _LATENT_NAMES
+        parts = {
+            "q_layernorm": RMSNorm,
+            "kv_layernorm": RMSNorm,
+            "core_attention": LatentCoreAttention,
+        }
+    attention = dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **parts))
+    if _has_experts(layer):
+        # Its name in checkpoints of Transformer Engine's layers, where no linear layer follows it.
+        names = {key: value for key, value in names.items() if key != "pre_mlp_layernorm."}
+    layer = dataclasses.replace(
+        layer,
+        input_layernorm=RMSNorm,
+        pre_mlp_layernorm=RMSNorm,
+        self_attention=attention,
+        sharded_state_dict_keys_map=names,
+    )
+    return dataclasses.replace(spec, submodules=layer)
+
+
+def transformer_config(args: argparse.Namespace, arch: Architecture, *, own_stages: bool = False) -> TransformerConfig:
+    """Megatron's transformer config for this architecture at the layout, precision and recomputation of args.
+
+    own_stages: share the layers evenly over the pipeline stages, whatever args say of those of the first model.
+    """
+    args = copy.copy(args)
+    if own_stages and args.pipeline_model_parallel_size > 1:
+        args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
+        args.account_for_embedding_in_pipeline_split = args.account_for_loss_in_pipeline_split = False
+        stages = args.pipeline_model_parallel_size * (args.virtual_pipeline_model_parallel_size or 1)
+        args.pipeline_model_parallel_layout = even_stages(arch.num_layers, stages)
+    args.num_layers = arch.num_layers
+    args.hidden_size = arch.hidden_size
+    args.ffn_hidden_size = arch.ffn_hidden_size
+    args.num_attention_heads = arch.num_attention_heads
+    args.num_query_groups = arch.num_query_groups
+    args.kv_channels = value_channels(arch)
+    args.layernorm_epsilon = arch.norm_epsilon
+    args.add_bias_linear = arch.mlp_bias
+    args.add_qkv_bias = arch.qkv_bias
+    args.qk_layernorm = has_qk_norm(arch)
+    describe_layers(args, arch)
+    if arch.experts is None:
+        # A second model without experts, beside one whose experts are spread.
+        args.expert_model_parallel_size = 1
+    return core_transformer_config_from_args(args)
+
+
+def even_stages(num_layers: int, stages: int) -> list[list[str]]:
+    """Megatron's layout of num_layers over stages, in order; where they do not divide, earlier stages have one more."""
+    share, more = divmod(num_layers, stages)
+    layout = [["decoder"] * (share + (index < more)) for index in range(stages)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+def build_gpt(
+    args: argparse.Namespace,
+    arch: Architecture,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+    pg_collection: ProcessGroupCollection,
+    config: TransformerConfig | None = None,
+    teacher: GPTModel | None = None,
+    teacher_cost: TeacherCost | None = None,
+    vocab_size: int | None = None,
+) -> GPTModel:
+    """One pipeline stage of the model, with Megatron's random initial weights.
+
+    config: default transformer_config(args, arch). vocab_size: of the embedding before padding, where it is not the
+    architecture's.
+    """
+    config = config or transformer_config(args, arch)
+    model = StackedGPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(config, args, vp_stage, pg_collection.pp.rank()),
+        vocab_size=padded_vocab_size(vocab_size or arch.vocab_size, args),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.tied,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_base,
+        pg_collection=pg_collection,
+        vp_stage=vp_stage,
+        teacher=teacher,
+        teacher_cost=teacher_cost,
+    )
+    # Megatron hard-wires three of the four parameters of the llama-3 scaling, and its base is an integer.
+    if arch.latent is None:
+        rotary = [model.rotary_pos_emb]
+    else:
+        # Each layer has its own; yarn's is computed in the forward, by the same formula.
+        rotary = [layer.self_attention.rotary_pos_emb for layer in model.decoder.layers if arch.rope_scaling is None]
+    for embedding in rotary:
+        embedding.inv_freq = arch.inverse_frequencies().to(embedding.inv_freq.device)
+    return model
+
+
+def build_teacher(args: argparse.Namespace, arch: Architecture, *, student_vocab_size: int, **stage) -> GPTModel:
+    """One pipeline stage of the frozen second model: no gradients, evaluation mode, training dtype.
+
+    Its vocabulary is cut, or filled up, to the student's, so that a column means the same token id at every rank. Its
+    layers are shared evenly over the stages: it need not have as many as the student, nor a multiple of the stages.
+    """
+    config = transformer_config(args, arch, own_stages=True)
+    teacher = build_gpt(args, arch, config=config, vocab_size=student_vocab_size, **stage)
+    teacher.requires_grad_(False)
+    teacher.eval()
+    # The student gets its dtype from Megatron's Float16Module; the teacher is outside of it.
+    return teacher.to(args.params_dtype)
+
+
+class ModelProvider:
+    """Megatron's model_provider: builds each model chunk of this rank, with weights and the teacher's stage.
+
+    built: the student's chunks so far, in order.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        student: Architecture,
+        teacher: Architecture | None,
+        *,
+        load_weights: bool,
+        teacher_weights: SavedModel | None = None,
+        teacher_cost: TeacherCost | None = None,
+    ):
+        """load_weights: the student's from args.hf_model. teacher_weights: default those of args.teacher_hf.
+        teacher_cost: measures the teacher's forwards."""
+        self._args, self._student, self._teacher = args, student, teacher
+        self._load_weights, self._teacher_weights, self._teacher_cost = load_weights, teacher_weights, teacher_cost
+        self.built: list[GPTModel] = []
+
+    def __call__(self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+        args, student = self._args, self._student
+        stage = dict(
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        teacher = None
+        if self._teacher is not None:
+            teacher = build_teacher(args, self._teacher, student_vocab_size=student.vocab_size, **stage)
+            if self._teacher_weights is None:
+                load_hf_weights(teacher, HFReader(args.teacher_hf), self._teacher)
+        model = build_gpt(args, student, config=config, teacher=teacher, teacher_cost=self._teacher_cost, **stage)
+        if self._load_weights:
+            load_hf_weights(model, HFReader(args.hf_model), student)
+        self.built.append(model)
+        if len(self.built) == (args.virtual_pipeline_model_parallel_size or 1):
+            self._complete()
+        return model
+
+    def _complete(self) -> None:
+        """All chunks are there: only now can be seen that no layer was left out."""
+        check_complete(self.built, self._student)
+        if self._teacher is None:
+            return
+        teachers = [chunk.teacher for chunk in self.built]
+        check_complete(teachers, self._teacher)
+        if self._teacher_weights is not None:
+            self._teacher_weights.check_fits(teachers, self._teacher, f"the model in {self._args.teacher_hf}")
+            self._teacher_weights.load_into(teachers, self._args, self._teacher)

@@ -1,0 +1,98 @@
+"""A frozen second model stacked on the student's pipeline stages.
+
+Student and teacher share every pipeline stage, and the tensor sent to the next one is [s, b, h_student + h_teacher].
+The schedule reads the width of that tensor from the model's config and needs no change; the pipeline has no extra
+bubble. The teacher hangs outside of the module tree, so DDP, the optimizer and checkpoints never see it.
+
+Cost: the teacher's activations travel with the student's, and so does a zero gradient of their size on the way back;
+each rank holds its share of the teacher's weights. It serves every schedule of Megatron's (1F1B, interleaved, no
+pipeline), with sequence parallelism, recomputation and either optimizer. What it cannot serve: a teacher that tensor
+parallelism of the student's size does not divide, one that does not fit beside the student, and the schedules that take
+a model apart into layers (--overlap-moe-expert-parallel-comm). For these the teacher runs forward-only, first, at a
+layout of its own: qtarget cache-teacher, then --teacher-cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from qtarget_megatron.megatron.model.output_head import OutputHead
+from qtarget_megatron.megatron.model.router import Router
+from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
+
+
+class StackedGPTModel(GPTModel):
+    """GPTModel that carries a frozen teacher stage along; without a teacher it is a GPTModel."""
+
+    def __init__(self, *args, teacher: GPTModel | None = None, teacher_cost: TeacherCost | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        # A plain attribute, not a sub-module: see the module's docstring.
+        self.__dict__["teacher"] = teacher
+        self._teacher_cost = teacher_cost or TeacherCost()
+        self._student_width = self.config.hidden_size
+        # Of the layers with experts, the teacher's included.
+        models = [self] if teacher is None else [self, teacher]
+        self.routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
+        if teacher is not None:
+            self._teacher_cost.add_weights(teacher.parameters())
+            # The schedule sizes the pipeline's tensors by this config; the layers keep the original one.
+            self.config = copy.copy(self.config)
+            self.config.hidden_size += teacher.config.hidden_size
+
+    def set_input_tensor(self, input_tensor) -> None:
+        stacked = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if self.teacher is None or stacked is None:
+            super().set_input_tensor(input_tensor)
+            return
+        student, teacher = stacked.split([self._student_width, stacked.shape[-1] - self._student_width], dim=-1)
+        super().set_input_tensor(student)
+        self.teacher.set_input_tensor(teacher.detach().contiguous())
+
+    def forward(
+        self, input_ids, position_ids, attention_mask, *, padding_mask=None, output_processor_context=None, **kwargs
+    ):
+        """padding_mask: bool [b, s] of the whole sequence on every stage, True where there is padding."""
+        kwargs["padding_mask"] = self._own_part(padding_mask)
+        if self.teacher is None:
+            return super().forward(
+                input_ids,
+                position_ids,
+                attention_mask,
+                output_processor_context=output_processor_context,
+                **kwargs,
+            )
+        # An evaluation's forwards are not the next step's.
+        measured = self._teacher_cost if self.training else contextlib.nullcontext()
+        with torch.no_grad(), measured:
+            taught = self.teacher(
+                input_ids,
+                position_ids,
+                attention_mask,
+                output_processor=_output_head,
+                padding_mask=kwargs["padding_mask"],
+            )
+        if self.post_process and output_processor_context is not None:
+            output_processor_context.teacher = taught
+        hidden = super().forward(
+            input_ids,
+            position_ids,
+            attention_mask,
+            output_processor_context=output_processor_context,
+            **kwargs,
+        )
+        return hidden if self.post_process else torch.cat([hidden, taught], dim=-1)
+
+    def _own_part(self, padding_mask):
+        """Megatron cuts the mask for sequence parallelism where it embeds tokens, and on no later stage."""
+        if padding_mask is None or self.pre_process or not self.config.sequence_parallel:
+            return padding_mask
+        group = self.pg_collection.tp
+        return padding_mask.chunk(group.size(), dim=1)[group.rank()]
+
+
+def _output_head(*, hidden_states, output_layer, output_weight, **unused) -> OutputHead:
+    return OutputHead(hidden_states, output_layer, output_weight)

@@ -1,0 +1,1 @@
+"""Memory and traffic of a fine-tuning before anything is built."""

@@ -1,0 +1,1 @@
+"""How Megatron is started: its entry points, flags, ranks and logs, and the CPU platform."""

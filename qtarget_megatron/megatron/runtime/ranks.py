@@ -1,0 +1,40 @@
+"""What the command-line tools share: errors of one line, and output on one rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from qtarget_megatron.megatron.runtime.launch import is_bad_input
+
+
+def on_first_rank(function: Callable[[], Any]) -> Any:
+    """What function() returns on the first rank; every rank gets it, or the ValueError of bad input. Collective."""
+    outcome = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = (function(), None)
+        except ValueError as error:
+            if not is_bad_input(error):
+                raise
+            outcome = (None, str(error))
+    box = [outcome]
+    dist.broadcast_object_list(box, src=0)
+    value, message = box[0]
+    if message is not None:
+        raise ValueError(message)
+    return value
+
+
+def is_first_rank() -> bool:
+    """Whether this is the first rank, by what the launcher says: a process group need not exist yet."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def print_once(line: str, file=None) -> None:
+    """Print on the first rank."""
+    if is_first_rank():
+        print(line, file=file, flush=True)

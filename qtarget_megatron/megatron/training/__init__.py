@@ -1,0 +1,1 @@
+"""A fine-tuning: flags, data, step, log, outputs, resuming."""

@@ -1,0 +1,62 @@
+"""What happens around Megatron's saving and loading of checkpoints in a training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megatron.core.models.gpt import GPTModel
+
+from qtarget_megatron.huggingface import Architecture
+from qtarget_megatron.megatron.runtime.launch import has_checkpoint
+from qtarget_megatron.megatron.runtime.ranks import on_first_rank, print_once
+from qtarget_megatron.megatron.runtime.wheel_repairs import around_checkpoints
+from qtarget_megatron.megatron.training.resume_flags import ResumedFlags
+from qtarget_megatron.megatron.weights.checkpoint_folder import checkpoint_directory
+from qtarget_megatron.megatron.weights.fingerprint import Fingerprints, saved_fingerprint
+
+
+def watch_checkpoints(
+    args: argparse.Namespace, arch: Architecture, chunks: Sequence[GPTModel], flags: ResumedFlags
+) -> None:
+    """Have every checkpoint of the training saved with its fingerprint, and compared with it when it is loaded.
+
+    chunks: of this rank, without wrappers; the list is filled before Megatron loads. flags: what they change in what is
+    loaded.
+    """
+    prints = Fingerprints(args, arch)
+    known = args.ckpt_format == "torch_dist" and not (args.use_megatron_fsdp or args.use_torch_fsdp2)
+    if not known and (args.save is not None or has_checkpoint(args.load)):
+        print_once(
+            f"qtarget_megatron: checkpoints of --ckpt-format {args.ckpt_format} have no fingerprint: what is loaded is "
+            "not compared with what was saved"
+        )
+
+    def save(proceed, optimizer):
+        if known:
+            prints.record(chunks, optimizer)
+        return proceed()
+
+    def load(proceed, optimizer, scheduler):
+        flags.before_load(optimizer)
+        try:
+            iteration, operations = proceed()
+        except AssertionError as error:
+            if "per_bucket_numel" not in str(error) and "elements in each bucket" not in str(error):
+                raise
+            raise ValueError(
+                f"--load {args.load} was saved without --dist-ckpt-optim-fully-reshardable: its optimizer states load "
+                "at their own number of data-parallel ranks only: start as many, or take the weights alone with "
+                "--no-load-optim"
+            ) from error
+        flags.after_load(optimizer, scheduler, iteration)
+        if known and has_checkpoint(args.load):
+            directory = checkpoint_directory(args.load, args.ckpt_step)
+            if args.finetune or args.no_load_optim:
+                saved, _ = on_first_rank(lambda: saved_fingerprint(directory))
+                prints.compare_weights(chunks, saved, directory)
+            else:
+                prints.compare(chunks, optimizer, directory)
+        return iteration, operations
+
+    around_checkpoints(save, load)

@@ -1,0 +1,1 @@
+"""Whether losses and gradients are right at a layout."""

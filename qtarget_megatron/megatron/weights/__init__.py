@@ -1,0 +1,1 @@
+"""Weights in Megatron's models and checkpoints: to and from safetensors, loaded, compared."""

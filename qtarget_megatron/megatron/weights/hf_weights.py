@@ -1,0 +1,314 @@
+"""Weights between Megatron GPT stages and Hugging Face safetensors, in both directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from qtarget_megatron.huggingface import (
+    Architecture,
+    HFExport,
+    HFReader,
+    ShardPlan,
+    hf_names,
+    hf_tensor_shapes,
+    is_expert,
+    merge_rows,
+    parameter_pieces,
+    partition_dim,
+    plan_shards,
+    tensor_dtype,
+)
+from qtarget_megatron.megatron.runtime.ranks import on_first_rank
+
+# Of a shard, sent at a time.
+_BLOCK_BYTES = 1 << 21
+
+
+def load_hf_weights(
+    model: GPTModel, reader: HFReader, arch: Architecture, report: Callable[[int], None] = lambda nbytes: None
+) -> None:
+    """Fill one pipeline stage from a Hugging Face checkpoint, reading only this rank's slices, one at a time.
+
+    Rows of the vocabulary go by token id: zeros where the model has more of them, left out where it has fewer.
+    report: called with the bytes of the parameters that were filled, bit by bit. ValueError where a parameter has no
+    counterpart there or another shape.
+    """
+    for name, parameter in weights(model):
+        rank, size = tensor_share(model, arch, name, parameter)
+        pieces = parameter_pieces(
+            reader,
+            arch,
+            name,
+            **first_indices(model, arch),
+            tp_rank=rank,
+            tp_size=size,
+            padded_vocab_size=model.vocab_size,
+        )
+        rows = 0
+        for piece in pieces:
+            target = parameter.detach()[rows : rows + len(piece)]
+            rows += len(piece)
+            given = [rows, *piece.shape[1:]]
+            if target.shape == piece.shape:
+                target.copy_(piece)
+                report(target.nbytes)
+            # Not while the next one is read.
+            del piece
+        if given != list(parameter.shape):
+            raise ValueError(
+                f"{name} is {list(parameter.shape)} on this rank, but {reader.directory} gives {given}: "
+                "the model was not built from this directory's config.json"
+            )
+
+
+def check_complete(models: Sequence[GPTModel], arch: Architecture) -> None:
+    """ValueError unless all pipeline stages together hold every tensor of the architecture, once.
+
+    models: all model chunks of this rank. load_hf_weights fills whatever a chunk has; only all
+    chunks together show that no layer and no expert was left out. Collective: one object gather over the
+    expert-parallel and one over the pipeline-parallel group.
+    """
+    plan_shards(arch, arch.dtype, stages=_stages(models, arch))
+
+
+def save_hf_weights(
+    models: Sequence[GPTModel],
+    arch: Architecture,
+    source: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    made_from: Mapping[str, Any] | None = None,
+    progress: Callable[[int], Callable[[int], None]] = lambda total: lambda nbytes: None,
+) -> dict[str, str]:
+    """Export the model of all ranks as a Hugging Face directory; call it on every rank.
+
+    models: this rank's model chunks. source: the directory whose config and tokenizer files are carried over.
+    dtype: of the exported tensors, default the architecture's. made_from: see HFExport; the files that an interrupted
+    export of the same wrote to their end are kept. progress: called with the bytes that this rank writes, returns what
+    is called with those that were written, bit by bit. Returns the SHA-256 of each file.
+
+    Of each pipeline stage, its data-parallel replicas share the files (with experts: each expert-parallel rank writes
+    those of its own, the first one also the rest); one tensor-parallel rank of a replica writes, so the directory must
+    be on storage that all nodes share. It holds no more than one parameter, as a whole, beside its own shard. The
+    directory appears under its final name only when it is complete.
+
+    Communicates: shards over the (expert) tensor-parallel group to the rank that writes; object gathers and broadcasts.
+    """
+    dtype = dtype or arch.dtype
+    plan = plan_shards(arch, dtype, stages=_stages(models, arch))
+    export = HFExport(out, source, arch, plan, dtype=dtype, made_from=made_from)
+    on_first_rank(export.begin)
+    parameters = _parameters(models, arch, dtype)
+    mine = _files_to_write(plan, parameters)
+    held = {file for file, part in mine.items() if part.writes and export.holds_shard(file)}
+    held = set().union(*_gather(held, None))
+    left = [file for file in mine if file not in held]
+    gathering = _Gathering(parameters, dtype)
+    names, shapes = dict(plan), hf_tensor_shapes(arch)
+    written = [name for file in left if mine[file].writes for name in names[file]]
+    report = progress(sum(math.prod(shapes[name]) * tensor_dtype(name, dtype).itemsize for name in written))
+    for file in left:
+        tensors = _tensors(arch, mine[file].parameters, set(names[file]), gathering, report)
+        if mine[file].writes:
+            export.write_shard(file, tensors)
+        else:
+            for _ in tensors:
+                pass
+    dist.barrier()
+    return on_first_rank(export.finish)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter of this rank.
+
+    offsets: as hf_names takes them. group: the ranks that hold its shards, in order; shards: how many different ones.
+    replica, replicas: which of the groups that hold the same this is, and among how many files are shared. hf_names: of
+    the tensors that it is exported to, in this dtype.
+    """
+
+    name: str
+    shard: Tensor
+    offsets: dict[str, int]
+    hf_names: tuple[str, ...]
+    dtype: torch.dtype
+    group: ProcessGroup
+    shards: int
+    replica: int
+    replicas: int
+
+
+def _parameters(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dtype) -> list[_Parameter]:
+    """What this rank holds a piece of, and with whom."""
+    dense = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    # With experts a file has tensors of two kinds of groups, whose first ranks are the same only in the first replica.
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True) if arch.experts is None else 1
+    return [
+        _Parameter(
+            name,
+            parameter.detach(),
+            offsets,
+            names,
+            # A tied head on a stage of its own is exported to nothing.
+            tensor_dtype(names[0], dtype) if names else dtype,
+            _shard_group(model, name),
+            tensor_share(model, arch, name, parameter)[1],
+            parallel_state.get_expert_data_parallel_rank() if is_expert(name) else dense,
+            replicas,
+        )
+        for model in models
+        for offsets in [first_indices(model, arch)]
+        for name, parameter in weights(model)
+        for names in [hf_names(arch, name, **offsets)]
+    ]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank has to do with a file: parameters it sends or gathers, and whether it is the one that writes."""
+
+    parameters: list[_Parameter]
+    writes: bool
+
+
+def _files_to_write(plan: ShardPlan, parameters: Sequence[_Parameter]) -> dict[str, _Part]:
+    """The files that this rank has a part in, in the order of the plan."""
+    mine = {}
+    for number, (file, names) in enumerate(plan):
+        wanted = set(names)
+        held = [
+            parameter
+            for parameter in parameters
+            if number % parameter.replicas == parameter.replica and not wanted.isdisjoint(parameter.hf_names)
+        ]
+        found = {name for parameter in held for name in parameter.hf_names}
+        if held:
+            mine[file] = _Part(held, wanted <= found and all(parameter.group.rank() == 0 for parameter in held))
+    return mine
+
+
+def _tensors(
+    arch: Architecture,
+    parameters: Sequence[_Parameter],
+    wanted: set[str],
+    gathering: _Gathering,
+    report: Callable[[int], None],
+) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    """Name and pieces of the wanted Hugging Face tensors, on the writer, one after another; nothing elsewhere."""
+    for parameter in parameters:
+        names = wanted.intersection(parameter.hf_names)
+        if not names:
+            continue
+        shards = gathering.shards(parameter)
+        if shards is None:
+            continue
+        merged = merge_rows(arch, parameter.name, **parameter.offsets, shards=shards)
+        for name in names:
+            yield name, _reported(merged.pop(name), report)
+
+
+def _reported(pieces: Iterator[Tensor], report: Callable[[int], None]) -> Iterator[Tensor]:
+    for piece in pieces:
+        yield piece
+        report(piece.nbytes)
+
+
+class _Gathering:
+    """Brings the shards of one parameter after another to the first rank of its group, always into the same memory.
+
+    Sent and received, not gathered: gloo's gather makes copies, and keeps them for a while.
+    """
+
+    def __init__(self, parameters: Sequence[_Parameter], dtype: torch.dtype):
+        cut = [p for p in parameters if p.shards > 1 and p.group.rank() == 0]
+        largest = max((p.shard.numel() * p.shards for p in cut), default=0)
+        self._whole = torch.empty(largest, dtype=dtype, device="cpu")
+        device = parameters[0].shard.device if parameters else None
+        self._block = torch.empty(_BLOCK_BYTES // dtype.itemsize, dtype=dtype, device=device)
+
+    def shards(self, parameter: _Parameter) -> list[Tensor] | None:
+        """Those of all ranks, in order, on the CPU of the first rank, until the next call; None elsewhere."""
+        own, group, ranks = parameter.shard.view(-1), parameter.group, parameter.shards
+        if ranks == 1:
+            return [parameter.shard.to("cpu", parameter.dtype)] if group.rank() == 0 else None
+        if group.rank() != 0:
+            for part in own.split(self._block.numel()):
+                block = self._block[: part.numel()]
+                block.copy_(part)
+                dist.send(block, group=group, group_dst=0)
+            return None
+        shards = self._whole[: own.numel() * ranks].view(ranks, own.numel())
+        shards[0].copy_(own)
+        for rank in range(1, ranks):
+            for part in shards[rank].split(self._block.numel()):
+                block = self._block[: part.numel()]
+                dist.recv(block, group=group, group_src=rank)
+                part.copy_(block)
+        return [shard.view(parameter.shard.shape) for shard in shards]
+
+
+def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
+    """The Hugging Face tensors behind this rank's chunks; what all expert-parallel ranks have counts on the first."""
+    is_first = parallel_state.get_expert_model_parallel_rank() == 0
+    return [
+        hf_name
+        for model in models
+        for name, _ in weights(model)
+        if is_first or is_expert(name)
+        for hf_name in hf_names(arch, name, **first_indices(model, arch))
+    ]
+
+
+def _stages(models: Sequence[GPTModel], arch: Architecture) -> list[list[str]]:
+    """The Hugging Face tensors of every pipeline stage, in order; of each those on every expert-parallel rank."""
+    of_stage = _gather(_held(models, arch), parallel_state.get_expert_model_parallel_group())
+    stages = _gather(of_stage, parallel_state.get_pipeline_model_parallel_group())
+    return [held for of_stage in stages for held in of_stage]
+
+
+def weights(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint has: the parameters, and the router's numbers that are not trained by gradients."""
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".router.expert_bias"))
+
+
+def tensor_share(model: GPTModel, arch: Architecture, name: str, parameter: Tensor) -> tuple[int, int]:
+    """(which, of how many) shares of the tensors this rank has; (0, 1) where it has all of them."""
+    sources = hf_names(arch, name, **first_indices(model, arch))
+    if partition_dim(name) is None:
+        return 0, 1
+    if len(sources) == 1 and hf_tensor_shapes(arch)[sources[0]] == tuple(parameter.shape):
+        # Transformer Engine's latent attention has whole projections where the local one cuts them.
+        return 0, 1
+    group = _shard_group(model, name)
+    return group.rank(), group.size()
+
+
+def _shard_group(model: GPTModel, name: str) -> ProcessGroup:
+    """The ranks that a parameter is cut over."""
+    return model.pg_collection.expt_tp if is_expert(name) else model.pg_collection.tp
+
+
+def first_indices(model: GPTModel, arch: Architecture) -> dict[str, int]:
+    """Global index of the first layer and of the first expert that this rank has."""
+    layers, group = model.decoder.layers, model.pg_collection.ep
+    first_expert = 0 if arch.experts is None else group.rank() * (arch.experts.count // group.size())
+    return {"layer_offset": layers[0].layer_number - 1 if len(layers) else 0, "expert_offset": first_expert}
+
+
+def _gather(value, group) -> list:
+    gathered = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
