@@ -62,10 +62,11 @@ class LossShape:
 def fused_loss_bytes(shape: LossShape, chunk_size: int) -> int:
     """Peak of the fused head's forward and backward: hidden states in, their gradient out.
 
-    The rows of hidden states (of both models) and chunk_size rows of logits of each live from forward to backward. At
-    the peak there are, besides, either the gradient of these rows and a product of COLUMN_TILE rows of the weight's
-    gradient (16-bit dtypes), or, once the logits are gone, that gradient in both orders and what autograd gets in place of the
-    weight's gradient. The sum of the products is main_grad, or a float32 matrix where that has 16 bits.
+    The rows of hidden states (of both models) and chunk_size rows of logits of each live from forward to backward.
+    At the peak there are, besides, either the gradient of these rows and a product of COLUMN_TILE rows of the
+    weight's gradient (16-bit dtypes), or, once the logits are gone, that gradient in both orders and what autograd
+    gets in place of the weight's gradient. The sum of the products is main_grad, or a float32 matrix where that has
+    16 bits.
     """
     kept = shape.tokens * (shape.hidden + shape.teacher_hidden) * shape.element
     logits = min(chunk_size, shape.tokens) * shape.columns * shape.element * shape.models

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 
 from qtarget_megatron.data import compare_tokenizers, load_tokenizer
 from qtarget_megatron.huggingface import Architecture, HFReader, check_tensors
@@ -24,6 +23,9 @@ from qtarget_megatron.megatron.runtime.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout, check_whole_stages
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.weights.saved_model import SavedModel
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 @dataclass(frozen=True)
