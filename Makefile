@@ -24,6 +24,7 @@ help:
 	@echo
 	@echo '  make demo        fine-tune a real pretrained model on real data with 6 ranks, then export it'
 	@echo '  make test        run every test'
+	@echo '  make test-unit   run those of tests/unit, which start no ranks'
 	@echo '  make test-quick  run the tests that are not marked slow (about two minutes)'
 	@echo '  make bench       measure time and memory next to torch and Megatron (about 12 minutes, idle machine)'
 	@echo '  make gpu         on a machine with a GPU: run what needs one, write benchmarks/GPU.md'
@@ -82,6 +83,10 @@ PYTEST = $(PY) -m pytest -n 2 --dist loadfile
 .PHONY: test
 test: $(BUILD)
 	@$(PYTEST) $(PYTEST_ARGS)
+
+.PHONY: test-unit
+test-unit: $(BUILD)
+	@$(PYTEST) tests/unit $(PYTEST_ARGS)
 
 .PHONY: test-quick
 test-quick: $(BUILD)

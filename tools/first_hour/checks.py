@@ -18,7 +18,7 @@ SANITIZED = {
     "racecheck": "test_both_kernels_match_float64_for_every_width_dtype_and_residual"
     "[cuda-2061-torch.bfloat16-((0.5, 0.5),)]",
 }
-_KERNEL_TESTS = "tests/test_native_kernels.py"
+_KERNEL_TESTS = "tests/unit/test_native_kernels.py"
 _ERRORS = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards?)")
 _TESTS = re.compile(r"^(?:=+ )?((?:\d+ \w+(?:, )?)+) in [\d.]+s", re.MULTILINE)
 _ROW = re.compile(r"^\S.*?  +([\d.e+-]+|inf) +\d+  +([\d.e+-]+|inf) +\d+ \w+ +(ok|FAIL)", re.MULTILINE)

@@ -6,8 +6,8 @@ from unittest import mock
 
 import pytest
 from finetune_runs import run_all, write_data, write_models
+from layout_runs import SEQUENCE_PARALLEL, assert_same_training, compare_exports, launch, tp
 from noise_floor import ORDERS, differences, floor, kinds, run_reordered
-from test_finetune import SEQUENCE_PARALLEL, assert_same_training, compare_exports, launch, tp
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
 

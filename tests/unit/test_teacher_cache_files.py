@@ -170,7 +170,7 @@ def test_a_run_that_fails_at_any_write_can_be_gone_on_with(tmp_path, small_parts
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     """The writer runs in a process of its own, which ends without warning as it begins the sixth part."""
     program = (
-        "import sys; sys.path[:0] = ['tests']\n"
+        "import sys; sys.path[:0] = ['tests/support']\n"
         "import cache_files as t, pathlib\n"
         "from fault_runs import AtOpen\n"
         "from qtarget_megatron.teacher_cache import writer\n"

@@ -163,7 +163,7 @@ def test_the_table_of_verify_parallel_is_read(monkeypatch, capsys):
 
 
 def test_the_sanitized_tests_are_there():
-    source = (REPOSITORY / "tests/test_native_kernels.py").read_text()
+    source = (REPOSITORY / "tests/unit/test_native_kernels.py").read_text()
     for name in checks.SANITIZED.values():
         assert f"def {name.partition('[')[0]}(" in source
 

@@ -6,8 +6,8 @@ import pytest
 import transformers
 from finetune_runs import run_tool, write_data, write_models
 from launching import run_ranks
+from layout_runs import DISTRIBUTED_OPTIMIZER, SEQUENCE_PARALLEL, assert_layouts, assert_same_training, launch, pp, tp
 from safetensors import safe_open
-from test_finetune import DISTRIBUTED_OPTIMIZER, SEQUENCE_PARALLEL, assert_layouts, assert_same_training, launch, pp, tp
 
 from qtarget_megatron.data import load_tokenizer
 

@@ -26,7 +26,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 # A machine whose cores are kept busy by others, several times over, takes that much longer than the seconds that a test
 # names for a launch. Only a hang waits for the end of it.
 BUSY = 4.0
@@ -144,7 +144,7 @@ def _forking_context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_preload"])
     saved = dict(os.environ)
-    folders = [str(REPOSITORY / "tests"), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    folders = [str(REPOSITORY / "tests/support"), str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ |= {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
     try:
         multiprocessing.forkserver.ensure_running()

@@ -8,6 +8,7 @@ import torch
 import transformers
 from checkpoint_models import assert_same_bits
 from conversion_runs import (
+    TOLERANCE,
     checkpoint_names,
     read_tensors,
     run_all,
@@ -23,9 +24,6 @@ from tools.first_hour.families import FAMILIES, VOCAB, write_model
 # The first test of a launch waits for all of its jobs.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-# Of float32 logits up to 5 from transformers' in float64. Its own float32 ones are 4.5e-6 from those at most, of all
-# models here and with torch's code for any processor (ATEN_CPU_CAPABILITY); other code rounds as much.
-TOLERANCE = 1e-5
 # One model of each kind, and of some kinds the other tie as well.
 _TIED = ("llama2", "llama3", "qwen2", "qwen3", "qwen3_moe", "mistral_window", "smollm3", "biases")
 COMPARED_MODELS = [f"{family}-{'tied' if family in _TIED else 'untied'}" for family in FAMILIES]

@@ -23,7 +23,7 @@ from fault_runs import (
     texts,
 )
 from finetune_runs import COMMON, write_data, write_models
-from test_finetune import tensors
+from layout_runs import tensors
 from transformers import AutoTokenizer
 
 from qtarget_megatron.data import JsonlFile, SupervisedDataset, inspect_samples

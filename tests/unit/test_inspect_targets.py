@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from qtarget_megatron.commands import inspect_targets, targets_picture
 from qtarget_megatron.data import encode, load_tokenizer
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTILE = "<script>alert('1 & 2')</script>\n\t$x^2$ 日 @@DATA@@ </script>"
 CHOSEN = ["sft", "dft", "target-sft:eta=0.3", "iw-sft", "eaft:k=20,exponent=2.0"]
 

@@ -4,25 +4,21 @@ import pytest
 import torch
 from finetune_runs import COMMON, run_all, write_data, write_models
 from launching import run_ranks
-from noise_floor import MARGIN, WEIGHTS_FLOOR, update_difference
-from test_finetune import (
+from layout_runs import (
     DISTRIBUTED_OPTIMIZER,
     SEQUENCE_PARALLEL,
     assert_same_training,
     compare_exports,
+    ep,
     launch,
     pp,
     tensors,
     tp,
 )
+from noise_floor import MARGIN, WEIGHTS_FLOOR, update_difference
 
 # The first test of a launch waits for all of its runs.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(700)]
-
-
-def ep(size, tensor=None):
-    words = ["--expert-model-parallel-size", size]
-    return words if tensor is None else [*words, "--expert-tensor-parallel-size", tensor]
 
 
 ALLTOALL = ["--moe-token-dispatcher-type", "alltoall"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from finetune_runs import vocabulary, write_data, write_model
 from launching import REPOSITORY, run_alone
-from test_plugging_in import FLAGS
+from pretrain_flags import FLAGS
 
 from qtarget_megatron.commands.main import COMMANDS
 from qtarget_megatron.megatron.runtime import launch

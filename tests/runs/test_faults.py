@@ -16,7 +16,7 @@ import torch
 from fault_runs import AtOpen, Signal, curves, error_lines, launch, launch_many, launch_to_its_end, texts
 from finetune_runs import COMMON, write_data, write_models
 from launching import Launch
-from test_finetune import tensors
+from layout_runs import tensors
 
 from qtarget_megatron.megatron.faults.resume_point import TRACKER, find_damage, newest_complete, prepare_start
 

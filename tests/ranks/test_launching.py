@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from launching import Launch, left_behind, run_ranks, run_torchrun
+from launching import REPOSITORY, Launch, left_behind, run_ranks, run_torchrun
 
 pytestmark = pytest.mark.distributed
 
@@ -165,7 +165,8 @@ def test_the_summary_names_what_needs_a_gpu_in_one_line_and_a_process_left_behin
     (tmp_path / "test_more.py").write_text(REPORTED[: REPORTED.index("@pytest.mark.skip(")])
     (tmp_path / "impatient.py").write_text("import launching\nlaunching.GRACE_SECONDS = 1\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -ra\n")
-    folders = [str(tmp_path), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    tests = REPOSITORY / "tests"
+    folders = [str(tmp_path), str(tests), str(tests / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "impatient", "-n", "2", "--dist", "loadfile"]
     command += [str(tmp_path)]

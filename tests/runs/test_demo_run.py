@@ -455,7 +455,7 @@ finally:
         capture_output=True,
         text=True,
         timeout=800,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     assert "--cache" in done.stdout

@@ -7,13 +7,12 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from launching import REPOSITORY
-from test_setup_files import make
+from setup_script import make
 
 from tools.benchmarking import machine
 from tools.first_hour import driver
@@ -34,7 +33,7 @@ def own(name, limit=100.0, **arguments):
 @pytest.fixture
 def go(tmp_path, monkeypatch, capsys):
     """run(steps) -> (exit code, lines printed), with a state in a folder of its own."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests/support"))
     monkeypatch.setattr(machine, "repository", lambda: COMMIT)
 
     def run(*chosen, again=False):

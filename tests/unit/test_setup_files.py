@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from setup_script import make
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BASE = getattr(sys, "_base_executable", sys.executable)
 
 
@@ -117,11 +118,6 @@ def checkout(tmp_path):
     (tmp_path / ".venv" / ".dependencies-installed").touch()
     os.utime(tmp_path / ".venv" / ".dependencies-installed", (2, 2))
     return tmp_path
-
-
-def make(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, timeout=800, env=env)
 
 
 def builds(folder: Path) -> int:

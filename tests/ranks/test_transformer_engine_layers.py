@@ -1,6 +1,6 @@
 """Megatron's layers for Transformer Engine, on a stand-in for it: they train as Megatron's local ones do.
 
-What the stand-in leaves out is in its docstring, tests/transformer_engine_stand_in/transformer_engine/__init__.py.
+What the stand-in leaves out is in its docstring, in transformer_engine_stand_in/transformer_engine/__init__.py.
 Losses and gradient norms are held to the bounds of noise_floor.py: both do the same sums, in another order in
 norms and attention.
 """
@@ -11,21 +11,21 @@ import sys
 import pytest
 import torch
 import transformer_engine_runs
+from conversion_runs import TOLERANCE
 from finetune_runs import vocabulary, write_data, write_model, write_models
 from launching import run_ranks
-from noise_floor import MARGIN, WEIGHTS_FLOOR, update_difference
-from test_conversion import TOLERANCE
-from test_finetune import (
+from layout_runs import (
     DISTRIBUTED_OPTIMIZER,
     SEQUENCE_PARALLEL,
     assert_same_training,
     compare_exports,
+    ep,
     launch,
     pp,
     tensors,
     tp,
 )
-from test_finetune_experts import ep
+from noise_floor import MARGIN, WEIGHTS_FLOOR, update_difference
 
 from tools.first_hour import families
 

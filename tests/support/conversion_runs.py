@@ -21,6 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from tools.first_hour.families import VOCAB
 
+# Of float32 logits up to 5 from transformers' in float64. Its own float32 ones are 4.5e-6 from those at most, of all
+# models here and with torch's code for any processor (ATEN_CPU_CAPABILITY); other code rounds as much.
+TOLERANCE = 1e-5
+
 
 def variant(source: Path, target: Path, *, tensors=None, **config) -> Path:
     """A copy of a one-file model directory with other config entries, or tensors(weights)."""

@@ -12,7 +12,7 @@ learning rate, this way or that. The trust of a step 2 was 2e-6 off then (ATEN_C
 experts), that of a step 1 2e-7. With an epsilon above the rounding of the gradients, training is a smooth function of
 them again, and what is left of the growth is in FLOOR.
 
-To measure again (some minutes; prints FLOOR and what sets it): python tests/noise_floor.py
+To measure again (some minutes; prints FLOOR and what sets it): python tests/support/noise_floor.py
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def bound(tag: str, step: int, *, fast: bool = False) -> float:
 
 def kinds(folder: Path) -> dict[str, list]:
     """What is trained: each student of finetune_runs, and objectives whose masks or ratios are sharp."""
-    from test_finetune import ARGUMENTS
+    from layout_runs import ARGUMENTS
 
     def words(student, objective, *more):
         flags = ["--hf-model", folder / student, "--sft-train", folder / "train.jsonl", "--objective", objective]
@@ -139,7 +139,7 @@ def measure(folder: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def main() -> None:
-    from test_finetune import tensors
+    from layout_runs import tensors
 
     with tempfile.TemporaryDirectory() as base:
         measured = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "qtarget_megatron"
 REPLACERS = tuple(f"{PACKAGE}/megatron/runtime/{name}.py" for name in ("cpu_platform", "wheel_repairs"))
 MEGATRON = f"{PACKAGE}.megatron"

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from finetune_runs import run_all, write_data, write_models
-from test_finetune import assert_layouts, compare_exports, launch, pp, tp
+from layout_runs import assert_layouts, compare_exports, launch, pp, tp
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 

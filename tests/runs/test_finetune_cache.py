@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from finetune_runs import run_all, run_tool, write_data, write_models
 from launching import run_ranks
-from small_tokenizers import LLAMA3, byte_tokenizer
-from test_finetune import (
+from layout_runs import (
     DISTRIBUTED_OPTIMIZER,
     SEQUENCE_PARALLEL,
     assert_layouts,
@@ -17,6 +16,7 @@ from test_finetune import (
     pp,
     tp,
 )
+from small_tokenizers import LLAMA3, byte_tokenizer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 

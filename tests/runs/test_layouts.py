@@ -6,8 +6,8 @@ import pytest
 import torch
 from finetune_runs import vocabulary, write_data, write_model
 from layout_matrix import covering
+from layout_runs import launch, pp, tensors, tp
 from noise_floor import FAST, MARGIN, TAGS, WEIGHTS_FLOOR, bound, update_difference
-from test_finetune import launch, pp, tensors, tp
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
