@@ -197,7 +197,7 @@ def exit_signal_received() -> bool:
 def is_bad_input(error: ValueError) -> bool:
     """True for a ValueError that this package raised; one from inside Megatron or torch is a fault."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parent.parent)
+    return Path(last.filename).is_relative_to(Path(__file__).parents[2])
 
 
 def has_checkpoint(directory: str | None) -> bool:
