@@ -26,26 +26,23 @@ from qtarget_megatron import objectives, output_lock
 from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import JsonlFile
-from qtarget_megatron.huggingface import Architecture, HFReader, check_tensors
 from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron.faults import ending, same_start
 from qtarget_megatron.megatron.faults.explained import explained
 from qtarget_megatron.megatron.faults.resume_point import iteration_folder, newest_complete, prepare_start
 from qtarget_megatron.megatron.faults.watchdog import Watchdog
-from qtarget_megatron.megatron.jobs.open_model import check_second_model, load_model_tokenizer
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 from qtarget_megatron.megatron.runtime import cpu_platform, launch, wheel_repairs
 from qtarget_megatron.megatron.runtime.architecture_flags import (
-    check_flags,
-    implementation_flags,
-    megatron_flags,
     record_architecture,
 )
-from qtarget_megatron.megatron.runtime.gpu_flags import check_fine_tuning, check_gpu_flags
+from qtarget_megatron.megatron.runtime.gpu_flags import check_fine_tuning
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout, check_whole_stages
+from qtarget_megatron.megatron.runtime.prepare import Run, prepare
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.training import outputs
 from qtarget_megatron.megatron.training.arguments import (
+    TRAINING,
     add_arguments,
     apply_nan_choice,
     check_backend,
@@ -54,7 +51,7 @@ from qtarget_megatron.megatron.training.arguments import (
     check_head,
     check_numbers,
     check_trained,
-    fault_flags,
+    fill_in,
 )
 from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_schedule, read_saved
 from qtarget_megatron.megatron.verify.problem import try_evaluate
@@ -68,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run fine-tuning with command-line words; returns the process's exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        run(argv)
+        fine_tune(argv)
     except Exception as error:
         code = ending.told("finetune", error)
         if code is None:
@@ -94,7 +91,7 @@ def command_line() -> Parser:
     return parser
 
 
-def run(argv: list[str]) -> None:
+def fine_tune(argv: list[str]) -> None:
     """Check everything that can be checked, then train, then export. ValueError for bad input."""
     parser = command_line()
     if "--help-megatron" in argv:
@@ -104,39 +101,29 @@ def run(argv: list[str]) -> None:
     if "--help-objectives" in argv:
         print(objectives.describe())
         return
-    ours, _ = parser.parse_known_args(argv)
-    if ours.objective_file is not None:
-        objectives.register_from_file(ours.objective_file)
-    launch.check_version()
-    launch.check_launcher(meets="--fake-process-group" not in argv)
-    on_cpu = cpu_platform.activate(requested=ours.cpu)
-
-    student = Architecture.from_hf(ours.hf_model)
-    arch_flags = megatron_flags(student)
-    check_flags(argv, arch_flags)
-    flags = [*arch_flags, *implementation_flags(on_cpu=on_cpu), *fault_flags(), *argv]
-    args = launch.parse_arguments(flags, add_arguments)
-    check_gpu_flags(argv, args, on_cpu=on_cpu)
+    parser.parse_known_args(argv)
+    run = prepare(argv, TRAINING)
+    args = run.args
     check_numbers(args)
-    objective = objectives.from_arguments(args.objective, args.objective_args)
-    if ours.objective_file is not None:
+    objective = run.objective
+    if args.objective_file is not None:
         try_evaluate(objective)
-    _fill_in(args, student)
+    fill_in(run)
     apply_nan_choice(args)
-    check_backend(args, on_cpu=on_cpu)
-    check_fine_tuning(args, live_teacher=args.teacher_hf is not None, on_cpu=on_cpu)
-    _check(args, student, objective)
-    tokenizer, teacher, teacher_weights = _check_models(args, student)
-    caches = _open_caches(args, student, tokenizer)
+    check_backend(args, on_cpu=run.on_cpu)
+    check_fine_tuning(args, live_teacher=args.teacher_hf is not None, on_cpu=run.on_cpu)
+    _check(run)
+    _check_models(run)
+    caches = _open_caches(run)
 
     wheel_repairs.repair_megatron_wheel()
     args.calculate_per_token_loss = True
-    record_architecture(args, student)
+    record_architecture(args, run.student)
     store = same_start.open_store(args)
     keys = same_start.for_this_run(store) if store is not None and args.world_size > 1 else None
     if args.rank == args.world_size - 1:
         outputs.check_board(args)
-    iteration, done, args.data_date = _agree(args, argv, student, keys)
+    iteration, done, args.data_date = _agree(run, keys)
     if done:
         return
     launch.initialize(args)
@@ -146,7 +133,7 @@ def run(argv: list[str]) -> None:
         launch.prepare_saves(in_background=args.async_save)
     with Watchdog(args, keys, args.rank, args.world_size) as watchdog, ending.described(args, watchdog):
         try:
-            _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, flags, store, watchdog)
+            _train(run, caches, flags, store, watchdog)
         except SystemExit as stop:
             raise ending.early_end(args, stop) from None
         except BaseException as error:
@@ -156,18 +143,17 @@ def run(argv: list[str]) -> None:
             raise fault from error
 
 
-def _agree(
-    args: argparse.Namespace, argv: list[str], student: Architecture, store: dist.Store | None
-) -> tuple[int | None, bool, str]:
+def _agree(run: Run, store: dist.Store | None) -> tuple[int | None, bool, str]:
     """Compare what all ranks have been started with; the iteration that the training continues from, if any, whether
     nothing is left to do, and the date of the data."""
+    args = run.args
 
     def lead() -> tuple[int | None, bool, str]:
         outputs.reserve(args)
         found = prepare_start(args)
         for line in found.messages:
             print(f"qtarget_megatron: {line}", flush=True)
-        done = outputs.check_outputs(args, student, found.iteration)
+        done = outputs.check_outputs(args, run.student, found.iteration)
         if done:
             print(
                 f"qtarget_megatron: all {outputs.steps_of(args)} steps have been trained, and {args.save_hf} holds the "
@@ -181,7 +167,7 @@ def _agree(
 
     if store is None:
         return lead()
-    return same_start.agree(store, args.rank, args.world_size, same_start.identity(args, argv), lead)
+    return same_start.agree(store, args.rank, args.world_size, same_start.identity(args, run.words), lead)
 
 
 def _skip_what_is_done(args: argparse.Namespace, iteration: int | None) -> None:
@@ -202,28 +188,9 @@ def _resumed_flags(args: argparse.Namespace) -> ResumedFlags:
     return flags
 
 
-def _fill_in(args: argparse.Namespace, student: Architecture) -> None:
-    """Values that Megatron insists on, where the user left them out."""
-    for key in () if args.skip_train else ("train_iters", "lr"):
-        if getattr(args, key) is None and (key != "train_iters" or args.train_samples is None):
-            raise ValueError(f"--{key.replace('_', '-')} is missing: give it")
-    if args.skip_train and args.train_samples is None:
-        args.train_iters = args.train_iters or 1
-    args.micro_batch_size = args.micro_batch_size or 1
-    args.seq_length = args.seq_length or min(4096, student.max_position_embeddings)
-    args.save_interval = args.save_interval or 500
-    # Megatron evaluates once more when training is done: by default only then.
-    args.eval_interval = args.eval_interval or (args.train_iters + 1 if args.train_iters else 1000)
-    if args.sft_valid is None:
-        args.eval_iters = 0
-    elif not args.eval_iters:
-        model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-        batch = args.global_batch_size or args.micro_batch_size * max(args.world_size // model_size, 1)
-        args.eval_iters = max(len(JsonlFile(args.sft_valid)) // batch, 1)
-
-
-def _check(args: argparse.Namespace, student: Architecture, objective: objectives.Objective) -> None:
+def _check(run: Run) -> None:
     """What needs no file but the small ones: objective, layout, data, output directory."""
+    args, student, objective = run.args, run.student, run.objective
     _check_second_model_flags(args, objective)
     check_layout(args, student, "student")
     check_experts(args, student, "student")
@@ -284,37 +251,41 @@ def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Ob
             )
 
 
-def _open_caches(args: argparse.Namespace, student: Architecture, tokenizer) -> dict[Path, TeacherCache]:
+def _open_caches(run: Run) -> dict[Path, TeacherCache]:
     """Data file -> its teacher cache, checked against everything that training reads it with."""
-    caches = {}
+    args, caches = run.args, {}
     for data, directory in ((args.sft_train, args.teacher_cache), (args.sft_valid, args.teacher_cache_valid)):
         if directory is not None:
             caches[data] = TeacherCache(directory)
             caches[data].check(
                 data_digest=file_digest(data),
-                tokenizer=tokenizer,
+                tokenizer=run.tokenizer,
                 seq_length=args.seq_length,
-                vocab_size=student.vocab_size,
+                vocab_size=run.student.vocab_size,
                 date=args.data_date,
             )
     return caches
 
 
-def _check_models(args: argparse.Namespace, student: Architecture):
-    """Weights and tokenizers of both models, headers only: (tokenizer, the teacher's architecture or None, its Megatron
-    checkpoint or None)."""
-    tokenizer = load_model_tokenizer(args.hf_model, student)
-    check_tensors(HFReader(args.hf_model), student)
+def _check_models(run: Run) -> None:
+    """Weights and tokenizers of both models, headers only."""
+    args, saved = run.args, None
+    _ = run.tokenizer
+    run.check_weights()
     if args.teacher_hf is None:
-        return tokenizer, None, None
-    saved = None
+        return
     if args.teacher_load is not None:
         saved = SavedModel.read(args.teacher_load, args.teacher_ckpt_step, flag="--teacher-load")
-    teacher = check_second_model(args, tokenizer, args.teacher_hf, "--teacher-hf", with_weights=saved is None)
-    return tokenizer, teacher, saved
+    run.add_teacher(args.teacher_hf, "--teacher-hf", weights=saved)
 
 
-def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches, flags, store, watchdog) -> None:
+def _train(
+    run: Run,
+    caches: dict[Path, TeacherCache],
+    flags: ResumedFlags,
+    store: dist.Store | None,
+    watchdog: Watchdog,
+) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
     from qtarget_megatron.megatron.faults.soundness import Soundness
     from qtarget_megatron.megatron.model.build import ModelProvider
@@ -324,13 +295,14 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     from qtarget_megatron.megatron.training.step import LossSettings, forward_step
     from qtarget_megatron.megatron.weights.hf_weights import save_hf_weights
 
+    args, student, teacher, objective = run.args, run.student, run.teacher, run.objective
     from_checkpoint, teacher_cost = launch.has_checkpoint(args.load), TeacherCost()
     models = ModelProvider(
         args,
         student,
         teacher,
         load_weights=not from_checkpoint,
-        teacher_weights=teacher_weights,
+        teacher_weights=run.teacher_weights,
         teacher_cost=teacher_cost,
     )
     if args.rank == 0:
@@ -355,7 +327,7 @@ def _train(args, student, teacher, teacher_weights, objective, tokenizer, caches
     step = Pace(args).watched(soundness.watched(partial(forward_step, settings, on_nan)))
     launch.run_pretrain(
         args,
-        datasets=DatasetProvider(args, tokenizer, objective, caches),
+        datasets=DatasetProvider(args, run.tokenizer, objective, caches),
         model_provider=models,
         forward_step=watchdog.watched(step),
         store=None if dist.is_initialized() else store,

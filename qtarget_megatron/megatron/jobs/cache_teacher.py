@@ -15,8 +15,8 @@ from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, compar
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.loss.linear_top_k import TopTokens, linear_top_k
 from qtarget_megatron.megatron.jobs.dataset_run import DatasetRun, RunOptions, precision_flags
-from qtarget_megatron.megatron.jobs.open_model import load_model_tokenizer
 from qtarget_megatron.megatron.runtime import cpu_platform, launch
+from qtarget_megatron.megatron.runtime.prepare import load_model_tokenizer
 from qtarget_megatron.megatron.runtime.ranks import is_first_rank, on_first_rank, print_once
 from qtarget_megatron.resumable import check_space, file_digest
 from qtarget_megatron.teacher_cache import (

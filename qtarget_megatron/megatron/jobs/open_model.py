@@ -5,22 +5,18 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from qtarget_megatron.data import compare_tokenizers, load_tokenizer
-from qtarget_megatron.huggingface import Architecture, HFReader, check_tensors
-from qtarget_megatron.megatron.runtime import cpu_platform, launch, wheel_repairs
+from qtarget_megatron.huggingface import Architecture, HFReader
+from qtarget_megatron.megatron.runtime import launch, wheel_repairs
 from qtarget_megatron.megatron.runtime.architecture_flags import (
-    check_flags,
-    implementation_flags,
-    megatron_flags,
     record_architecture,
 )
-from qtarget_megatron.megatron.runtime.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout, check_whole_stages
+from qtarget_megatron.megatron.runtime.prepare import Purpose, Run, prepare
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.weights.saved_model import SavedModel
 
@@ -28,18 +24,30 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
+# Every parameter is filled afterwards, so Megatron need not draw random ones.
+_FROZEN = Purpose(flags=("--no-initialization",), refused=("--save", "--load"))
+
+
 @dataclass(frozen=True)
 class OpenModel:
     """This rank's part of a model in Megatron, without optimizer and data.
 
-    chunks: the bare GPT models, one for each virtual pipeline stage. wrapped: the same, as
-    Megatron's loops take them.
+    run:     what was asked for, with Megatron's arguments, which Megatron has completed.
+    chunks:  the bare GPT models, one for each virtual pipeline stage.
+    wrapped: the same, as Megatron's loops take them.
     """
 
-    args: argparse.Namespace
-    arch: Architecture
+    run: Run
     chunks: list[GPTModel]
     wrapped: list[torch.nn.Module]
+
+    @property
+    def args(self) -> argparse.Namespace:
+        return self.run.args
+
+    @property
+    def arch(self) -> Architecture:
+        return self.run.student
 
 
 def open_model(
@@ -64,78 +72,33 @@ def open_model(
     torchrun or as a single process. ValueError for bad input. Collectives: those of Megatron's
     initialisation and loading, and object gathers of tensor names.
     """
-    launch.check_version()
-    launch.check_launcher()
-    on_cpu = cpu_platform.activate(requested=cpu)
-    arch = Architecture.from_hf(hf_model)
-    arch_flags = megatron_flags(arch)
-    check_flags(words, arch_flags)
-    _refuse(words, "--save", "--load")
-    # Every parameter is filled afterwards, so Megatron need not draw random ones.
-    flags = [*arch_flags, *implementation_flags(on_cpu=on_cpu), "--no-initialization", *words]
-    args = launch.parse_arguments(flags, lambda parser: parser)
-    check_gpu_flags(words, args, on_cpu=on_cpu)
-    saved = None
+    run = prepare(words, _FROZEN, hf_model=Path(hf_model), cpu=cpu)
+    args, saved = run.args, None
     if load is not None:
         args.load, args.finetune, args.exit_on_missing_checkpoint = str(load), True, True
         saved = SavedModel.read(args.load, args.ckpt_step)
         dtype = dtype or saved.dtype
     else:
-        check_tensors(HFReader(hf_model), arch)
-    _complete(args, arch, hf_model, save, dtype, seq_length)
-    second = None
+        run.check_weights()
+    _complete(run, save, dtype, seq_length)
     if reference is not None:
-        second = check_second_model(args, load_model_tokenizer(hf_model, arch), reference, "--reference-hf")
-        if second.vocab_size != arch.vocab_size:
+        run.add_teacher(reference, "--reference-hf")
+        if run.teacher.vocab_size != run.student.vocab_size:
             raise ValueError(
-                f"--reference-hf {reference} has a vocabulary of {second.vocab_size}, --hf-model one of "
-                f"{arch.vocab_size}: log-probabilities are compared over one vocabulary, use a model of the same size"
+                f"--reference-hf {reference} has a vocabulary of {run.teacher.vocab_size}, --hf-model one of "
+                f"{run.student.vocab_size}: log-probabilities are compared over one vocabulary, use a model of the "
+                "same size"
             )
         args.teacher_hf = str(reference)
 
     wheel_repairs.repair_megatron_wheel()
     launch.initialize(args)
-    return _build(args, arch, second, saved, progress)
+    return _build(run, saved, progress)
 
 
-def load_model_tokenizer(hf_model: Path, arch: Architecture) -> Any:
-    """The tokenizer of hf_model. ValueError where there is none, or one of a larger vocabulary than the model's."""
-    tokenizer = load_tokenizer(hf_model)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= arch.vocab_size:
-        raise ValueError(
-            f"{hf_model}: the tokenizer has ids up to {largest}, the model a vocabulary of "
-            f"{arch.vocab_size}: config.json and tokenizer do not belong together"
-        )
-    return tokenizer
-
-
-def check_second_model(
-    args: argparse.Namespace, tokenizer: Any, directory: Path, flag: str, *, with_weights: bool = True
-) -> Architecture:
-    """The architecture of a second model to stack on the first, given by flag; of its weights headers only.
-
-    tokenizer: the first model's. Embeddings may be padded to different sizes, and the number of layers need not suit
-    the stages. with_weights: the directory holds them. ValueError where tensor parallelism cannot cut the second model
-    as well, or where a token id means different tokens.
-    """
-    second = Architecture.from_hf(directory)
-    check_layout(args, second, f"model of {flag}")
-    check_experts(args, second, f"model of {flag}")
-    if with_weights:
-        check_tensors(HFReader(directory), second)
-    compare_tokenizers(tokenizer, load_tokenizer(directory))
-    return second
-
-
-def _refuse(words: list[str], *flags: str) -> None:
-    given = sorted({word.partition("=")[0] for word in words}.intersection(flags))
-    if given:
-        raise ValueError(f"{', '.join(given)} has no meaning for this command: drop it")
-
-
-def _complete(args: argparse.Namespace, arch: Architecture, hf_model, save, dtype, seq_length) -> None:
+def _complete(run: Run, save: Path | None, dtype: torch.dtype | None, seq_length: int | None) -> None:
     """Check the layout, and set what Megatron requires and a conversion does not depend on."""
+    args, arch = run.args, run.student
     if args.ckpt_format != "torch_dist" or args.async_save:
         raise ValueError("expected --ckpt-format torch_dist without --async-save: drop those flags")
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
@@ -154,7 +117,7 @@ def _complete(args: argparse.Namespace, arch: Architecture, hf_model, save, dtyp
         )
     args.micro_batch_size = args.micro_batch_size or 1
     record_architecture(args, arch)
-    args.hf_model = str(hf_model)
+    args.hf_model = str(run.hf_model)
     args.save = None if save is None else str(save)
     args.save_interval = args.save_interval or 1
     args.no_save_optim = args.no_save_rng = args.no_load_optim = args.no_load_rng = True
@@ -162,22 +125,17 @@ def _complete(args: argparse.Namespace, arch: Architecture, hf_model, save, dtyp
         args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
 
 
-def _build(
-    args: argparse.Namespace,
-    arch: Architecture,
-    second: Architecture | None,
-    saved: SavedModel | None,
-    progress: str | None,
-) -> OpenModel:
+def _build(run: Run, saved: SavedModel | None, progress: str | None) -> OpenModel:
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import get_model
 
     from qtarget_megatron.megatron.model.build import ModelProvider
     from qtarget_megatron.megatron.weights.hf_weights import load_hf_weights, weights
 
+    args, arch = run.args, run.student
     # A single process needs no address to meet the others at.
     initialize_megatron(store=dist.HashStore() if args.world_size == 1 else None)
-    provider = ModelProvider(args, arch, second, load_weights=False)
+    provider = ModelProvider(args, arch, run.teacher, load_weights=False)
     wrapped = get_model(provider, wrap_with_ddp=False)
     if saved is not None:
         saved.check_fits(provider.built, arch, f"the model in {args.hf_model}")
@@ -188,4 +146,4 @@ def _build(
         with HFReader(args.hf_model) as reader:
             for chunk in provider.built:
                 load_hf_weights(chunk, reader, arch, report)
-    return OpenModel(args, arch, provider.built, wrapped)
+    return OpenModel(run, provider.built, wrapped)

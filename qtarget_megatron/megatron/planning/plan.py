@@ -8,9 +8,8 @@ import io
 import itertools
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from qtarget_megatron import objectives
 from qtarget_megatron.huggingface import CORRECTION, Architecture, hf_tensor_shapes
 from qtarget_megatron.loss.linear_cross_entropy import tokens_at_a_time
 from qtarget_megatron.loss.memory import cached_teacher_bytes, fused_loss_bytes, loss_transfers, whole_loss_bytes
@@ -26,13 +25,17 @@ from qtarget_megatron.megatron.planning.report import (
 from qtarget_megatron.megatron.planning.sizes import Parameters, RefusedError, Sizes
 from qtarget_megatron.megatron.runtime import cpu_platform, launch
 from qtarget_megatron.megatron.runtime.architecture_flags import (
-    check_flags,
-    implementation_flags,
-    megatron_flags,
     record_architecture,
 )
 from qtarget_megatron.megatron.runtime.layout_checks import layout_of_experts, states_stages
-from qtarget_megatron.megatron.training.arguments import add_arguments, check_head, check_trained
+from qtarget_megatron.megatron.runtime.prepare import Run, prepare
+from qtarget_megatron.megatron.training.arguments import (
+    TRAINING,
+    check_head,
+    check_numbers,
+    check_trained,
+    fill_in,
+)
 from qtarget_megatron.parallel_layout import Layout, division_problems, expert_problems, layout_problems, stage_problems
 from qtarget_megatron.teacher_cache import CacheHeader
 
@@ -71,35 +74,29 @@ def make_plan(options: PlanOptions, words: list[str]) -> Plan:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         cpu_platform.activate()
-        args, student, teacher, objective, entries = _read(options, words)
-        layout = _layout(args)
-        plan = Plan(_summary(args, layout, student, teacher, objective))
+        run, entries = _read(options, words)
+        args, layout = run.args, _layout(run.args)
+        plan = Plan(_summary(run, layout))
         shared = dict(tensor=layout.tensor, seq_length=layout.seq_length)
         if not states_stages(args):
-            plan.problems += stage_problems(student, "student", pipeline=layout.pipeline)
-        for arch, who in ((student, "student"), (teacher, "teacher")):
+            plan.problems += stage_problems(run.student, "student", pipeline=layout.pipeline)
+        for arch, who in ((run.student, "student"), (run.teacher, "teacher")):
             if arch is not None:
                 plan.problems += division_problems(arch, who, **shared)
                 plan.problems += expert_problems(arch, who, world_size=layout.world_size, **layout_of_experts(args))
         plan.problems += layout_problems(layout)
         try:
             if not plan.problems:
-                _fill(plan, Sizes(args, layout, student, teacher), objective, entries, options)
+                _fill(plan, Sizes(run, layout), run.objective, entries, options)
         except RefusedError as error:
             plan.problems.append(str(error))
     return plan
 
 
-def _read(options: PlanOptions, words: list[str]):
-    """Megatron's arguments, both architectures, the objective, and the entries of a cached teacher (None: none)."""
-    ours, _ = add_arguments(argparse.ArgumentParser(allow_abbrev=False, add_help=False)).parse_known_args(words)
-    if ours.objective_file is not None:
-        objectives.register_from_file(ours.objective_file)
-    student = Architecture.from_hf(ours.hf_model)
-    flags = megatron_flags(student)
-    check_flags(words, flags)
-    flags += implementation_flags(on_cpu=True) if ours.cpu else ["--no-one-logger", "--eval-iters", "0"]
-    args = launch.parse_arguments([*flags, *words], add_arguments)
+def _read(options: PlanOptions, words: list[str]) -> tuple[Run, int | None]:
+    """What finetune would be asked for, and the entries of a cached teacher (None: none)."""
+    run = prepare(words, replace(TRAINING, elsewhere=True))
+    args = run.args
     for key in _NOT_PLANNED:
         if getattr(args, key, None):
             raise ValueError(f"--{key.replace('_', '-')} changes sizes that no plan is made for: drop it here")
@@ -108,8 +105,9 @@ def _read(options: PlanOptions, words: list[str]):
     check_head(args)
     is_cached = options.entries is not None or args.teacher_cache is not None
     given = any(word.partition("=")[0] == "--objective" for word in words)
-    name = args.objective if given or not (args.teacher_hf or is_cached) else "target-sft"
-    objective = objectives.from_arguments(name, args.objective_args)
+    if not given and (args.teacher_hf or is_cached):
+        args.objective = "target-sft"
+    objective = run.objective
     if objective.needs_teacher and not (args.teacher_hf or is_cached):
         raise ValueError(f"objective {objective} reads a second model: give --teacher-hf DIR or --teacher-cache-k K")
     if not objective.needs_teacher and (args.teacher_hf or is_cached):
@@ -117,18 +115,20 @@ def _read(options: PlanOptions, words: list[str]):
             f"objective {objective} reads no second model: drop --teacher-hf and --teacher-cache-k or choose another"
         )
     entries = options.entries or (_DEFAULT_ENTRIES if objective.needs_teacher else None)
-    teacher = None if args.teacher_hf is None else Architecture.from_hf(args.teacher_hf)
-    # What Megatron insists on; finetune fills in the same.
+    if args.teacher_hf is not None:
+        run.teacher = Architecture.from_hf(args.teacher_hf)
     args.world_size, args.rank = options.world_size, 0
-    args.micro_batch_size = args.micro_batch_size or 1
-    args.seq_length = args.seq_length or min(4096, student.max_position_embeddings)
+    # A plan depends neither on the length of a training, nor on its data, which need not be here.
     args.train_iters = args.train_iters or (None if args.train_samples else 1)
-    args.lr = args.lr or 1e-5
-    args.save_interval, args.eval_interval = args.save_interval or 1, args.eval_interval or 1
+    args.lr = 1e-5 if args.lr is None else args.lr
+    if args.sft_valid is not None:
+        args.eval_iters = args.eval_iters or 1
+    check_numbers(args)
+    fill_in(run)
     args.calculate_per_token_loss = True
-    record_architecture(args, student)
-    check_trained(args, student)
-    return args, student, teacher, objective, entries
+    record_architecture(args, run.student)
+    check_trained(args, run.student)
+    return run, entries
 
 
 def _layout(args: argparse.Namespace) -> Layout:
@@ -144,12 +144,14 @@ def _layout(args: argparse.Namespace) -> Layout:
     )
 
 
-def _summary(args, layout: Layout, student: Architecture, teacher: Architecture | None, objective) -> str:
+def _summary(run: Run, layout: Layout) -> str:
+    args, student, teacher = run.args, run.student, run.teacher
+
     def model(arch: Architecture) -> str:
         count = sum(math.prod(shape) for name, shape in hf_tensor_shapes(arch).items() if CORRECTION not in name)
         return f"{arch.family}, {count / 1e9:.3g} B parameters in {arch.num_layers} layers"
 
-    parts = [model(student), f"objective {objective}"]
+    parts = [model(student), f"objective {run.objective}"]
     if teacher is not None:
         parts.insert(1, f"teacher {model(teacher)}")
     tensor = f"TP {layout.tensor}{' with sequence parallelism' if layout.sequence_parallel else ''}"

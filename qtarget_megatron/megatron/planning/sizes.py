@@ -16,14 +16,14 @@ import argparse
 import contextlib
 import copy
 import itertools
-import os
-import traceback
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from qtarget_megatron.huggingface import Architecture, shard_numbers
 from qtarget_megatron.loss.memory import LossShape
 from qtarget_megatron.megatron.planning.activations import Activations
+from qtarget_megatron.megatron.runtime import launch
+from qtarget_megatron.megatron.runtime.prepare import Run
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.parallel_layout import Layout
 
@@ -45,13 +45,13 @@ class Sizes:
     args: validated. in_flight: micro-batches of a stage, a fraction where its virtual stages hold different ones.
     """
 
-    def __init__(self, args: argparse.Namespace, layout: Layout, student: Architecture, teacher: Architecture | None):
-        self.args, self.layout, self.student, self.teacher = _validated(args), layout, student, teacher
+    def __init__(self, run: Run, layout: Layout):
+        self.args, self.layout, self.student, self.teacher = _validated(run.args), layout, run.student, run.teacher
         self.element = self.args.params_dtype.itemsize
         self.virtual = self.args.virtual_pipeline_model_parallel_size or 1
         self.micro_batches = self.args.global_batch_size // (layout.micro_batch_size * layout.data)
         with _refusals():
-            self._config = _config(self.args, student)
+            self._config = _config(self.args, self.student)
 
     def layers(self, rank: int) -> list[range]:
         """The student's layers in each virtual stage of a pipeline rank."""
@@ -200,13 +200,9 @@ class Sizes:
 
 def _validated(args: argparse.Namespace) -> argparse.Namespace:
     """A copy that Megatron has completed for args.world_size ranks."""
-    from megatron.training.arguments import validate_args
-
-    # Megatron insists on it for tensor parallelism on GPUs before Blackwell.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     args = copy.copy(args)
     with _refusals():
-        validate_args(args)
+        launch.validate(args)
     return args
 
 
@@ -216,8 +212,7 @@ def _refusals():
     try:
         yield
     except (AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise RefusedError(f"Megatron refuses these flags: {reason}") from error
+        raise RefusedError(launch.refusal(error)) from error
 
 
 def _config(args: argparse.Namespace, arch: Architecture):

@@ -224,15 +224,17 @@ def record_architecture(args: argparse.Namespace, arch: Architecture) -> None:
     args.rotary_base = int(arch.rope_base) if float(arch.rope_base).is_integer() else arch.rope_base
 
 
-def implementation_flags(*, on_cpu: bool) -> list[str]:
+def implementation_flags(*, on_cpu: bool, elsewhere: bool = False) -> list[str]:
     """Megatron flags that keep it to components this machine has; the user's own flags come later and win.
+
+    elsewhere: those of a machine that has all of them, unless it runs on the CPU.
 
     Without Transformer Engine: Megatron's local layers. Megatron's fused kernels are extension modules of Apex's, which
     Transformer Engine does not bring and Apex may be built without: each flag goes by the modules that it needs.
     """
 
     def has(*modules: str) -> bool:
-        return not on_cpu and all(importlib.util.find_spec(name) is not None for name in modules)
+        return not on_cpu and (elsewhere or all(importlib.util.find_spec(name) is not None for name in modules))
 
     # 0 stands for the whole of --sft-valid; Megatron's own default is 100 batches.
     flags = ["--no-one-logger", "--eval-iters", "0"]

@@ -96,19 +96,30 @@ def print_flags() -> None:
     parser.print_help()
 
 
-def initialize(args: argparse.Namespace) -> None:
-    """Megatron's validation of args, and its global state. ValueError for flags that Megatron refuses."""
+def validate(args: argparse.Namespace) -> None:
+    """Megatron's validation, which completes args. Raises AssertionError or ValueError, as Megatron does."""
     from megatron.training.arguments import validate_args
-    from megatron.training.global_vars import set_global_variables
 
     # Megatron insists on it for tensor parallelism on GPUs before Blackwell.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    validate_args(args)
+
+
+def refusal(error: AssertionError | ValueError) -> str:
+    """One line about flags that Megatron's code does not accept."""
+    reason = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+    return f"Megatron refuses these flags: {reason}"
+
+
+def initialize(args: argparse.Namespace) -> None:
+    """Megatron's validation of args, and its global state. ValueError for flags that Megatron refuses."""
+    from megatron.training.global_vars import set_global_variables
+
     try:
         with logs.without_arguments(shown=getattr(args, "print_arguments", False)):
-            validate_args(args)
+            validate(args)
     except AssertionError as error:
-        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise ValueError(f"Megatron refuses these flags: {reason}") from error
+        raise ValueError(refusal(error)) from error
     set_global_variables(args)
     logs.name_what_is_missing(args)
     if args.exit_signal_handler:

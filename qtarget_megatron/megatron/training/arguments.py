@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from qtarget_megatron import kernels, objectives
+from qtarget_megatron.data import JsonlFile
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.loss.linear_cross_entropy import AUTO
 from qtarget_megatron.loss.sparse_teacher import TAIL_RULES
+from qtarget_megatron.megatron.runtime.prepare import Purpose, Run
 
 ON_NAN = ("stop", "skip")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
@@ -206,6 +208,31 @@ def fault_flags() -> list[str]:
     has left of the parameters, and makes the next start stop at once.
     """
     return ["--exit-signal-handler", "--rerun-mode", "disabled"]
+
+
+TRAINING = Purpose(add_arguments=add_arguments, flags=tuple(fault_flags()))
+
+
+def fill_in(run: Run) -> None:
+    """Values that Megatron insists on, where the user left them out: the defaults of a fine-tuning, and of its plan.
+    ValueError where there is no default."""
+    args = run.args
+    for key in () if args.skip_train else ("train_iters", "lr"):
+        if getattr(args, key) is None and (key != "train_iters" or args.train_samples is None):
+            raise ValueError(f"--{key.replace('_', '-')} is missing: give it")
+    if args.skip_train and args.train_samples is None:
+        args.train_iters = args.train_iters or 1
+    args.micro_batch_size = args.micro_batch_size or 1
+    args.seq_length = args.seq_length or min(4096, run.student.max_position_embeddings)
+    args.save_interval = args.save_interval or 500
+    # Megatron evaluates once more when training is done: by default only then.
+    args.eval_interval = args.eval_interval or (args.train_iters + 1 if args.train_iters else 1000)
+    if args.sft_valid is None:
+        args.eval_iters = 0
+    elif not args.eval_iters:
+        model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+        batch = args.global_batch_size or args.micro_batch_size * max(args.world_size // model_size, 1)
+        args.eval_iters = max(len(JsonlFile(args.sft_valid)) // batch, 1)
 
 
 def apply_nan_choice(args: argparse.Namespace) -> None:
