@@ -72,7 +72,7 @@ struct RankShift {
     double offset;
     double factor;
 
-    // Of one rank alone they are there already.
+    // The sums of a lone rank are there already.
     QTARGET_FN_MEMBER static RankShift to(double global, double local, int64_t ranks) {
         if (ranks == 1) return {0.0, 1.0};
         if (local == lowest<double>()) return {0.0, 0.0};

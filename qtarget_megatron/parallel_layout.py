@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch on one context-parallel rank."""
+        """Tokens of a micro-batch on one context-parallel rank."""
         return self.micro_batch_size * self.seq_length // self.context
 
 

@@ -61,7 +61,7 @@ class ResumableLines:
         return self._begun() if self._partial.exists() else {}
 
     def num_bytes(self) -> int:
-        """Of the lines that are there already."""
+        """Bytes of the lines that are there already."""
         return self._partial.stat().st_size if self._partial.exists() else 0
 
     def _begun(self) -> dict[str, Any]:

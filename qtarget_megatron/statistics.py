@@ -152,7 +152,7 @@ class StatisticsRequest:
 
     @functools.cached_property
     def merged_residual(self) -> int:
-        """Of them, those of each residual."""
+        """How many of merged_rows each residual has."""
         return _MERGED_RESIDUAL + self.residual_entropy + self.residual_label
 
 

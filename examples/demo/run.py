@@ -202,7 +202,7 @@ def check_room(out: Path, cache: Path) -> None:
 
     float32 = 4 * PARAMETERS
     sizes = {
-        # Of each weight, and Adam's two moments; the export.
+        # Each weight and Adam's two moments; the export.
         "--out": (out.parent, 4 * float32),
         "--cache": (cache, 0 if (cache / MODEL_FOLDER).is_dir() else float32),
     }

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _name(argv: list[str] | None = None) -> str:
-    """Of the subcommand that is run, for its lines."""
+    """The subcommand that is run, for its lines."""
     words = sys.argv[1:] if argv is None else argv
     return words[0] if words and words[0] in ("import", "export", "check") else "qtarget"
 

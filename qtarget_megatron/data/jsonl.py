@@ -135,7 +135,7 @@ class JsonlFile:
 
     @property
     def num_bytes(self) -> int:
-        """Of all records' lines; blank ones do not count."""
+        """Bytes of all records' lines; blank ones do not count."""
         return int(self._index[:, 1].sum())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class JsonlFile:
             raise ValueError(f"{self.where(index)}: expected UTF-8, got {error.reason}") from error
 
     def _check_contents(self, state: tuple[int, ...]) -> None:
-        """Of a file that was touched, replaced or moved: its contents may still be the same."""
+        """ValueError unless a file that was touched, replaced or moved still has the same contents."""
         before, now = self._state[0], state[0]
         what = f"it had {before} bytes, now {now}" if before != now else "it has other contents of the same size"
         digest = 0

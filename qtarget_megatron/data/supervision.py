@@ -124,7 +124,7 @@ def _encode_messages(
     supervised, unended = np.zeros(len(ids), dtype=bool), 0
     for answer in answers:
         end = turn_end(tokenizer, template, text, tokens, answer)
-        # Of an answer that is cut nobody asks where it would have ended.
+        # Where an answer that is cut would have ended does not matter.
         unended += end is None and len(ids) <= limit
         supervised[:limit] |= (starts >= answer.begin) & (ends <= (answer.end if end is None else end))
     return ids, supervised, len(answers), unended

@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qtarget_megatron.data.tokenizer import one_line
 
-# Of one rendering: seconds of this thread's processor time, and characters of any text it makes.
+# Limits of one rendering: seconds of this thread's processor time, and characters of any text it makes.
 MAX_SECONDS = 20.0
 MAX_CHARACTERS = 1 << 25
 
@@ -235,7 +235,8 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             yield value
 
     def _check_arguments(self, name: str, values: Sequence[Any]) -> None:
-        """Of a filter or a text's method: a width above the bound, or what joins or repeats to a text above it."""
+        """Refuse arguments of a filter or a text's method that would make a text above the bound: a width, or what
+        joins or repeats."""
         for value in values[1:]:
             self.check_size(_count(value))
         if "format" in name:

@@ -195,7 +195,7 @@ class _Logits:
     def of(
         self, chunk: slice, kept: Tensor, weight: Tensor, taught: Tensor | None, teacher_weight: Tensor | None
     ) -> tuple[Tensor, SecondModel]:
-        """Of the student, and the second model at these tokens. kept, taught: hidden states [n, H] of both."""
+        """Logits of the student, and the second model, at these tokens. kept, taught: hidden states [n, H] of both."""
         spec = self._spec
         if self._student is None:
             shape = min(spec.chunk_size, len(kept)), len(weight)

@@ -15,7 +15,7 @@ from qtarget_megatron.statistics import StatisticsRequest, merge
 # Bits of a key that hold the id.
 _ID_BITS = 24
 _MAX_ID = (1 << _ID_BITS) - 1
-# Of an id that no token has.
+# Sort key of an empty slot: below the key of every real token.
 _NO_KEY = torch.iinfo(torch.int64).min
 
 

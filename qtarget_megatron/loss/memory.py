@@ -92,7 +92,7 @@ def whole_loss_bytes(shape: LossShape) -> int:
 
 
 def cached_teacher_bytes(shape: LossShape) -> int:
-    """Of a cached teacher's entries on the last stage, as read and in the order of the hidden states."""
+    """Bytes of a cached teacher's entries on the last stage: as read, [b, s, K], and transposed, [s, b, K]."""
     return 2 * shape.tokens * (shape.entries * _ENTRY_BYTES + _TAIL_BYTES)
 
 

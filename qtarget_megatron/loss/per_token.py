@@ -38,7 +38,7 @@ class TokenGradient:
         return dict(maxima=self.maxima.contiguous(), scales=kernel.chain(self.scales, upstream))
 
     def rows(self, chunk: slice) -> TokenGradient:
-        """Of a run of tokens."""
+        """The numbers of a run of tokens."""
         return TokenGradient(self.maxima[:, chunk], self.scales[:, chunk])
 
 

@@ -46,7 +46,7 @@ class SecondModel(Protocol):
         request: StatisticsRequest,
         vocab_size: int,
     ) -> tuple[TokenStatistics, Tensor | None]:
-        """Of the partials of all ranks [T, N, width]: statistics over the whole vocabulary, and the shift [R, N] of
+        """Statistics over the whole vocabulary from the partials of all ranks [T, N, width], and the shift [R, N] of
         the residuals' exponents that logit_gradient asks for."""
 
     def logit_gradient(
@@ -99,7 +99,7 @@ class KeptEntries:
     teacher: SparseTeacher
 
     def rows(self, rows: slice) -> KeptEntries:
-        """Of some of the rows."""
+        """The entries of some of the rows."""
         return KeptEntries(self.teacher.rows(rows))
 
     @property

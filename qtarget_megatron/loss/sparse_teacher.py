@@ -81,7 +81,7 @@ class SparseTeacher:
             )
 
     def rows(self, rows: Tensor | slice) -> SparseTeacher:
-        """Of some of the tokens, flattened: [n, K]."""
+        """The entries of some of the tokens, flattened: [n, K]."""
         count = self.ids.shape[-1]
         return SparseTeacher(
             self.ids.reshape(-1, count)[rows],
@@ -176,7 +176,7 @@ def merge_parts(
         shift[index] = constant.masked_fill(~supervised, 0)
         _add_constant(dense, residual, shift[index], partials.dtype)
         if residual.label_logit is not None:
-            # Of a label outside of the kept entries, on the first of the shards over which it is added up.
+            # The first of the shards, which are added up, has the logit of a label outside of the kept entries.
             dense[0, :, residual.label_logit] = of_label.masked_fill(~in_tail, 0)
     parts = torch.stack([dense, top], dim=1).flatten(0, 1)
     return merge(kernel, parts, supervised, request, coefficients), shift

@@ -26,7 +26,7 @@ def multiple_of_sft(objective: Objective, inputs: Mapping[str, float]) -> float 
 
 
 def _drawn(top_k: int) -> TokenStatistics:
-    """Of tokens from all but impossible to all but certain, over a vocabulary of top_k + 5."""
+    """Statistics of tokens from all but impossible to all but certain, over a vocabulary of top_k + 5."""
     generator = torch.Generator().manual_seed(1)
     z = 3 * torch.randn(64, top_k + 5, generator=generator, dtype=torch.float64)
     log_p = z.log_softmax(-1)

@@ -87,13 +87,13 @@ class CacheHeader:
 
     @property
     def entry_dtypes(self) -> dict[str, np.dtype]:
-        """Of the tensors that hold something for each kept entry."""
+        """Names and dtypes of the tensors that hold something for each kept entry."""
         high = {"ids_high": np.dtype("u1")} if self.vocab_size > 1 << 16 else {}
         return {"ids": np.dtype("<u2"), **high, "log_p": np.dtype("<f2" if self.dtype == "float16" else "<f4")}
 
     @property
     def token_dtypes(self) -> dict[str, np.dtype]:
-        """Of the tensors that hold something for each token."""
+        """Names and dtypes of the tensors that hold something for each token."""
         dtypes = {"tail": np.dtype("<f4"), "context": np.dtype("<u4")}
         if self.dtype == "float16":
             dtypes["top_log_p"] = np.dtype("<f4")

@@ -51,7 +51,7 @@ def read_index(directory: Path) -> Index:
     raise ValueError(f"{path} has version {version}, expected {_VERSION}: write the cache again with this program")
 
 
-# Of the fields that are no text.
+# Types of the fields that are no text.
 _NUMBERS = {
     **dict.fromkeys(("num_samples", "vocab_size", "seq_length", "k"), int),
     **dict.fromkeys(("first", "samples", "tokens", "entries", "bytes", "head_crc32", "max_id"), int),

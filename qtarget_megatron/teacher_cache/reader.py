@@ -64,7 +64,7 @@ class TeacherCache:
 
     @property
     def num_bytes(self) -> int:
-        """Of the parts' files."""
+        """Bytes of the parts' files."""
         return sum(part.bytes for part in self._parts)
 
     @property

@@ -142,7 +142,7 @@ def test_finetune_as_a_lone_rank_in_the_checkout(python, tree, models, tmp_path)
 
 @pytest.mark.parametrize("where", ["checkout", "elsewhere"])
 def test_a_launch_script(python, tree, models, tmp_path, where):
-    """Two ranks under torchrun, from the checkout's folder; from another one the checkout plays no part."""
+    """Two ranks under torchrun, from the checkout's folder, and as a copy of the script where no checkout is."""
     model = models / "untied"
     values = dict(MODEL=model, TEACHER=model, TRAIN=models / "train.jsonl", OUT=tmp_path / "out")
     values |= dict(GPUS=2, TP=2, SEQ_LENGTH=32, GLOBAL_BATCH=2, STEPS=1, LR=1e-3, PRECISION="")
@@ -151,12 +151,12 @@ def test_a_launch_script(python, tree, models, tmp_path, where):
     script = ["bash", tree / "examples" / "launch" / "one_node.sh"]
     if where == "checkout":
         assert run(script, tree, **environment).count("the source tree at") == 1
-        assert (tmp_path / "out" / "hf" / "config.json").exists()
     else:
-        with Launch([*script, "--version"], {"PYTHONPATH": "", **environment}, folder=tmp_path) as launch:
-            done = launch.wait(timeout=120)
+        copy = shutil.copy(script[1], tmp_path)
+        with Launch(["bash", copy], {"PYTHONPATH": "", **environment}, folder=tmp_path) as launch:
+            done = launch.wait(timeout=240)
         assert done.returncode == 0 and "the source tree" not in done.stdout, done.stdout[-4000:]
-        assert f"qtarget_megatron {__version__}, torch " in done.stdout and ", megatron-core 0." in done.stdout
+    assert (tmp_path / "out" / "hf" / "config.json").exists()
 
 
 def test_a_tool_by_its_path_and_by_its_module(python, tree, models, tmp_path):

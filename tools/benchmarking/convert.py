@@ -11,14 +11,14 @@ from typing import Any
 
 from tools.benchmarking.workers import MeasurementFailed
 
-# Of the model: itself, the checkpoint and the export; and some room.
+# Times the bytes of the model: itself, the checkpoint, the export, and some room.
 _COPIES = 3.2
 WAYS = ("read", "import", "export")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Qwen2 model with tied embeddings; the defaults are those of Qwen2.5-1.5B."""
+    """Sizes of a Qwen2 model with tied embeddings; the defaults are those of Qwen2.5-1.5B."""
 
     vocab_size: int = 151_936
     hidden_size: int = 1536
@@ -30,7 +30,7 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
-        """Of all weights in bfloat16, about."""
+        """Bytes of all weights in bfloat16, about."""
         head = self.hidden_size // self.num_attention_heads
         attention = 2 * self.hidden_size * (self.hidden_size + self.num_key_value_heads * head)
         layer = attention + 3 * self.hidden_size * self.intermediate_size

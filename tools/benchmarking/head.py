@@ -96,7 +96,7 @@ def methods(case: Case, head: Head, share: float) -> dict[tuple[str, int | None]
     else:
         found[TORCH, None] = partial(_torch, head)
     if case.peers:
-        # Of one rank.
+        # A group of one rank.
         group = dist.new_group(backend="nccl") if case.device == "cuda" else dist.group.WORLD
         for name, loss in peers.linear_cross_entropies(torch.device(case.device), group).items():
             found[name, None] = partial(loss, head.hidden, head.weight, head.labels)

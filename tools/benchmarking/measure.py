@@ -87,7 +87,7 @@ class Memory:
 
     @property
     def extra(self) -> int:
-        """Of the allocator, beyond inputs and results."""
+        """Bytes of the allocator beyond inputs and results."""
         return self.peak - self.kept
 
 

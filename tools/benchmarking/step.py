@@ -26,7 +26,7 @@ _PEAKS = re.compile(r"peak memory per rank \(GiB\):((?: [\d.]+)+)")
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the model and of a step."""
+    """Sizes of the model and of a step."""
 
     vocabulary: int = 32000
     hidden: int = 256

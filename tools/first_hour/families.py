@@ -112,7 +112,7 @@ def corrections(model) -> list[torch.Tensor]:
 
 
 def engine_sizes(family: str) -> dict[str, int]:
-    """Of write_model: sizes that divide by what Transformer Engine's kernels ask for."""
+    """Arguments of write_model: sizes that divide by what Transformer Engine's kernels ask for."""
     given = FAMILIES[family][1]
     heads = SIZES["num_attention_heads"]
     sizes = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4)

@@ -29,7 +29,7 @@ def _training(name: str, title: str, function: str, limit: float = 300, **argume
     return Step(name, title, f"{_PACKAGE}.training:{function}", limit, arguments)
 
 
-# Of tools/first_hour/families.py, which imports torch; a test compares.
+# The names in tools/first_hour/families.py, which imports torch; a test compares.
 FAMILIES = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_normalized", "mixtral")
 FAMILIES += ("mistral_window", "qwen2_windows", "smollm3", "deepseek_v3", "biases")
 

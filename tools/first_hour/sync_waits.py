@@ -15,7 +15,7 @@ _STEP = re.compile(r"^.*\biteration +\d+/ *\d+ \|.*$", re.MULTILINE)
 
 
 def waits(text: str) -> Counter[str] | None:
-    """Of the last whole step in a log, how often each line of code has waited; None where there are not two steps."""
+    """How often each line of code has waited in the last whole step of a log; None where there are not two steps."""
     steps = list(_STEP.finditer(text))
     if len(steps) < 2:
         return None

@@ -18,8 +18,8 @@ _STEP, _FLOOR = 10.0, 1e-5
 
 @dataclass(frozen=True)
 class TokenAgreement:
-    """Of one position: the token that was read, the next one of the text (None behind the last), what each model ranks
-    first, the largest difference of two logits, and KL in nats."""
+    """How two models agree at one position: the token that was read, the next one of the text (None behind the last),
+    what each model ranks first, the largest difference of two logits, and KL in nats."""
 
     position: int
     token: int
@@ -32,8 +32,8 @@ class TokenAgreement:
 
 @dataclass(frozen=True)
 class StateAgreement:
-    """Of the hidden states [s, h] at one place, a by transformers and b by Megatron: the largest |b_t - a_t| / |a_t|
-    over tokens t, and that of the first token. NaN where a model has one."""
+    """How the hidden states [s, h] at one place agree, a by transformers and b by Megatron: the largest
+    |b_t - a_t| / |a_t| over tokens t, and that of the first token. NaN where a model has one."""
 
     place: Place
     difference: float
@@ -66,8 +66,8 @@ class Agreement:
         tokens: Sequence[int] = (),
         states: tuple[Mapping[Place, Tensor], Mapping[Place, Tensor]] = ({}, {}),
     ) -> Agreement:
-        """Of logits [s, vocab_size], expected by transformers, actual by Megatron. tokens: [s], for the worst. states:
-        hidden states [s, h] of both, in this order.
+        """The agreement of logits [s, vocab_size], expected by transformers, actual by Megatron. tokens: [s], for the
+        worst. states: hidden states [s, h] of both, in this order.
 
         ValueError for different shapes.
         """

@@ -9,7 +9,7 @@ from typing import Any
 from qtarget_megatron.huggingface.config.config_file import positive_int, positive_number, rule, shown
 from qtarget_megatron.huggingface.config.family import ExpertRules
 
-# Of all layers together: ten times what the largest models have.
+# Experts of all layers together: ten times what the largest models have.
 _MOST_EXPERTS = 250_000
 
 

@@ -67,7 +67,7 @@ _LAYER = {
 # Parameters that are no ".weight" and no ".bias" of their module in a checkpoint.
 _PARTS = {"mlp.router.expert_bias": CORRECTION}
 _TO_LATENTS = ("query_down", "key_value_down")
-# Of each expert that this expert-parallel rank holds.
+# Parameters of each expert that this expert-parallel rank holds.
 _EXPERT = {
     "linear_fc1": (_GATE_UP, ("expert_gate", "expert_up")),
     "linear_fc2": (_COLUMNS, ("expert_down",)),

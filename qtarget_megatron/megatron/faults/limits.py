@@ -70,7 +70,7 @@ def _of(error: BaseException) -> str | None:
 
 
 def _is_general(error: BaseException) -> bool:
-    """Of these a text says what happened; a ValueError's is for the user already."""
+    """Whether only the text says what happened. A ValueError's is for the user already."""
     return isinstance(error, RuntimeError | OSError) and getattr(error, "errno", None) is None
 
 

@@ -50,7 +50,7 @@ def identity(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, str]:
 
 
 def _contents_digest(directory: Path) -> str:
-    """Of the names and sizes of its files, and the contents of the texts among them."""
+    """Digest of the names and sizes of a directory's files, and of the contents of the texts among them."""
     digest = hashlib.sha256()
     for path in sorted(Path(directory).iterdir()):
         if path.is_file() and not path.name.startswith("."):

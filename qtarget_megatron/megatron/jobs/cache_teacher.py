@@ -129,7 +129,7 @@ class _Caching:
     writer: CacheWriter
 
     def compute(self, heads: list[OutputHead], labels: Tensor) -> TopTokens:
-        """Of the supervised tokens, sample by sample; on the CPU."""
+        """The largest probabilities at the supervised tokens, sample by sample; on the CPU."""
         (head,) = heads
         hidden = head.hidden
         if head.layer.sequence_parallel:

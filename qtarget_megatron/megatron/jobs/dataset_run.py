@@ -78,7 +78,7 @@ class RunOptions:
 
 
 def precision_flags(words: Sequence[str]) -> list[str]:
-    """Of Megatron's flags those that make a model compute in less than float32."""
+    """Those of Megatron's flags that make a model compute in less than float32."""
     return sorted({"--bf16", "--fp16"}.intersection(words))
 
 

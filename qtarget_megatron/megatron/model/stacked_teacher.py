@@ -34,7 +34,7 @@ class StackedGPTModel(GPTModel):
         self.__dict__["teacher"] = teacher
         self._teacher_cost = teacher_cost or TeacherCost()
         self._student_width = self.config.hidden_size
-        # Of the layers with experts, the teacher's included.
+        # The routers of all layers with experts, the teacher's included.
         models = [self] if teacher is None else [self, teacher]
         self.routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
         if teacher is not None:

@@ -34,7 +34,7 @@ class TeacherCost:
         self._running[-1][1].record()
 
     def take_milliseconds(self) -> float:
-        """Of the forwards that were completed since the last call."""
+        """Milliseconds of the forwards that were completed since the last call."""
         self._read_completed()
         total, self._milliseconds = self._milliseconds, 0.0
         return total
@@ -45,5 +45,5 @@ class TeacherCost:
             self._milliseconds += start.elapsed_time(end)
 
     def bytes_with(self, *held: Tensor) -> int:
-        """Of this rank's weights and of these tensors."""
+        """Bytes of the teacher's weights on this rank plus the given tensors."""
         return self._weights + sum(tensor.numel() * tensor.element_size() for tensor in held)

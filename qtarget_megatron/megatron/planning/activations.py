@@ -45,7 +45,7 @@ class Activations:
         self._element = args.params_dtype.itemsize
         self._in_float32 = in_float32
         self._is_local = args.transformer_impl == "local"
-        # Of one tensor-parallel rank where sequence parallelism shares them.
+        # Those of one tensor-parallel rank where sequence parallelism shares them.
         self._rows = layout.tokens / (layout.tensor if layout.sequence_parallel else 1)
 
     def hidden_states(self) -> float:

@@ -76,7 +76,7 @@ class Sizes:
         return self._ranges([stage.count("decoder") for stage in stages], rank)
 
     def _ranges(self, counts: list[int], rank: int) -> list[range]:
-        """Of the layers in all virtual stages, in order, those of a pipeline rank."""
+        """Layers of a pipeline rank, from the number of layers in each virtual stage, in order."""
         ends = list(itertools.accumulate(counts))
         ranges = [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
         return ranges[rank :: self.layout.pipeline]

@@ -62,7 +62,7 @@ class Run:
 
     @cached_property
     def objective(self) -> Objective:
-        """Of --objective. ValueError for an unknown name or parameter."""
+        """The objective that --objective names. ValueError for an unknown name or parameter."""
         return objectives.from_arguments(self.args.objective, self.args.objective_args)
 
     @cached_property

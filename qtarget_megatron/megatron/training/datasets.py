@@ -169,7 +169,7 @@ class DatasetProvider:
         return self._built[path]
 
     def _date(self, path: Path) -> datetime.date | None:
-        """Of chat templates that write it: that of the file's teacher cache, else the training's."""
+        """The date that chat templates write: that of the file's teacher cache, else the training's."""
         cached = self._caches[path].header.date if path in self._caches else None
         date = cached or getattr(self.args, "data_date", None)
         return None if date is None else datetime.date.fromisoformat(date)
@@ -251,7 +251,7 @@ class InputRanges:
             self._ranges[name] = min(low, values.min(initial=np.inf)), max(high, values.max(initial=-np.inf))
 
     def merge(self) -> None:
-        """Of all ranks' samples; collective, an object gather, where there are side inputs."""
+        """Take in the ranges of all ranks' samples. Collective, an object gather, where there are side inputs."""
         if self._ranges:
             gathered = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, self._ranges)

@@ -26,8 +26,8 @@ from qtarget_megatron.objectives import Objective
 KEPT = 16  # entries of the sparse teacher
 # |logit| / scale <= hidden, which bfloat16 holds exactly up to 2^8.
 MAX_HIDDEN = 256
-# Of a loss, and of a gradient's norm. Rounding of float32 sums reached 7e-6 and 8e-6, with V = 151,936 and labels with
-# p near 1, where masses are made of 1 - p.
+# Bounds of a loss's and of a gradient norm's error. Rounding of float32 sums reached 7e-6 and 8e-6, with V = 151,936
+# and labels with p near 1, where masses are made of 1 - p.
 LOSS_BOUND = 5e-5
 _IGNORED = -100
 _EXTREME = 64.0

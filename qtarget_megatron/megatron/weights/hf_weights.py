@@ -31,7 +31,7 @@ from qtarget_megatron.huggingface import (
 )
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 
-# Of a shard, sent at a time.
+# Bytes of a shard that are sent at a time.
 _BLOCK_BYTES = 1 << 21
 
 
