@@ -8,9 +8,8 @@ import torch
 from launching import run_ranks
 
 from qtarget_megatron import kernels
-from qtarget_megatron.megatron.runtime import gpu_flags
+from qtarget_megatron.megatron.runtime import architecture_flags, gpu_flags
 from qtarget_megatron.megatron.runtime.gpu_flags import check_gpu_flags
-from qtarget_megatron.megatron.training import arguments
 
 LOCAL, ENGINE = SimpleNamespace(transformer_impl="local"), SimpleNamespace(transformer_impl="transformer_engine")
 
@@ -100,19 +99,19 @@ APEX = set().union({"apex"}, *FUSED.values())
 @pytest.mark.parametrize("present", [set(), {"transformer_engine"}, APEX, {"transformer_engine", *APEX}, {"apex"}])
 def test_each_fused_kernel_goes_by_the_modules_that_hold_it(monkeypatch, present):
     """Apex without its extensions holds none, Transformer Engine brings none."""
-    find = arguments.importlib.util.find_spec
+    find = architecture_flags.importlib.util.find_spec
     known = {"transformer_engine", *APEX}
     monkeypatch.setattr(
-        arguments.importlib.util,
+        architecture_flags.importlib.util,
         "find_spec",
         lambda name, *more: (name if name in present else None) if name in known else find(name, *more),
     )
-    flags = arguments.implementation_flags(on_cpu=False)
+    flags = architecture_flags.implementation_flags(on_cpu=False)
     for flag, modules in FUSED.items():
         assert (flag in flags) == (not modules <= present), flag
     assert ("--transformer-impl" in flags) == ("transformer_engine" not in present)
     assert ("--dist-ckpt-strictness" in flags) == ("transformer_engine" in present)
-    on_cpu = arguments.implementation_flags(on_cpu=True)
+    on_cpu = architecture_flags.implementation_flags(on_cpu=True)
     assert set(FUSED) <= set(on_cpu) and "--transformer-impl" in on_cpu and "gloo" in on_cpu
 
 

@@ -82,9 +82,10 @@ def test_the_command_itself(words, code, text, monkeypatch, capsys):
 
 def test_a_shell_completes_subcommands_and_flags(tmp_path):
     from qtarget_megatron.commands import completion
+    from qtarget_megatron.commands.main import COMMANDS
 
     script = tmp_path / "qtarget"
-    script.write_text(completion.script("bash"))
+    script.write_text(completion.script("bash", {name: command.summary for name, command in COMMANDS.items()}))
     asked = {
         "qtarget cache-t": "cache-teacher",
         "qtarget score --temp": "--temp",

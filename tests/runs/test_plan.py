@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(700
 DO = "--use-distributed-optimizer"
 TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
 SP, EP2 = "--sequence-parallel", ["--expert-model-parallel-size", 2]
+CP2 = ["--context-parallel-size", 2]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
 # World size -> case -> (model, words), with a live teacher where the name says so.
 CASES = {
@@ -33,6 +34,9 @@ CASES = {
         "experts": ("experts", []),
         "experts-bf16": ("experts", ["--bf16"]),
         "experts-full": ("experts", FULL),
+        "windows": ("windows", []),
+        "windows-bf16-selective": ("windows", ["--bf16", "--recompute-activations"]),
+        "one-sample": ("untied", ["--micro-batch-size", 1]),
         "latent": ("latent", []),
         "latent-bf16-selective": ("latent", ["--bf16", "--recompute-activations"]),
     },
@@ -49,6 +53,9 @@ CASES = {
         "tp2-sp-ep2-experts": ("experts", [*TP2, SP, *EP2, "--expert-tensor-parallel-size", 1]),
         "tp2-sp-do-experts": ("experts", [*TP2, SP, DO]),
         "ep2-latent": ("latent", [*EP2, DO]),
+        "cp2": ("biases", CP2),
+        "cp2-tied-selective": ("tied", [*CP2, "--recompute-activations"]),
+        "cp2-windows": ("windows", CP2),
         "pp2-latent": ("latent", PP2),
         "pp2-tied-bf16": ("tied", [*PP2, "--bf16"]),
         "pp2-uneven-teacher": ("untied", [*PP2, "--decoder-first-pipeline-num-layers", 1]),

@@ -30,6 +30,10 @@ MODELS = {
         | dict(v_head_dim=12, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, n_shared_experts=1)
         | dict(first_k_dense_replace=1, n_group=1, topk_group=1, rope_interleave=True),
     ),
+    "windows": (
+        "Qwen2",
+        dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=40, max_window_layers=1),
+    ),
     "teacher": ("Qwen2", dict(hidden_size=96, num_hidden_layers=3, num_key_value_heads=4)),
 }
 
@@ -201,8 +205,13 @@ def _step_bytes(model, args: argparse.Namespace, student, objective) -> int:
 
 def _inputs(args: argparse.Namespace, student):
     """Tokens, all over the vocabulary so that experts are chosen about equally often; positions; no mask."""
-    tokens = torch.randint(student.vocab_size, (args.micro_batch_size, args.seq_length))
-    return tokens, torch.arange(args.seq_length).expand_as(tokens), None
+    tokens = torch.randint(student.vocab_size, (args.micro_batch_size, _length(args)))
+    return tokens, torch.arange(_length(args)).expand_as(tokens), None
+
+
+def _length(args: argparse.Namespace) -> int:
+    """Tokens of a sequence on this rank."""
+    return args.seq_length // args.context_parallel_size
 
 
 def _hidden_states(*, hidden_states, **unused):
@@ -216,10 +225,10 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
     from tools.benchmarking.measure import Subject, memory
 
     ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    shape = args.seq_length // ranks, args.micro_batch_size
+    shape = _length(args) // ranks, args.micro_batch_size
     dtype = args.params_dtype
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    labels = torch.randint(student.vocab_size, (args.micro_batch_size, args.seq_length))
+    labels = torch.randint(student.vocab_size, (args.micro_batch_size, _length(args)))
     taught = None
     if model.teacher is not None:
         hidden = torch.randn(*shape, model.teacher.config.hidden_size, dtype=dtype)

@@ -67,19 +67,17 @@ def _prepare() -> None:
     import transformer_engine
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    from qtarget_megatron import finetune
-    from qtarget_megatron.megatron.jobs import convert
+    from qtarget_megatron.megatron.runtime import prepare
 
     assert HAVE_TE and Path(transformer_engine.__file__).is_relative_to(STAND_IN)
     torch.cuda.get_device_capability = lambda *device: (9, 0)
-    for module in (finetune, convert):
-        for name in ("implementation_flags", "check_gpu_flags"):
-            setattr(module, name, functools.partial(_as_on_a_gpu, getattr(module, name)))
+    for name in ("implementation_flags", "check_gpu_flags"):
+        setattr(prepare, name, functools.partial(_as_on_a_gpu, getattr(prepare, name)))
 
 
-def _as_on_a_gpu(function, *args, on_cpu: bool):
+def _as_on_a_gpu(function, *args, on_cpu: bool, **more):
     """The flags that a machine with a GPU and Transformer Engine gets, and those that it refuses."""
-    return function(*args, on_cpu=False)
+    return function(*args, on_cpu=False, **more)
 
 
 @contextlib.contextmanager

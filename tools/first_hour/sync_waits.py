@@ -24,8 +24,11 @@ def waits(text: str) -> Counter[str] | None:
 
 
 def _short(path: str) -> str:
-    """Without what stands before the package."""
-    return path.rpartition("/site-packages/")[2] if "/site-packages/" in path else "/".join(path.split("/")[-3:])
+    """From the package on, be it installed or in a checkout; else the last three parts."""
+    if "/site-packages/" in path:
+        return path.rpartition("/site-packages/")[2]
+    of_checkout = path.rpartition("/qtarget_megatron/")
+    return f"qtarget_megatron/{of_checkout[2]}" if of_checkout[1] else "/".join(path.split("/")[-3:])
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -21,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.huggingface import Architecture, HFReader
+from qtarget_megatron.megatron.model.attention import LocalAttention
 from qtarget_megatron.megatron.model.router import Router
 from qtarget_megatron.megatron.model.stacked_teacher import StackedGPTModel
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
@@ -51,16 +51,6 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         scale = torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + self.eps)
         return (hidden.float() * scale).to(hidden.dtype) * self.weight
-
-
-class LatentCoreAttention(DotProductAttention):
-    """Megatron's local attention for heads whose queries and keys have another width than their values.
-
-    It computes that as it is, but its constructor does not know the two widths: kv_channels is that of the values.
-    """
-
-    def __init__(self, *args, k_channels: int | None = None, v_channels: int | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
 
 
 # Names in checkpoints of Transformer Engine's layers, whose norms are parts of the linear layer behind them.
@@ -104,17 +94,14 @@ def _has_experts(layer: TransformerLayerSubmodules) -> bool:
 
 
 def _local_layer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
-    """Megatron's local layer with norms that know sequence parallelism."""
+    """Megatron's local layer with norms that know sequence parallelism, and attention without a matrix of scores."""
     layer, attention = spec.submodules, spec.submodules.self_attention
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     parts, names = {"q_layernorm": qk_norm, "k_layernorm": qk_norm}, layer.sharded_state_dict_keys_map
     if config.multi_latent_attention:
         names = _LATENT_NAMES
-        parts = {
-            "q_layernorm": RMSNorm,
-            "kv_layernorm": RMSNorm,
-            "core_attention": LatentCoreAttention,
-        }
+        parts = {"q_layernorm": RMSNorm, "kv_layernorm": RMSNorm}
+    parts["core_attention"] = LocalAttention
     attention = dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **parts))
     if _has_experts(layer):
         # Its name in checkpoints of Transformer Engine's layers, where no linear layer follows it.

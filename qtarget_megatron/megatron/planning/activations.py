@@ -15,17 +15,19 @@ heads of width d, q = a d and k numbers of queries and of keys, MLP width f:
     a layer's two norms  2 n' (norm(h) + h e)           with their outputs, which the linear layers keep
     head norms           n (norm(d) per head)           float32: keys' input is the linear layer's output, kept whole
     rotary embedding     4 s d e                        cosine and sine, of queries and of keys
-    attention            n (2 q + v) e + n a s e + s s  queries, keys, v values; probabilities (4 + e bytes where the
-                                                        softmax is float32 and e < 4); mask
-      recomputed         n (q + k + (q + 2 k)) e        its inputs
+    attention            n (q + k + (q + 2 k)) e        its inputs: rotated queries and keys, the linear layer's output
+      not recomputed     4 n a                          logsumexp; its output is the output layer's input
+      of C ranks         n (q + C (2 q + 2 k)) e        queries and output at their places in the sequence, keys, values
+      with a window w    n (4 q e + 4 a) + s (w + B) e  queries, keys and values of every head, the output of blocks of
+                                                        B queries; their masks
     output layer         n q e
     MLP                  3 n f e                        output of the first linear layer, input of the second
 
-v = q where several heads share keys and values, else the linear layer's whole output, q + 2 k. Experts: k' per token,
-balanced, of width f' on each of E' expert tensor-parallel ranks make k' n' E' rows: (h + 3 f' + 1) e each, and 20 k' +
-(1 + e) E for the choice among E experts. Latent attention: for each latent of width w n (norm(w) + w e), in float32 the
-keys' rotary part beside it, n a (4 rotary, plain and value widths) e for queries, keys, values and the output layer's
-input, and the probabilities and mask; of the rotary embedding 4 s r e, r its width.
+Experts: k' per token, balanced, of width f' on each of E' expert tensor-parallel ranks make k' n' E' rows: (h + 3 f' +
+1) e each, and 20 k' + (1 + e) E for the choice among E experts. Latent attention, with r, p, v the rotary, plain and
+value widths: for each latent of width w n (norm(w) + w e), in float32 the keys' rotary part beside it, n a (2 (r + p) +
+2 v) e for queries, keys, values and the output layer's input, and where attention is not recomputed n a (2 (r + p) - v)
+e + 4 n a for values as wide as keys, the output, and logsumexp; of the rotary embedding 4 s r e.
 """
 
 from __future__ import annotations
@@ -38,12 +40,11 @@ from qtarget_megatron.parallel_layout import Layout
 
 
 class Activations:
-    """What is kept of one micro-batch, in bytes; in_float32: whether probabilities are."""
+    """What is kept of one micro-batch, in bytes."""
 
-    def __init__(self, args: argparse.Namespace, layout: Layout, arch: Architecture, *, in_float32: bool):
+    def __init__(self, args: argparse.Namespace, layout: Layout, arch: Architecture):
         self._args, self._layout, self._arch = args, layout, arch
         self._element = args.params_dtype.itemsize
-        self._in_float32 = in_float32
         self._is_local = args.transformer_impl == "local"
         # Those of one tensor-parallel rank where sequence parallelism shares them.
         self._rows = layout.tokens / (layout.tensor if layout.sequence_parallel else 1)
@@ -65,17 +66,15 @@ class Activations:
         if not self._is_local:
             return self._megatrons(1, has_experts) - self._megatrons(0, has_experts)
         found = 2 * (self._norm(self._rows, self._arch.hidden_size) + self.hidden_states())
-        attention = self._attention if self._arch.latent is None else self._latent_attention
-        found += attention(recomputes_attention)
+        if self._arch.latent is None:
+            found += self._attention(index, recomputes_attention)
+        else:
+            found += self._latent_attention(recomputes_attention)
         return found + (self._experts() if has_experts else self._mlp(self._arch.ffn_hidden_size))
 
     def gradients(self, index: int) -> float:
-        """The most of a layer's gradients at once: of probabilities and scores where they exist, or those of the MLP's
-        inputs."""
-        of_mlp = self._experts() if self._has_experts(index) else self._mlp(self._arch.ffn_hidden_size)
-        length = self._layout.seq_length / self._layout.context
-        scores = self._layout.tokens * self._arch.num_attention_heads / self._layout.tensor * length * self._element
-        return max(of_mlp, 2 * scores if self._is_local else 0)
+        """The most of a layer's gradients at once: those of the MLP's inputs."""
+        return self._experts() if self._has_experts(index) else self._mlp(self._arch.ffn_hidden_size)
 
     def _has_experts(self, index: int) -> bool:
         return self._arch.experts is not None and self._arch.experts.layers[index]
@@ -83,29 +82,40 @@ class Activations:
     def _norm(self, rows: float, width: int) -> float:
         return rows * ((8 if self._element == 4 else 10) * width + 4)
 
-    def _attention(self, recomputes: bool) -> float:
+    def _attention(self, index: int, recomputes: bool) -> float:
         arch, layout, element = self._arch, self._layout, self._element
         heads = arch.num_attention_heads / layout.tensor
         groups = max(arch.num_query_groups / layout.tensor, 1)
         queries, keys = heads * arch.head_dim, groups * arch.head_dim
         length = layout.seq_length / layout.context
         found = 4 * length * arch.head_dim * element
-        numbers, has_whole = queries, False  # the output layer's input; the first linear layer's whole output
+        # The output layer's input, rotated queries and keys; the first linear layer's whole output, with the values.
+        numbers, whole = 2 * queries + keys, queries + 2 * keys
+        whole_is_normed = arch.qk_norm and element == 4
         if arch.qk_norm:
             found += self._norm(layout.tokens, arch.head_dim) * (heads + groups)
-            # In float32 the input is that output: of queries a part of it, where they do not share keys.
-            has_whole = element == 4
-            found -= 4 * layout.tokens * (keys if heads > groups else queries + keys) if has_whole else 0
-        if recomputes:
-            numbers, has_whole = numbers + queries + keys, True
-        else:
-            found += self._scores(heads)
-            numbers += 2 * queries
-            if heads > groups:
-                numbers += queries
-            else:
-                has_whole = True
-        return found + layout.tokens * (numbers + (queries + 2 * keys if has_whole else 0)) * element
+            if whole_is_normed:
+                # The norms' inputs are that output: of queries only where no copy groups them by their keys.
+                found -= 4 * layout.tokens * (keys if heads > groups > 1 else queries + keys)
+        if not recomputes:
+            found += 4 * layout.context * layout.tokens * heads
+            if layout.context > 1:
+                # The whole sequence's, in place of the rotated ones and values of this rank.
+                numbers = queries + layout.context * (2 * queries + 2 * keys)
+                whole = whole if whole_is_normed else 0
+            window = arch.sliding_window - 1 if arch.window_layers and arch.window_layers[index] else None
+            if window is not None and window < layout.seq_length - 1:
+                from qtarget_megatron.megatron.model.attention import BLOCK
+
+                numbers += layout.context * queries if layout.context == 1 else 0
+                found += layout.seq_length * min(window + BLOCK, layout.seq_length) * element
+                if heads > groups:
+                    # Keys and values of every head in place of those of the groups.
+                    numbers += 2 * layout.context * queries - (
+                        keys if layout.context == 1 else 2 * layout.context * keys
+                    )
+                    whole = whole if whole_is_normed else 0
+        return found + layout.tokens * (numbers + whole) * element
 
     def _latent_attention(self, recomputes: bool) -> float:
         latent, layout, element = self._arch.latent, self._layout, self._element
@@ -114,14 +124,12 @@ class Activations:
         for width in (latent.query_rank, latent.key_value_rank):
             found += self._norm(layout.tokens, width) + layout.tokens * width * element
         found += layout.tokens * latent.rotary_dim * element if element == 4 else 0
-        numbers = heads * 2 * (latent.plain_dim + latent.rotary_dim + latent.value_dim)
-        return found + layout.tokens * numbers * element + (0 if recomputes else self._scores(heads))
-
-    def _scores(self, heads: float) -> float:
-        """Probabilities and mask."""
-        length = self._layout.seq_length / self._layout.context
-        number = self._element + (4 if self._in_float32 and self._element < 4 else 0)
-        return self._layout.tokens * heads * length * number + length**2
+        width = latent.plain_dim + latent.rotary_dim
+        numbers = heads * 2 * (width + latent.value_dim)
+        if not recomputes:
+            numbers += heads * (2 * width - latent.value_dim)
+            found += 4 * layout.tokens * heads
+        return found + layout.tokens * numbers * element
 
     def _mlp(self, width: int) -> float:
         return 3 * self._layout.tokens * width / self._layout.tensor * self._element

@@ -154,7 +154,7 @@ class Sizes:
         return [layers[i : i + args.recompute_num_layers] for i in range(0, len(layers), args.recompute_num_layers)]
 
     def _activations(self, arch: Architecture) -> Activations:
-        return Activations(self.args, self.layout, arch, in_float32=self._config.attention_softmax_in_fp32)
+        return Activations(self.args, self.layout, arch)
 
     def _layer(self, kept: Activations, layer: int) -> float:
         return kept.layer(layer, recomputes_attention=self._recomputes_attention())
