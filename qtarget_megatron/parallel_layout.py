@@ -117,16 +117,25 @@ def expert_problems(
         )
 
 
+def sequence_problems(seq_length: int, context: int, sequence_parallel: int) -> Iterator[str]:
+    """One line where a sequence does not divide among context-parallel ranks, or each part of it among those of
+    sequence parallelism (1: none)."""
+    if context > 1 and seq_length % (2 * context):
+        yield (
+            f"--seq-length {seq_length}: CP {context} cuts it into {2 * context} equal parts, use a multiple of that"
+        )
+    elif seq_length // context % sequence_parallel:
+        yield (
+            f"--seq-length {seq_length}: --sequence-parallel cuts it into {sequence_parallel} equal parts"
+            f"{f' on each of {context} context-parallel ranks' if context > 1 else ''}, use a multiple of "
+            f"{sequence_parallel * context}"
+        )
+
+
 def layout_problems(layout: Layout) -> Iterator[str]:
     """One line for each way in which ranks, tokens and batch do not divide, all of them."""
-    cp, length = layout.context, layout.seq_length
-    if cp > 1 and length % (2 * cp):
-        yield f"--seq-length {length}: CP {cp} cuts it into {2 * cp} equal parts, use a multiple of that"
-    elif layout.sequence_parallel and length // cp % layout.tensor:
-        yield (
-            f"--seq-length {length}: --sequence-parallel cuts it into {layout.tensor} equal parts"
-            f"{f' on each of {cp} context-parallel ranks' if cp > 1 else ''}, use a multiple of {layout.tensor * cp}"
-        )
+    cp = layout.context
+    yield from sequence_problems(layout.seq_length, cp, layout.tensor if layout.sequence_parallel else 1)
     if layout.world_size % layout.model_ranks:
         yield (
             f"--world-size {layout.world_size} is no multiple of TP {layout.tensor} x PP {layout.pipeline} x CP {cp} = "

@@ -1,78 +1,10 @@
-"""Context parallelism, with an attention of the test's own: Megatron's local one does not gather keys, and
-Transformer Engine's needs a GPU. All else is the product's: batches, positions, loss, normalisation, gradients."""
-
-import dataclasses
+"""Context parallelism over the local layers' attention: it trains as one process does."""
 
 import pytest
-import torch
-import torch.distributed as dist
-from finetune_runs import run_all, write_data, write_models
+from finetune_runs import write_data, write_models
 from layout_runs import assert_layouts, compare_exports, launch, pp, tp
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-class Gather(torch.autograd.Function):
-    """The parts of all ranks in rank order, along a new first dimension; backward sums the gradients."""
-
-    @staticmethod
-    def forward(ctx, part, group):
-        ctx.group = group
-        parts = [torch.empty_like(part) for _ in range(group.size())]
-        dist.all_gather(parts, part.contiguous(), group=group)
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient[ctx.group.rank()], None
-
-
-class GatheringAttention(torch.nn.Module):
-    """Causal attention of this rank's queries to the keys of the whole sequence.
-
-    Of 2 C chunks of the sequence, rank r of C holds chunks r and 2 C - 1 - r, as Megatron cuts it.
-    """
-
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, pg_collection=None, **unused):
-        super().__init__()
-        self.group, self.scale = pg_collection.cp, config.kv_channels**-0.5
-
-    def forward(self, query, key, value, attention_mask, **unused):
-        """query ``[s/C, b, heads, d]``, key and value ``[s/C, b, groups, d]``: ``[s/C, b, heads d]``."""
-        ranks, local = self.group.size(), query.shape[0]
-        chunks = torch.arange(local * ranks).view(2 * ranks, -1)
-        positions = torch.stack([torch.cat([chunks[r], chunks[2 * ranks - 1 - r]]) for r in range(ranks)])
-        share = query.shape[2] // key.shape[2]
-        key, value = (Gather.apply(x, self.group).flatten(0, 1).repeat_interleave(share, 2) for x in (key, value))
-        scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * self.scale
-        future = positions.flatten()[None, :] > positions[self.group.rank()][:, None]
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
-
-
-def run_with_gathering_attention(runs, folder):
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    from qtarget_megatron.megatron.model import build
-
-    local_spec = build.layer_spec
-
-    def layer_spec(*args):
-        block = local_spec(*args)
-        for layer in block.layer_specs:
-            attention = layer.submodules.self_attention
-            attention.submodules = dataclasses.replace(
-                attention.submodules, core_attention=ModuleSpec(module=GatheringAttention)
-            )
-        return block
-
-    build.layer_spec = layer_spec
-    try:
-        return run_all(runs, folder)
-    finally:
-        build.layer_spec = local_spec
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +41,7 @@ def test_context_parallel_ranks_train_like_one_process(workspace):
         "untied psft at CP4": [*kinds["untied psft"], "--context-parallel-size", 4],
     }
     for world_size, runs in ((2, two), (4, four)):
-        assert_layouts(launch(world_size, exporting(runs), workspace, 300, run=run_with_gathering_attention), single)
+        assert_layouts(launch(world_size, exporting(runs), workspace, 300), single)
         for name in runs:
             kind = name.split(" at ")[0]
             compare_exports(workspace / name, workspace / kind, workspace / kind.split()[0])

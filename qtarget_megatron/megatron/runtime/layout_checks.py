@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from qtarget_megatron.huggingface import Architecture
-from qtarget_megatron.parallel_layout import division_problems, expert_problems, stage_problems
+from qtarget_megatron.parallel_layout import division_problems, expert_problems, sequence_problems, stage_problems
 
 
 def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None:
@@ -21,8 +21,9 @@ def check_layout(args: argparse.Namespace, arch: Architecture, who: str) -> None
                 f"--tensor-model-parallel-size {tp} does not divide the latents of the {who} (of queries {widths[0]}, "
                 f"of keys and values with their rotary part {widths[1]})"
             )
-    if args.sequence_parallel and length is not None and length % tp != 0:
-        raise ValueError(f"--sequence-parallel needs --seq-length divisible by {tp}, got {length}")
+    if length is not None:
+        for problem in sequence_problems(length, args.context_parallel_size, tp if args.sequence_parallel else 1):
+            raise ValueError(problem)
 
 
 def check_experts(args: argparse.Namespace, arch: Architecture, who: str) -> None:
