@@ -28,6 +28,14 @@ def test_links_lead_to_files_and_headings(page):
             assert not anchor or anchor in anchors(target), link
 
 
+def test_the_places_of_contributing_exist():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    places = re.findall(r"`((?:qtarget_megatron|csrc|docs|examples|tools|tests|benchmarks)/[^`]*)`", text)
+    assert len(places) > 30
+    for place in places:
+        assert list(REPOSITORY.glob(place.rstrip("/"))), place
+
+
 def test_a_dead_link_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A heading, [here](b.md#c)\n\n`[no](link)` ![and](d.png)\n\n```python\nx[0](y)\n# comment\n```\n")
@@ -89,6 +97,22 @@ def site(tmp_path_factory):
     done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
+
+
+def test_docstrings_become_markdown(monkeypatch):
+    if importlib.util.find_spec("griffe") is None:
+        pytest.skip("griffe is not installed: pip install '.[docs]'")
+    monkeypatch.syspath_prepend(REPOSITORY / "tools/docs")
+    from field_lists import markdown
+
+    text = "Sum of a*z and `b*t`.\n\nids:  of tokens\nlog_p: theirs,\n       in nats\n"
+    text += "The same everywhere::\n\n    x = y * z\n"
+    assert markdown(text) == (
+        "Sum of a\\*z and `b*t`.\n\n- `ids`: of tokens\n- `log_p`: theirs,\n    in nats\n\nThe same everywhere:\n\n"
+        "    x = y * z"
+    )
+    # griffe reads these itself.
+    assert markdown("Args:\n    a: one.\n") == "Args:\n    a: one."
 
 
 @pytest.mark.slow
