@@ -28,6 +28,7 @@ help:
 	@echo '  make test-quick  run the tests that are not marked slow (about two minutes)'
 	@echo '  make bench       measure time and memory next to torch and Megatron (about 12 minutes, idle machine)'
 	@echo '  make gpu         on a machine with a GPU: run what needs one, write benchmarks/GPU.md'
+	@echo '  make docs        build the documentation into site/'
 	@echo '  make lint        check style (ruff)'
 	@echo '  make format      apply the style'
 	@echo '  make install     only make the environment in $(VENV) and build the package'
@@ -96,6 +97,11 @@ test-quick: $(BUILD)
 bench: $(BUILD)
 	@$(PY) tools/benchmark.py $(or $(BENCH_ARGS),all)
 
+# The variable: without the theme's advertisement of its successor.
+.PHONY: docs
+docs: $(BUILD)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 # The first hour on a GPU; on a machine without one it says so in a line.
 .PHONY: gpu
 gpu: $(BUILD)
@@ -113,6 +119,6 @@ format: $(BUILD)
 
 .PHONY: clean
 clean:
-	@rm -rf $(VENV) .venv-uv build dist *.egg-info qtarget_megatron/_C*.so demo-output .demo-output.* demo-output-failed.log \
+	@rm -rf $(VENV) .venv-uv build dist site *.egg-info qtarget_megatron/_C*.so demo-output .demo-output.* demo-output-failed.log \
 	    .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

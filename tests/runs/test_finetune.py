@@ -48,7 +48,8 @@ def models(workspace):
         runs[f"untied {name}"] = [*untied, *flags]
         if name in ("target-sft", "label-smoothing", "kd"):
             runs[f"tied {name}"] = [*tied, *flags]
-    runs["untied readme"] = [*untied, "--objective-file", readme_objective(workspace), "--objective", "my-focal"]
+    own = ["--objective-file", readme_objective(workspace), "--objective", "cautious", *teacher]
+    runs["untied readme"] = [*untied, *own]
     return runs
 
 

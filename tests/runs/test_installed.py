@@ -18,8 +18,8 @@ from qtarget_megatron.kernels import native
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
-SOURCES = ("qtarget_megatron", "csrc", "examples", "tools", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md")
-FILES = ("LICENSE", "constraints.txt", "Makefile", "CHANGELOG.md", "CONTRIBUTING.md")
+SOURCES = ("qtarget_megatron", "csrc", "docs", "examples", "tools", "setup.py", "pyproject.toml", "MANIFEST.in")
+FILES = ("LICENSE", "constraints.txt", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml")
 SMALL = ["--seq-length", 32, "--micro-batch-size", 1, "--global-batch-size", 2, "--train-iters", 1, "--lr", 1e-3]
 # The compiled module takes long to make and is here already: what the linker would write.
 COMPILER = """\
@@ -115,7 +115,7 @@ def run(words, folder, **environment):
 
 def test_what_is_in_the_packages(built):
     tree, wheel = built
-    for name in (*FILES, "README.md", "examples/launch/one_node.sh", "tools/plan.py", "csrc/row_math.h", "setup.py"):
+    for name in (*FILES, "docs/data.md", "examples/launch/one_node.sh", "tools/plan.py", "csrc/row_math.h", "setup.py"):
         assert (tree / name).is_file(), name
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

@@ -1,57 +1,27 @@
-"""One process needs no launcher: the README's commands as they stand there, resuming, and the examples."""
+"""One process needs no launcher: resuming, and the examples. The commands of the docs: test_docs_commands.py."""
 
-import json
 import re
-import shlex
-import shutil
 import socket
 
 import pytest
 import torch
 from finetune_runs import vocabulary, write_data, write_model
-from launching import REPOSITORY, run_alone
+from launching import run_alone
 from pretrain_flags import FLAGS
 
-from qtarget_megatron.commands.main import COMMANDS
 from qtarget_megatron.megatron.runtime import launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-TEXT = (REPOSITORY / "README.md").read_text()
-
-
-def commands():
-    """Those that the README starts without torchrun, in their order, as words behind ``qtarget``."""
-    blocks = re.findall(r"(?:^    .*\n)+", TEXT, re.MULTILINE)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qtarget ")]
-
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """What the README's placeholders name."""
     folder = tmp_path_factory.mktemp("alone")
-    generator = torch.Generator().manual_seed(5)
     shape = dict(hidden_size=64, intermediate_size=64, num_attention_heads=8, max_position_embeddings=4096)
-    for name, layers in (("DIR", 4), ("TEACHER_DIR", 4), ("REF", 2)):
-        size = dict(vocab_size=vocabulary(), num_hidden_layers=layers)
-        write_model(folder / name, "Llama", shape | size, generator)
+    size = dict(vocab_size=vocabulary(), num_hidden_layers=4)
+    write_model(folder / "DIR", "Llama", shape | size, torch.Generator().manual_seed(5))
     write_data(folder / "train.jsonl", 20, seed=3)
-    records = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    # score adds the side inputs.
-    lines = [json.dumps({"messages": record["messages"]}) for record in records]
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "examples").symlink_to(REPOSITORY / "examples")
     return folder
-
-
-def test_the_commands_of_the_readme(workspace):
-    found = commands()
-    assert {words[0] for words in found} == COMMANDS.keys() - {"verify"}
-    for words in found:
-        shutil.rmtree(workspace / "OUT", ignore_errors=True)  # each of them starts with none
-        done = run_alone(["qtarget_megatron", *words], timeout=300, folder=workspace)
-        assert done.returncode == 0, f"{words}:\n{done.stdout[-3000:]}"
 
 
 def test_it_saves_resumes_and_exports(workspace, tmp_path):
