@@ -1,9 +1,4 @@
-"""Memory and communication of a layout before anything is built: the parts that follow from this package's own loss.
-
-Bytes on one rank unless said otherwise. n: tokens of a micro-batch on a context-parallel rank, all of them taken as
-supervised; V: columns of the vocabulary shard; h: hidden size; e: bytes of a number in the training dtype; T: ranks of
-the tensor-parallel group.
-"""
+"""How a training is cut into ranks, and what of a model, a sequence or a batch the cut does not divide."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What a loss costs beside its logits: bytes on a rank at its peak, and what its collectives send."""
+"""What a loss costs beside its logits: bytes on a rank at its peak, and what its collectives send.
+
+Bytes on one rank unless said otherwise. n: tokens of a micro-batch on a context-parallel rank, all of them taken as
+supervised; V: columns of the vocabulary shard; h: hidden size; e: bytes of a number in the training dtype; T: ranks of
+the tensor-parallel group.
+"""
 
 from __future__ import annotations
 
