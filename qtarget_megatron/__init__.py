@@ -4,6 +4,7 @@ The loss and everything else that needs no Megatron is imported from here; qtarg
 Megatron's training loop, and ``qtarget finetune`` runs it.
 """
 
+import logging
 from pathlib import Path
 
 from qtarget_megatron import _source_tree
@@ -12,6 +13,9 @@ _folder = Path(__file__).parent
 if (_copy := _source_tree.installed_copy(_folder)) is not None:
     _source_tree.give_way(_folder, _copy)
 else:
+    # Where its log goes is its user's choice.
+    logging.getLogger(__name__).addHandler(logging.NullHandler())
+
     from qtarget_megatron import objectives
     from qtarget_megatron._version import __version__
     from qtarget_megatron.inspection import induced_target, target_distribution

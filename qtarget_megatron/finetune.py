@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import logging
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from qtarget_megatron import objectives, output_lock
+from qtarget_megatron import objectives
 from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import JsonlFile
@@ -60,20 +61,18 @@ from qtarget_megatron.megatron.weights.saved_model import SavedModel, check_resu
 from qtarget_megatron.resumable import file_digest
 from qtarget_megatron.teacher_cache import TeacherCache
 
+_log = logging.getLogger("qtarget_megatron")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run fine-tuning with command-line words; returns the process's exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def command() -> int:
         fine_tune(argv)
-    except Exception as error:
-        code = ending.told("finetune", error)
-        if code is None:
-            raise
-        return code
-    finally:
-        output_lock.release_all()
-    return 0
+        return 0
+
+    return ending.exit_code("finetune", command)
 
 
 def command_line() -> Parser:
@@ -152,13 +151,13 @@ def _agree(run: Run, store: dist.Store | None) -> tuple[int | None, bool, str]:
         outputs.reserve(args)
         found = prepare_start(args)
         for line in found.messages:
-            print(f"qtarget_megatron: {line}", flush=True)
+            _log.info(line)
         done = outputs.check_outputs(args, run.student, found.iteration)
         if done:
-            print(
-                f"qtarget_megatron: all {outputs.steps_of(args)} steps have been trained, and {args.save_hf} holds the "
-                "exported model: nothing is left to do",
-                flush=True,
+            _log.info(
+                "all %d steps have been trained, and %s holds the exported model: nothing is left to do",
+                outputs.steps_of(args),
+                args.save_hf,
             )
         date = args.data_date
         if date is None and found.iteration and not args.finetune:
@@ -176,15 +175,14 @@ def _skip_what_is_done(args: argparse.Namespace, iteration: int | None) -> None:
     steps = outputs.steps_of(args)
     if iteration is not None and 0 < steps <= iteration and not (args.finetune or args.skip_train):
         args.skip_train = True
-        if args.rank == 0:
-            print(f"qtarget_megatron: all {steps} steps have been trained: going on with what follows", flush=True)
+        _log.info("all %d steps have been trained: going on with what follows", steps)
 
 
 def _resumed_flags(args: argparse.Namespace) -> ResumedFlags:
-    """What changes with the flags in a training that resumes, said on the first rank."""
+    """What changes with the flags in a training that resumes, which is logged."""
     flags = ResumedFlags(args, read_saved(args))
-    for line in flags.lines if args.rank == 0 else ():
-        print(f"qtarget_megatron: {line}", flush=True)
+    for line in flags.lines:
+        _log.info(line)
     return flags
 
 
@@ -305,11 +303,10 @@ def _train(
         teacher_weights=run.teacher_weights,
         teacher_cost=teacher_cost,
     )
-    if args.rank == 0:
-        origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
-        print(f"qtarget_megatron: objective {objective}, starting from {origin}", flush=True)
-        if objective.note:
-            print(f"qtarget_megatron: {objective.name}: {objective.note}", flush=True)
+    origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
+    _log.info("objective %s, starting from %s", objective, origin)
+    if objective.note:
+        _log.info("%s: %s", objective.name, objective.note)
     chunk_size = None if args.qtarget_materialize_logits else args.qtarget_chunk_size
     smaller = teacher is not None and teacher.vocab_size < student.vocab_size
     settings = LossSettings(
@@ -342,16 +339,14 @@ def _train(
         digests = save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype, progress=progress)
         if args.rank == 0:
             outputs.record_export(args, digests)
-            print(f"qtarget_megatron: exported the model to {args.save_hf}", flush=True)
-    _report_peak_memory(args.rank)
+        _log.info("exported the model to %s", args.save_hf)
+    _report_peak_memory()
 
 
-def _report_peak_memory(rank: int) -> None:
+def _report_peak_memory() -> None:
     peaks = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, torch.cuda.max_memory_allocated())
-    if rank == 0:
-        text = " ".join(f"{peak / 2**30:.2f}" for peak in peaks)
-        print(f"qtarget_megatron: peak memory per rank (GiB): {text}", flush=True)
+    _log.info("peak memory per rank (GiB): %s", " ".join(f"{peak / 2**30:.2f}" for peak in peaks))
 
 
 if __name__ == "__mp_main__":

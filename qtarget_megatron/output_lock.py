@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 BEAT, PATIENCE = 20.0, 120.0  # seconds
+_log = logging.getLogger("qtarget_megatron")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
@@ -44,7 +46,7 @@ _held: dict[Path, _Held] = {}
 def claim(path: Path, what: str) -> None:
     """Take the lock file ``path`` for this process, until release() or its end; missing folders are made.
 
-    what: names the output in messages. What this process holds already it keeps. Prints a line where a process that
+    what: names the output in messages. What this process holds already it keeps. Logs a line where a process that
     has ended left the file, and before it waits. ValueError where another process holds it, or it cannot be written.
     """
     path = Path(path).absolute()
@@ -156,13 +158,13 @@ def _check_left(path: Path, descriptor: int, kernel_knows: bool, what: str) -> N
     if left is None:
         return
     if not (kernel_knows and left.get("host") == socket.gethostname()):
-        print(f"qtarget_megatron: {path} is of {_who(left)}: waiting {PATIENCE:g} s for a sign of life", flush=True)
+        _log.info("%s is of %s: waiting %g s for a sign of life", path, _who(left), PATIENCE)
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(min(2.0, PATIENCE / 10))
             if _read_again(path, descriptor, kernel_knows) != left:
                 raise _in_use(what, left, f"; where that is gone for certain, delete {path}")
-    print(f"qtarget_megatron: {path} was left by {_who(left)}, which has ended: going on", flush=True)
+    _log.info("%s was left by %s, which has ended: going on", path, _who(left))
 
 
 def _in_use(what: str, holder: dict[str, Any] | None, more: str = "") -> ValueError:
@@ -220,6 +222,7 @@ def _beat(path: Path, held: _Held) -> None:
             found = _read(held.descriptor)
             taken = bool(found) and any(found.get(key) != value for key, value in held.ours.items())
             if taken or (path.exists() and not _is_at(path, held.descriptor)):
+                # Not logged: a process that ends here must have said why.
                 print(
                     f"qtarget_megatron: error: {path} was taken by {_who(found)}: ending", file=sys.stderr, flush=True
                 )

@@ -13,7 +13,7 @@ import launching
 import pytest
 import torch
 
-from qtarget_megatron.megatron.runtime import cpu_platform
+from qtarget_megatron.megatron.runtime import cpu_platform, logs
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -28,6 +28,13 @@ NO_GPU = "Skipped: needs an NVIDIA GPU"
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def printed_log(capsys):
+    """capsys, where the package's log is printed as a command does it."""
+    with logs.shown():
+        yield capsys
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import torch
 from launching import run_ranks
 
 from qtarget_megatron.megatron.faults.explained import NotFinite
+from qtarget_megatron.megatron.runtime import logs
 
 pytestmark = pytest.mark.distributed
 MICRO_BATCHES = 3
@@ -32,7 +33,7 @@ def look(kind, values, on_nan="stop", in_training=True):
         "get_rerun_state_machine": lambda: machine,
         "get_args": lambda: SimpleNamespace(curr_iteration=6),
     }
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed, logs.shown():
         for name, value in replacements.items():
             patch.setattr(loss_check, name, value)
         patch.setattr(loss_check.dist, "get_rank", lambda: 5)

@@ -312,7 +312,7 @@ def test_context_parallel_ranks_cut_side_inputs_where_they_cut_labels(tmp_path):
 
 def inspected(paths):
     """What rank 0 prints when two ranks inspect each file for its objective, two seconds for each record."""
-    from qtarget_megatron.megatron.runtime import progress
+    from qtarget_megatron.megatron.runtime import logs, progress
     from qtarget_megatron.megatron.training.datasets import DatasetProvider
 
     progress.time = SimpleNamespace(monotonic=itertools.count(step=2).__next__)
@@ -321,7 +321,8 @@ def inspected(paths):
         provider = DatasetProvider(
             SimpleNamespace(seq_length=16, skip_teacher_cache_check=False), completions(), objectives.get(name)
         )
-        with contextlib.redirect_stdout(io.StringIO()) as text:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), logs.shown():
             provider._inspected(path)
         printed[path] = text.getvalue()
     return printed

@@ -12,8 +12,8 @@ from qtarget_megatron.megatron.runtime.wheel_repairs import GroupStepAdam
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the platform never activates where CUDA is present")
 
 
-def python(code):
-    command = [sys.executable, "-W", "ignore", "-c", code]
+def python(code, *flags):
+    command = [sys.executable, *(flags or ("-W", "ignore")), "-c", code]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800)
 
 
@@ -49,7 +49,32 @@ def test_activation_says_so_once_and_redirects_cuda_to_the_cpu():
         "assert torch.cuda.max_memory_allocated() > 2**20\n"
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("running Megatron on the CPU") == 1
+
+
+NOTICE = "no CUDA device, running Megatron on the CPU over gloo"
+TWICE = "from qtarget_megatron.megatron.runtime import cpu_platform\ncpu_platform.activate(), cpu_platform.activate()\n"
+
+
+@NO_GPU
+def test_a_script_is_warned_of_the_cpu_once_where_it_asks_for_it():
+    result = python(TWICE, "-W", "default")
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    # Of the second line: the script's, not the package's.
+    assert result.stderr.count(NOTICE) == 1 and f"<string>:2: UserWarning: {NOTICE}" in result.stderr
+    silenced = python(TWICE, "-W", f"ignore:{NOTICE}")
+    assert (silenced.returncode, silenced.stdout, silenced.stderr) == (0, "", "")
+    assert python(TWICE, "-W", f"error:{NOTICE}").returncode == 1
+    other_rank = python(f"import os\nos.environ['RANK'] = '1'\n{TWICE}", "-W", "default")
+    assert (other_rank.returncode, other_rank.stdout, other_rank.stderr) == (0, "", "")
+
+
+@NO_GPU
+def test_a_script_that_shows_lines_of_the_log_has_the_notice_among_them():
+    set_up = (
+        "import logging, sys\nlogging.basicConfig(level='INFO', format='%(name)s|%(message)s', stream=sys.stdout)\n"
+    )
+    result = python(set_up + TWICE, "-W", "default")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"qtarget_megatron|{NOTICE}\n", "")
 
 
 @NO_GPU

@@ -81,14 +81,14 @@ def test_a_second_training_into_the_same_folder_is_refused_by_name(tmp_path):
     assert not (tmp_path / "save").exists()
 
 
-def test_a_lock_of_a_killed_process_is_taken_over_with_a_line(tmp_path, capsys):
+def test_a_lock_of_a_killed_process_is_taken_over_with_a_line(tmp_path, printed_log):
     args = args_of(tmp_path)
     with holder(tmp_path / "save" / outputs.LOCK) as first:
         first.send_signal(signal.SIGKILL)
         first.wait(20)
     assert (tmp_path / "save" / outputs.LOCK).exists()
     outputs.reserve(args)
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = printed_log.readouterr().out.splitlines()
     assert f"was left by process {first.pid} on " in line and "which has ended" in line
 
 
@@ -122,7 +122,7 @@ def test_a_process_that_was_forked_lets_no_lock_go(tmp_path):
 
 
 @pytest.mark.parametrize("beats", [True, False])
-def test_a_lock_of_another_host_counts_as_long_as_it_changes(tmp_path, monkeypatch, capsys, beats):
+def test_a_lock_of_another_host_counts_as_long_as_it_changes(tmp_path, monkeypatch, printed_log, beats):
     """No kernel lock reaches it there: its file is all that is seen of it."""
     monkeypatch.setattr(output_lock, "PATIENCE", 1.5)
     path = tmp_path / "lock"
@@ -143,7 +143,7 @@ def test_a_lock_of_another_host_counts_as_long_as_it_changes(tmp_path, monkeypat
         assert other.returncode == 0 and path.exists()
     else:
         output_lock.claim(path, "--save x")
-        waiting, taken = capsys.readouterr().out.splitlines()
+        waiting, taken = printed_log.readouterr().out.splitlines()
         assert "process 7 on elsewhere" in waiting and "waiting 1.5 s" in waiting
         assert "was left by process 7 on elsewhere" in taken
 

@@ -36,27 +36,27 @@ class Training:
         assert len(self._forwarded) == 3 * len(seconds)
 
 
-def test_lines_are_of_the_interval_and_of_what_is_left(capsys, monkeypatch):
+def test_lines_are_of_the_interval_and_of_what_is_left(printed_log, monkeypatch):
     """The first step takes as long as others together, and counts for nothing."""
     Training(monkeypatch, log_interval=2, train_iters=100).steps([500, 10, 10, 10, 20, 20, 20])
-    assert capsys.readouterr().out.splitlines() == [
+    assert printed_log.readouterr().out.splitlines() == [
         "qtarget_megatron: 40 tokens/s, 0:16:20 left",  # behind step 2: 10 s for one step of 400 tokens, 98 left
         "qtarget_megatron: 40 tokens/s, 0:16:00 left",  # behind step 4: 800 tokens in 20 s; 30 s for 3 steps, 96 left
         "qtarget_megatron: 20 tokens/s, 0:21:56 left",  # behind step 6: 800 tokens in 40 s; 70 s for 5 steps, 94 left
     ]
 
 
-def test_quick_steps_have_a_line_every_ten_seconds(capsys, monkeypatch):
+def test_quick_steps_have_a_line_every_ten_seconds(printed_log, monkeypatch):
     Training(monkeypatch, log_interval=1, train_iters=50).steps([3] * 12, first=20)
-    assert capsys.readouterr().out.splitlines() == [
+    assert printed_log.readouterr().out.splitlines() == [
         "qtarget_megatron: 133 tokens/s, 0:01:15 left",  # behind step 25: 12 s after step 21
         "qtarget_megatron: 133 tokens/s, 0:01:03 left",
     ]
 
 
-def test_the_last_rank_alone_prints(capsys, monkeypatch):
+def test_the_last_rank_alone_prints(printed_log, monkeypatch):
     Training(monkeypatch, log_interval=1, train_iters=50, rank=0).steps([30] * 5)
-    assert not capsys.readouterr().out
+    assert not printed_log.readouterr().out
 
 
 def run_with_lines(runs, folder):

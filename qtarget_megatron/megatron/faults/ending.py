@@ -50,7 +50,7 @@ def run(name: str, main: Callable[[], int], *, at_once: Collection[int] = ()) ->
     it. A rank of torchrun ends when torchrun has been killed.
     """
     faulthandler.enable()
-    logs.quiet()
+    logs.quiet(sys.argv[1:])
     _end_with_launcher(name)
     _end_on_interrupt(name)
     try:
@@ -306,9 +306,10 @@ def _is_alive(process: psutil.Process) -> bool:
 
 def exit_code(name: str, command: Callable[[], int]) -> int:
     """What command() returns, or the code for an error that one line explains: 2 for bad input, 1 where something has
-    run out (memory, files, ...)."""
+    run out (memory, files, ...). The package's log is printed meanwhile."""
     try:
-        return command()
+        with logs.shown():
+            return command()
     except Exception as error:
         code = told(name, error)
         if code is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -13,6 +14,9 @@ from megatron.training import get_args
 from torch import Tensor
 
 from qtarget_megatron.megatron.faults.explained import ON_NAN, NotFinite
+from qtarget_megatron.megatron.runtime.logs import ANY_RANK
+
+_log = logging.getLogger("qtarget_megatron")
 
 
 class LossCheck:
@@ -26,7 +30,7 @@ class LossCheck:
         self._unseen: list[tuple[Tensor, Tensor]] = []
 
     def look(self, loss_sum: Tensor, samples: Tensor, on_nan: str, *, in_training: bool) -> None:
-        """One micro-batch's. on_nan: "stop" raises NotFinite, "skip" prints a line in training. samples: its records.
+        """One micro-batch's. on_nan: "stop" raises NotFinite, "skip" logs a warning in training. samples: its records.
 
         Under --rerun-mode validate_results Megatron's own procedure takes the place of the exception.
         """
@@ -54,4 +58,4 @@ class LossCheck:
         if on_nan == "stop":
             raise NotFinite(f"{where}: {ON_NAN}")
         if in_training and parallel_state.get_tensor_model_parallel_rank() == 0:
-            print(f"qtarget_megatron: step {get_args().curr_iteration + 1} is skipped: {where}", flush=True)
+            _log.warning("step %d is skipped: %s", get_args().curr_iteration + 1, where, extra=ANY_RANK)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import socket
 import sys
 import threading
@@ -24,6 +25,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from qtarget_megatron.megatron.runtime.logs import ANY_RANK
+
+_log = logging.getLogger("qtarget_megatron")
 _READING = "next_batch"
 # Where Python waits for a collective, or for its result.
 _WAITING = ("torch/distributed/", "p2p_communication.py", "param_and_grad_buffer.py")
@@ -125,8 +129,7 @@ class Watchdog:
                 if first is None:
                     first, first_beat = self._read(), beat
                 elif beat == first_beat + 3 and self._store.add(f"told-{self.step}-{min(self._count, 1)}", 1) == 1:
-                    line = who_waits(first, self._read(), self.step, still)
-                    print(f"qtarget_megatron: {line}", file=sys.stderr, flush=True)
+                    _log.warning(who_waits(first, self._read(), self.step, still), extra=ANY_RANK)
         except RuntimeError:
             # The store is gone, and with it the rank or the launcher that hosts it: the training is ending.
             return

@@ -15,9 +15,9 @@ from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, compar
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.loss.linear_top_k import TopTokens, linear_top_k
 from qtarget_megatron.megatron.jobs.dataset_run import DatasetRun, RunOptions, precision_flags
-from qtarget_megatron.megatron.runtime import cpu_platform, launch
+from qtarget_megatron.megatron.runtime import cpu_platform, launch, logs
 from qtarget_megatron.megatron.runtime.prepare import load_model_tokenizer
-from qtarget_megatron.megatron.runtime.ranks import is_first_rank, on_first_rank, print_once
+from qtarget_megatron.megatron.runtime.ranks import is_first_rank, on_first_rank
 from qtarget_megatron.resumable import check_space, file_digest
 from qtarget_megatron.teacher_cache import (
     CacheHeader,
@@ -31,6 +31,8 @@ from qtarget_megatron.teacher_cache.index import INDEX_FILE, read_index
 
 if TYPE_CHECKING:
     from qtarget_megatron.megatron.model.output_head import OutputHead
+
+_log = logs.of("cache-teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
     )
     writer = CacheWriter(options.out, header, tokenizer)
     if writer.check():
-        print_once(f"cache-teacher: {options.out} is complete already, made from the same inputs")
+        _log.info("%s is complete already, made from the same inputs", options.out)
         return
     if is_first_rank():
         writer.reserve()
@@ -96,10 +98,8 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
     run = DatasetRun("cache-teacher", options, words, tokenizer=tokenizer, file=file, cpu=cpu)
     num_tokens = run.inspect()
     most = "at most " if options.top_p is not None else ""
-    print_once(
-        f"cache-teacher: {num_tokens} supervised tokens of {most}{header.bytes_per_token} bytes: {most}"
-        f"{num_tokens * header.bytes_per_token / 1e6:,.1f} MB"
-    )
+    megabytes = f"{num_tokens * header.bytes_per_token / 1e6:,.1f}"
+    _log.info("%d supervised tokens of %s%d bytes: %s%s MB", num_tokens, most, header.bytes_per_token, most, megabytes)
 
     def check_room() -> str | None:
         written = sum(path.stat().st_size for path in options.out.iterdir())
@@ -107,7 +107,7 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
         return check_space(options.out, least, most=most)
 
     if warning := on_first_rank(check_room):
-        print_once(f"cache-teacher: WARNING: {warning}")
+        _log.warning(warning)
     run.complete(_Caching(options, header, file, writer))
 
 
@@ -158,7 +158,7 @@ class _Caching:
 
     def open(self) -> int:
         if done := self.writer.open():
-            print_once(f"cache-teacher: going on behind the {done} samples that are cached already")
+            _log.info("going on behind the %d samples that are cached already", done)
         return done
 
     def append(self, first: int, results: list[SampleEntries | None]) -> None:

@@ -23,9 +23,9 @@ from qtarget_megatron import kernels
 from qtarget_megatron.data import EncodedSample, JsonlFile, encode_at, training_item
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.megatron.jobs.open_model import OpenModel, open_model
-from qtarget_megatron.megatron.runtime import cpu_platform
+from qtarget_megatron.megatron.runtime import cpu_platform, logs
 from qtarget_megatron.megatron.runtime.progress import Progress
-from qtarget_megatron.megatron.runtime.ranks import on_first_rank, print_once
+from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.megatron.weights.checkpoint_folder import checkpoint_directory
 from qtarget_megatron.resumable import directory_digest
 
@@ -161,7 +161,7 @@ class DatasetRun:
 
         check_record: raises ValueError for an index whose record the command refuses. Collective, like its errors.
         """
-        from qtarget_megatron.megatron.training.datasets import Inspection, for_each_record
+        from qtarget_megatron.megatron.training.datasets import Inspection, for_each_record, log_notes
 
         look = Inspection(f"{self._name}: reading {self.options.data}", len(self._file))
 
@@ -177,12 +177,16 @@ class DatasetRun:
         # Tokens of each record within seq_length + 1, how many are supervised, whether it was cut.
         self._lengths, self._counts, truncated = for_each_record(self._file, measure).T
         skipped = int((self._counts == 0).sum())
-        print_once(
-            f"{self._name}: {self.options.data}: {len(self._file)} samples, {int(truncated.sum())} truncated to "
-            f"{self.options.seq_length} tokens, {skipped} without a supervised token"
+        log, path = logs.of(self._name), self.options.data
+        log.info(
+            "%s: %d samples, %d truncated to %d tokens, %d without a supervised token",
+            path,
+            len(self._file),
+            truncated.sum(),
+            self.options.seq_length,
+            skipped,
         )
-        for line in look.notes_of_all().lines(self._date()):
-            print_once(f"{self._name}: {self.options.data}: {line}")
+        log_notes(log, path, look.notes_of_all().lines(self._date()))
         return int(self._counts.sum())
 
     def _sample(self, index: int) -> EncodedSample:

@@ -19,13 +19,15 @@ from qtarget_megatron.data.side_inputs import check_weight_options, importance_w
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.loss.linear_cross_entropy import qtarget_linear_cross_entropy
 from qtarget_megatron.megatron.jobs.dataset_run import DatasetRun, RunOptions, precision_flags
-from qtarget_megatron.megatron.runtime import cpu_platform, launch
+from qtarget_megatron.megatron.runtime import cpu_platform, launch, logs
 from qtarget_megatron.megatron.runtime.prepare import load_model_tokenizer
-from qtarget_megatron.megatron.runtime.ranks import is_first_rank, on_first_rank, print_once
+from qtarget_megatron.megatron.runtime.ranks import is_first_rank, on_first_rank
 from qtarget_megatron.resumable import ResumableLines, check_space, directory_digest, file_digest
 
 if TYPE_CHECKING:
     from qtarget_megatron.megatron.model.output_head import OutputHead
+
+_log = logs.of("score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +89,15 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
         lines.reserve()
 
     if options.compares_with_itself:
-        print_once(
-            f"score: --reference-hf {options.reference} is the model of --hf-model: every weight will be exactly 1, "
-            "with which iw-sft trains as sft does"
+        _log.info(
+            "--reference-hf %s is the model of --hf-model: every weight will be exactly 1, with which iw-sft trains as "
+            "sft does",
+            options.reference,
         )
     run = DatasetRun("score", options, words, tokenizer=tokenizer, file=file, reference=options.reference, cpu=cpu)
     num_tokens = run.inspect(partial(_check_record, options, file))
     if warning := on_first_rank(lambda: check_room(options, file, num_tokens, lines.num_bytes())):
-        print_once(f"score: WARNING: {warning}")
+        _log.warning(warning)
     run.complete(_Scoring(options, arch.vocab_size, file, lines))
     return len(file)
 
@@ -186,7 +189,7 @@ class _Scoring:
 
     def open(self) -> int:
         if done := self.lines.open():
-            print_once(f"score: going on behind the {done} samples that are scored already")
+            _log.info("going on behind the %d samples that are scored already", done)
         return done
 
     def append(self, first: int, results: list[np.ndarray | None]) -> None:

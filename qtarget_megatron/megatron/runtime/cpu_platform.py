@@ -20,6 +20,8 @@ import warnings
 import torch
 from torch.overrides import TorchFunctionMode
 
+from qtarget_megatron.megatron.runtime import logs
+
 _active = False
 
 
@@ -46,9 +48,20 @@ def activate(*, requested: bool = False) -> bool:
     _replace_torch_cuda()
     _CudaOnCpu().__enter__()
     _active = True
-    if int(os.environ.get("RANK", "0")) == 0:
-        print("qtarget_megatron: no CUDA device, running Megatron on the CPU over gloo", flush=True)
+    if logs.is_first_rank():
+        _tell("no CUDA device, running Megatron on the CPU over gloo")
     return True
+
+
+def _tell(line: str) -> None:
+    """A line of the log where such lines are shown, as in every command; otherwise Python's warning. A script must not
+    go on in silence on another device than it was written for, and it is the script that can change that: a warning
+    names its line, and can be ignored or made an error."""
+    log = logging.getLogger("qtarget_megatron")
+    if log.isEnabledFor(logging.INFO):
+        log.info(line)
+    else:
+        warnings.warn(line, stacklevel=3)
 
 
 class _CudaOnCpu(TorchFunctionMode):

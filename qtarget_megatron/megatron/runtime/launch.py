@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import logging
 import multiprocessing
 import os
 import queue
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 from torch.distributed import Store
 
 from qtarget_megatron.command_line import refuse
-from qtarget_megatron.megatron.runtime import logs, wheel_repairs
+from qtarget_megatron.megatron.runtime import cpu_platform, logs, wheel_repairs
 
 SUPPORTED = "megatron-core >= 0.19.2, < 0.20"
 
@@ -116,15 +117,21 @@ def initialize(args: argparse.Namespace) -> None:
     from megatron.training.global_vars import set_global_variables
 
     try:
-        with logs.without_arguments(shown=getattr(args, "print_arguments", False)):
+        with logs.without_arguments(shown=_shows_arguments(args)):
             validate(args)
     except AssertionError as error:
         raise ValueError(refusal(error)) from error
     set_global_variables(args)
-    logs.name_what_is_missing(args)
+    if not cpu_platform.is_active():
+        logs.name_what_is_missing()
     if args.exit_signal_handler:
         # Before the first step there is nothing to save, and a rank would wait for others that are gone.
         _exit_handlers[args.exit_signal] = signal.signal(args.exit_signal, signal.SIG_DFL)
+
+
+def _shows_arguments(args: argparse.Namespace) -> bool:
+    level = logging.INFO if args.logging_level is None else args.logging_level
+    return getattr(args, "log_arguments", False) or level <= logging.DEBUG
 
 
 # Megatron's handler of --exit-signal, while it is not on yet.

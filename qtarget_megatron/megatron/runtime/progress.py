@@ -1,21 +1,23 @@
-"""How far a long run is: a bar on a terminal, a line now and then in a log; on the first rank."""
+"""How far a long run is: a bar on a terminal, a line of the log now and then elsewhere; on the first rank."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from datetime import timedelta
+
+from qtarget_megatron.megatron.runtime import logs
 
 _LINE_SECONDS, _BAR_SECONDS = 5.0, 0.2
 _BAR_WIDTH = 24
 
 
 class Progress:
-    """Prints ``name: 3/8 samples, 2.1 samples/s, 0:00:02 left``; on a terminal a bar that is drawn over itself.
+    """Says ``name: 3/8 samples, 2.1 samples/s, 0:00:02 left``; on a terminal a bar that is drawn over itself.
 
-    total: of what there is to do; done: of that, what an earlier run did. Counted in units, of which ``scale`` are
-    printed as one: Progress(..., unit="GB", scale=1e9) takes bytes. Nothing is printed in the first ``after`` seconds.
+    name: a command or the package, and what it does: "export: writing". total: of what there is to do; done: of that,
+    what an earlier run did. Counted in units, of which ``scale`` are shown as one: Progress(..., unit="GB", scale=1e9)
+    takes bytes. Nothing is said in the first ``after`` seconds.
     """
 
     def __init__(
@@ -24,7 +26,7 @@ class Progress:
         self._name, self._total, self._first, self._done = name, total, done, done
         self._unit, self._scale = unit, scale
         self._after = after
-        self._silent = int(os.environ.get("RANK", "0")) != 0
+        self._silent = not logs.is_first_rank()
         self._terminal = sys.stdout.isatty()
         self._start = time.monotonic()
         self._interval = _BAR_SECONDS if self._terminal else _LINE_SECONDS
@@ -47,7 +49,8 @@ class Progress:
         left = timedelta(seconds=round((self._total - done) / rate)) if rate else "unknown time"
         line = f"{self._count(done)}/{self._count(self._total)} {self._unit}, {rate / self._scale:.3g} {self._unit}/s"
         if not self._terminal:
-            print(f"{self._name}: {line}, {left} left", flush=True)
+            begin, _, what = self._name.partition(": ")
+            logs.of(begin).info("%s%s, %s left", f"{what}: " if what else "", line, left)
             return
         filled = round(_BAR_WIDTH * done / self._total) if self._total else _BAR_WIDTH
         bar = "#" * filled + "." * (_BAR_WIDTH - filled)

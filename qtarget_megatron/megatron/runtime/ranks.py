@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
 from qtarget_megatron.megatron.runtime.launch import is_bad_input
+from qtarget_megatron.megatron.runtime.logs import is_first_rank
 
 
 def on_first_rank(function: Callable[[], Any]) -> Any:
@@ -29,12 +29,7 @@ def on_first_rank(function: Callable[[], Any]) -> Any:
     return value
 
 
-def is_first_rank() -> bool:
-    """Whether this is the first rank, by what the launcher says: a process group need not exist yet."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def print_once(line: str, file=None) -> None:
-    """Print on the first rank."""
+def print_once(line: str) -> None:
+    """Print on the first rank what a command was started for; what it says meanwhile goes through the log."""
     if is_first_rank():
-        print(line, file=file, flush=True)
+        print(line, flush=True)

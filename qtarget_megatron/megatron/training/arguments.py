@@ -173,8 +173,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--shutdown-timeout). Costs an all-gather of 4 bytes in each step.",
     )
     group.add_argument(
-        "--print-arguments", action="store_true", help="print all of Megatron's arguments at start, about 800 lines"
+        "--log-arguments", action="store_true", help="print all of Megatron's arguments at start, about 800 lines"
     )
+    group.add_argument("--print-arguments", action="store_true", dest="log_arguments", help=argparse.SUPPRESS)
     group.add_argument(
         "--cpu",
         action="store_true",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 
 from megatron.core.models.gpt import GPTModel
 
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.megatron.runtime.launch import has_checkpoint
-from qtarget_megatron.megatron.runtime.ranks import on_first_rank, print_once
+from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.megatron.runtime.wheel_repairs import around_checkpoints
 from qtarget_megatron.megatron.training.resume_flags import ResumedFlags
 from qtarget_megatron.megatron.weights.checkpoint_folder import checkpoint_directory
 from qtarget_megatron.megatron.weights.fingerprint import Fingerprints, saved_fingerprint
+
+_log = logging.getLogger("qtarget_megatron")
 
 
 def watch_checkpoints(
@@ -27,9 +30,9 @@ def watch_checkpoints(
     prints = Fingerprints(args, arch)
     known = args.ckpt_format == "torch_dist" and not (args.use_megatron_fsdp or args.use_torch_fsdp2)
     if not known and (args.save is not None or has_checkpoint(args.load)):
-        print_once(
-            f"qtarget_megatron: checkpoints of --ckpt-format {args.ckpt_format} have no fingerprint: what is loaded is "
-            "not compared with what was saved"
+        _log.info(
+            "checkpoints of --ckpt-format %s have no fingerprint: what is loaded is not compared with what was saved",
+            args.ckpt_format,
         )
 
     def save(proceed, optimizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from qtarget_megatron.megatron.training.resume_flags import samples_to_train
 from qtarget_megatron.objectives import Objective, multiple_of_sft
 from qtarget_megatron.teacher_cache import TeacherCache
 
+_log = logging.getLogger("qtarget_megatron")
 # An inspection that is done by then needs no progress.
 _QUIET_SECONDS = 3.0
 
@@ -104,8 +106,8 @@ class DatasetProvider:
             kept = np.flatnonzero(status != SampleStatus.SKIPPED)
             status = status.copy()
             status[kept[first:]] = SampleStatus.SKIPPED
-            if len(kept) < first and dist.get_rank() == 0:
-                print(f"qtarget_megatron: {path} has {len(kept)} usable samples, an evaluation of {first} repeats some")
+            if len(kept) < first:
+                _log.info("%s has %d usable samples, an evaluation of %d repeats some", path, len(kept), first)
         if num_samples is None:  # --full-validation
             num_samples = int((status != SampleStatus.SKIPPED).sum())
         dataset = SupervisedDataset(
@@ -120,8 +122,8 @@ class DatasetProvider:
             token_inputs=self.objective.token_inputs,
             date=self._date(path),
         )
-        if shuffle and dist.get_rank() == 0:
-            print(f"qtarget_megatron: {path}: {_epochs(num_samples, status)}", flush=True)
+        if shuffle:
+            _log.info("%s: %s", path, _epochs(num_samples, status))
         if path in self._caches:
             dataset = TaughtDataset(dataset, self._caches[path])
         dataset.split = split
@@ -153,18 +155,20 @@ class DatasetProvider:
             notes = look.notes_of_all()
             if cache is not None and not self.args.skip_teacher_cache_check:
                 verify_cache(cache)
-            if dist.get_rank() == 0:
-                truncated = int((status == SampleStatus.TRUNCATED).sum())
-                skipped = int((status == SampleStatus.SKIPPED).sum())
-                print(
-                    f"qtarget_megatron: {path}: {len(file)} samples, {truncated} truncated to {seq_length} "
-                    f"tokens, {skipped} skipped (no supervised token)",
-                    flush=True,
-                )
-                if warning := ranges.warning(self.objective):
-                    print(f"qtarget_megatron: WARNING: {path}: {warning}", flush=True)
-                for line in [*_mostly_skipped(skipped, len(file), seq_length), *notes.lines(self._date(path))]:
-                    print(f"qtarget_megatron: {path}: {line}", flush=True)
+            skipped = int((status == SampleStatus.SKIPPED).sum())
+            _log.info(
+                "%s: %d samples, %d truncated to %d tokens, %d skipped (no supervised token)",
+                path,
+                len(file),
+                (status == SampleStatus.TRUNCATED).sum(),
+                seq_length,
+                skipped,
+            )
+            if warning := ranges.warning(self.objective):
+                _log.warning("%s: %s", path, warning)
+            if skipped > len(file) // 2:
+                _log.warning("%s: %s", path, _mostly_skipped(skipped, len(file), seq_length))
+            log_notes(_log, path, notes.lines(self._date(path)))
             self._built[path] = file, status
         return self._built[path]
 
@@ -205,13 +209,18 @@ def _epochs(num_samples: int, status: np.ndarray) -> str:
     return f"training reads {num_samples} samples of the {usable} usable: {num_samples / max(usable, 1):.2f} epochs"
 
 
-def _mostly_skipped(skipped: int, total: int, seq_length: int) -> list[str]:
-    if skipped <= total // 2:
-        return []
-    return [
-        f"WARNING: {skipped / total:.0%} of the samples are not trained on, {skipped} of {total}: they have no "
-        f"supervised token among the first {seq_length + 1}; raise --seq-length, or look at what the records hold"
-    ]
+def _mostly_skipped(skipped: int, total: int, seq_length: int) -> str:
+    return (
+        f"{skipped / total:.0%} of the samples are not trained on, {skipped} of {total}: they have no supervised token "
+        f"among the first {seq_length + 1}; raise --seq-length, or look at what the records hold"
+    )
+
+
+def log_notes(log: logging.Logger, path: Path, lines: Sequence[str]) -> None:
+    """Log what SampleNotes say of a file; its warnings begin with WARNING."""
+    for line in lines:
+        note = line.removeprefix("WARNING: ")
+        log.log(logging.INFO if note == line else logging.WARNING, "%s: %s", path, note)
 
 
 def verify_cache(cache: TeacherCache) -> None:
@@ -230,13 +239,8 @@ def verify_cache(cache: TeacherCache) -> None:
     for problem in problems:
         if problem is not None:
             raise ValueError(problem)
-    if rank == 0:
-        seconds = time.perf_counter() - start
-        print(
-            f"qtarget_megatron: teacher cache {cache.directory}: {cache.num_bytes / 1e6:,.1f} MB checked in "
-            f"{seconds:.1f} s",
-            flush=True,
-        )
+    seconds, megabytes = time.perf_counter() - start, f"{cache.num_bytes / 1e6:,.1f}"
+    _log.info("teacher cache %s: %s MB checked in %.1f s", cache.directory, megabytes, seconds)
 
 
 class InputRanges:

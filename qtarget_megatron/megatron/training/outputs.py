@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import shutil
@@ -22,6 +23,7 @@ from qtarget_megatron.huggingface import Architecture, copied_files, export_byte
 from qtarget_megatron.megatron.faults.resume_point import newest_iteration
 from qtarget_megatron.resumable import ResumableDirectory
 
+_log = logging.getLogger("qtarget_megatron")
 LOCK = ".lock"
 _EXPORTED = ".exported.json"
 # Bytes of one number, by what --main-params-dtype and its like are called.
@@ -53,7 +55,7 @@ def check_outputs(args: argparse.Namespace, student: Architecture, iteration: in
     """Whether nothing is left to do: all steps are trained, and --save-hf holds their export.
 
     iteration: that the training continues from. Otherwise ValueError where --save-hf cannot be written, or a file that
-    it copies not be read, or where there is no room for one checkpoint and the export. Prints a line where there is
+    it copies not be read, or where there is no room for one checkpoint and the export. Warns where there is
     not enough for all checkpoints.
     """
     if is_exported(args, iteration):
@@ -139,7 +141,7 @@ def _check_room(args: argparse.Namespace, student: Architecture, iteration: int)
         dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
         items.append(Item("--save-hf", Path(args.save_hf).absolute().parent, export_bytes(student, dtype)))
     if warning := check_room(items):
-        print(f"qtarget_megatron: WARNING: {warning}", flush=True)
+        _log.warning(warning)
 
 
 @dataclass(frozen=True)

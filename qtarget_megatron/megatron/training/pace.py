@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,14 +11,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from qtarget_megatron.megatron.runtime.logs import ANY_RANK
+
+_log = logging.getLogger("qtarget_megatron")
+
 # Between two lines, so that a log of quick steps is not twice as long.
 _LINE_SECONDS = 10.0
 
 
 class Pace:
-    """Prints ``qtarget_megatron: 51,234 tokens/s, 1:02:03 left`` on the last rank, which prints Megatron's steps too.
+    """Logs ``qtarget_megatron: 51,234 tokens/s, 1:02:03 left`` on the last rank, which prints Megatron's steps too.
 
-    Printed at the first step behind each of Megatron's --log-interval, ten seconds after the line before or later.
+    Logged at the first step behind each of Megatron's --log-interval, ten seconds after the line before or later.
     tokens/s: of all ranks since that line; --seq-length of each sample, padding included. left: at the mean pace of
     the steps of this run, without its first, which prepares more than it trains.
     """
@@ -29,7 +34,7 @@ class Pace:
         self._last: tuple[float, int] | None = None  # the same of the line before, in samples
 
     def watched(self, forward_step: Callable) -> Callable:
-        """The forward step, before which a line is printed where one is due."""
+        """The forward step, before which a line is logged where one is due."""
 
         def looked_at(data_iterator: Any, model: Any) -> Any:
             step = getattr(self._args, "curr_iteration", 0)
@@ -55,4 +60,4 @@ class Pace:
             rate = (samples - known) * self._args.seq_length / (now - before)
             started, first = self._first
             left = timedelta(seconds=round((self._args.train_iters - step) * (now - started) / (step - first)))
-            print(f"qtarget_megatron: {rate:,.0f} tokens/s, {left} left", flush=True)
+            _log.info("%s tokens/s, %s left", f"{rate:,.0f}", left, extra=ANY_RANK)

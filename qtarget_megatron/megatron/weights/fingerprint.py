@@ -9,6 +9,7 @@ checkpoint compares those.
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from qtarget_megatron.huggingface import Architecture, is_expert, partition_dim
 from qtarget_megatron.megatron.faults.resume_point import newest_complete
-from qtarget_megatron.megatron.runtime.ranks import on_first_rank, print_once
+from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.megatron.weights.bit_sums import INTEGERS, bit_sum, wrapped
 from qtarget_megatron.megatron.weights.hf_weights import first_indices, tensor_share, weights
 
+_log = logging.getLogger("qtarget_megatron")
 ATTRIBUTE = "qtarget_fingerprint"
 _WEIGHTS, _MASTER, _ROUNDED = "weights", "master weights", "rounded master weights"
 _PARTS = (_WEIGHTS, _MASTER, "exp_avg", "exp_avg_sq", "momentum_buffer", _ROUNDED)
@@ -90,9 +92,10 @@ class Fingerprints:
         rows = {name: dict(zip(_PARTS, table[row], strict=True)) for name, row in self._rows.items()}
         if saved is None:
             self._compare_copies(rows, directory)
-            print_once(
-                f"qtarget_megatron: {directory} has no fingerprint of its state: its copies were compared with each "
-                "other, nothing with what was saved"
+            _log.info(
+                "%s has no fingerprint of its state: its copies were compared with each other, nothing with what was "
+                "saved",
+                directory,
             )
             return
         parts = [part for part in _PARTS if part != _WEIGHTS or saved["dtype"] == str(self._args.params_dtype)]
@@ -100,7 +103,7 @@ class Fingerprints:
         step, expected = _step(optimizer), saved["step"]
         if step != expected and None not in (step, expected):
             raise ValueError(f"{directory}: the optimizer has made {step} steps, {expected} when it was saved")
-        print_once(f"qtarget_megatron: the state that was loaded is what was saved, bit for bit ({compared} tensors)")
+        _log.info("the state that was loaded is what was saved, bit for bit (%d tensors)", compared)
 
     def compare_weights(
         self, chunks: Sequence[GPTModel], saved: dict | None, directory: str, *, step_flag: str = "--ckpt-step"
@@ -118,7 +121,7 @@ class Fingerprints:
         elif saved["dtype"] != ours and (ours != "torch.float32" or saved["dtype"] not in _NARROWER):
             reason = f"was saved in {saved['dtype']} and is loaded in {ours}".replace("torch.", "")
         if reason is not None:
-            print_once(f"qtarget_megatron: {directory} {reason}: its weights were not compared with what was saved")
+            _log.info("%s %s: its weights were not compared with what was saved", directory, reason)
             return
         dtype = getattr(torch, saved["dtype"].removeprefix("torch."))
         table = self._sums(chunks, self._pieces(chunks, None, dtype=dtype)).tolist()
@@ -126,7 +129,7 @@ class Fingerprints:
         if any(chunk.vocab_size < self._arch.vocab_size for chunk in chunks):
             rows = {name: parts for name, parts in rows.items() if name not in (_EMBEDDING, _HEAD)}
         compared = _compare_sums(rows, saved, [_WEIGHTS], directory, step_flag)
-        print_once(f"qtarget_megatron: the weights of {directory} are what was saved, bit for bit ({compared} tensors)")
+        _log.info("the weights of %s are what was saved, bit for bit (%d tensors)", directory, compared)
 
     def _compare_copies(self, rows: dict, directory: str) -> None:
         """ValueError where copies of one thing in a loaded state differ."""
