@@ -8,7 +8,6 @@ record, the tokenizer and the seed only, so every parallel layout sees the same 
 """
 
 from qtarget_megatron.data.dataset import (
-    IGNORE_INDEX,
     SampleNotes,
     SampleStatus,
     SupervisedDataset,
@@ -20,6 +19,7 @@ from qtarget_megatron.data.messages import ROLES
 from qtarget_megatron.data.supervision import EncodedSample, encode, encode_at
 from qtarget_megatron.data.template import writes_date
 from qtarget_megatron.data.tokenizer import compare_tokenizers, load_tokenizer
+from qtarget_megatron.statistics import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",

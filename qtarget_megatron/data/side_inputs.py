@@ -65,7 +65,7 @@ def _is_finite_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    words = {dict: "an object", list: "a list", str: "a string"}
+    words: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
     text = words.get(type(value)) or json.dumps(value)
     return text if len(text) <= 30 else f"{text[:27]}..."
 

@@ -13,6 +13,7 @@ from native_formulas import IGNORE, ISAS
 
 from qtarget_megatron import _C
 from qtarget_megatron.kernels import native
+from qtarget_megatron.statistics import VocabularyShard
 
 MIXED = (0.5, 0.5)
 
@@ -38,7 +39,7 @@ def run_with(isa, *arguments):
 
 
 def call(**changes):
-    arguments = dict(residuals=(MIXED,), vocab_start=0, valid_columns=8, ignore_index=IGNORE)
+    arguments = dict(residuals=(MIXED,), shard=VocabularyShard(0, 8, IGNORE))
     arguments |= dict(logits=torch.zeros(2, 8), teacher_logits=torch.zeros(2, 8), labels=torch.zeros(2).long())
     arguments |= dict(maxima=torch.zeros(2, 2), scales=torch.ones(3, 2), out=torch.zeros(2, 8))
     native.logit_gradient(**(arguments | changes))
@@ -60,7 +61,7 @@ def call(**changes):
         (dict(labels=torch.zeros(2).int()), r"labels must be torch\.int64"),
         (dict(labels=torch.zeros(3).long()), r"shape \(2,\)"),
         (dict(labels=torch.zeros(4).long()[::2]), "labels must be contiguous"),
-        (dict(valid_columns=9), r"valid_columns must be in 0\.\.8"),
+        (dict(shard=VocabularyShard(0, 9)), r"valid_columns must be in 0\.\.8"),
         (dict(residuals=(MIXED,) * 3), "at most 2 residuals, got 3"),
         (dict(scales=torch.ones(3, 2).double()), r"scales must be torch\.float32"),
         (dict(maxima=torch.ones(2, 4)[:, ::2]), "maxima must be contiguous"),

@@ -9,7 +9,8 @@ import torch
 from native_formulas import DEVICES, IGNORE, INF, MIXED, NAN, TEACHER, TEMPERED, UNIFORM, device_of
 
 from qtarget_megatron.kernels import native, reference
-from qtarget_megatron.statistics import MAX_RESIDUALS, StatisticsRequest, merge
+from qtarget_megatron.loss.per_token import merge
+from qtarget_megatron.statistics import MAX_RESIDUALS, StatisticsRequest, VocabularyShard
 
 # More than the tokens that one CPU thread takes, and no multiple of a CUDA block's.
 TOKENS, COLUMNS = 700, 5
@@ -59,9 +60,7 @@ def partials_of(ranks, request, dtype):
             t[rank],
             labels,
             request=request,
-            vocab_start=rank * COLUMNS,
-            valid_columns=COLUMNS,
-            ignore_index=IGNORE,
+            shard=VocabularyShard(rank * COLUMNS, COLUMNS, IGNORE),
         )
         for rank in range(ranks)
     ]

@@ -276,8 +276,7 @@ def _device() -> torch.device:
 
 def _backend_name(options: VerifyOptions, device: torch.device) -> str:
     """The backend that serves; ValueError where the one that was asked for cannot."""
-    module = kernels.select(options.backend, torch.empty(0, dtype=options.dtype, device=device))
-    return "reference" if module is kernels.reference else {"cpu": "cpp", "cuda": "cuda"}[device.type]
+    return kernels.name(kernels.choose(options.backend, device.type, options.dtype), device.type)
 
 
 def _join(device: torch.device, timeout: float) -> None:
