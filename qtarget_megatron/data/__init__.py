@@ -7,6 +7,7 @@ inputs (qtarget_megatron.data.side_inputs), other fields are ignored. Everything
 record, the tokenizer and the seed only, so every parallel layout sees the same samples.
 """
 
+from qtarget_megatron.data.batch import Batch
 from qtarget_megatron.data.dataset import (
     SampleNotes,
     SampleStatus,
@@ -24,6 +25,7 @@ from qtarget_megatron.statistics import IGNORE_INDEX
 __all__ = [
     "IGNORE_INDEX",
     "ROLES",
+    "Batch",
     "EncodedSample",
     "JsonlFile",
     "SampleNotes",

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -284,7 +285,7 @@ def _join(device: torch.device, timeout: float) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     lone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if lone else {}
+    alone: dict[str, Any] = dict(store=dist.HashStore(), rank=0, world_size=1) if lone else {}
     dist.init_process_group(
         backend,
         timeout=timedelta(seconds=timeout),

@@ -156,7 +156,10 @@ class Problem:
             return left.to(device).double() @ right.to(device).double().t()
 
         return cls(
-            *(matrix.to(device, dtype) for matrix in (students, weight, teachers, teacher_weight)),
+            hidden=students.to(device, dtype),
+            weight=weight.to(device, dtype),
+            teacher_hidden=teachers.to(device, dtype),
+            teacher_weight=teacher_weight.to(device, dtype),
             labels=labels.to(device),
             upstream=upstream.to(device),
             uniform=drawn.to(device),
@@ -344,7 +347,8 @@ def _fused(problem, objective, setting, sparse_teacher, labels, upstream) -> tup
         backend=setting.backend,
         return_statistics=True,
     )
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream), statistics.label_mass
+    hidden_gradient, weight_gradient = torch.autograd.grad(loss, (hidden, weight), upstream)
+    return loss.detach(), hidden_gradient, weight_gradient, statistics.label_mass
 
 
 def _measure_fused(problem, objective, setting, sparse_teacher, expected) -> Errors:
