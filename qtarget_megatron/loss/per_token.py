@@ -101,16 +101,15 @@ def evaluate(
             f"{len(residual_masses)} residual mass(es): return one for each"
         )
 
-    p = stats.p
     if isinstance(loss, int | float):
-        loss = torch.full_like(p, loss)
+        loss = torch.full_like(stats.p, loss)
     token_loss, maxima, scales = kernel.weigh(
         stats.rows,
         stats.supervised,
         request=objective.request,
-        loss=None if loss is None else _aligned(loss, p),
-        label_mass=_mass(label_mass, p),
-        residual_masses=[_mass(mass, p) for mass in residual_masses],
+        loss=None if loss is None else _aligned(loss, stats),
+        label_mass=_mass(label_mass, stats),
+        residual_masses=[_mass(mass, stats) for mass in residual_masses],
         guards=[value.contiguous() for value in inputs.values()],
         dtype=dtype,
     )
@@ -118,14 +117,14 @@ def evaluate(
     return token_loss, TokenGradient(maxima, scales)
 
 
-def _mass(value: Tensor | float, like: Tensor) -> Tensor | float:
-    return _aligned(value, like) if isinstance(value, Tensor) else value
+def _mass(value: Tensor | float, stats: TokenStatistics) -> Tensor | float:
+    return _aligned(value, stats) if isinstance(value, Tensor) else value
 
 
-def _aligned(value: Tensor, like: Tensor) -> Tensor:
-    """In the dtype and the shape of another tensor, contiguous."""
-    if value.dtype != like.dtype or value.shape != like.shape:
-        value = value.to(like).expand_as(like)
+def _aligned(value: Tensor, stats: TokenStatistics) -> Tensor:
+    """In the dtype and the shape of a statistic, contiguous."""
+    if value.dtype != stats.p.dtype or value.shape != stats.p.shape:
+        value = value.to(stats.p).expand_as(stats.p)
     return value.contiguous()
 
 
