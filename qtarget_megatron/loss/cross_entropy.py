@@ -5,7 +5,7 @@ statistics (one pass over the shard) -> one all-gather -> merge -> objective (O(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -133,11 +133,12 @@ def qtarget_cross_entropy(
         shard=VocabularyShard.of_rank(collectives.rank(group), local_vocab, vocab_size, ignore_index),
         inplace=inplace,
     )
-    if logits.dim() == 2:
-        # Without autograd's nodes of the two views.
-        loss = _loss(logits, labels, spec)
-    else:
-        loss = _loss(logits.reshape(-1, local_vocab), labels.reshape(-1), spec).reshape(labels.shape)
+    rows, row_labels = logits, labels
+    if logits.dim() != 2:  # else autograd's nodes of the two views would be for nothing
+        rows, row_labels = logits.reshape(-1, local_vocab), labels.reshape(-1)
+    loss: Tensor = _QTargetCrossEntropy.apply(rows, row_labels, spec)  # type: ignore[no-untyped-call]  # torch's
+    if logits.dim() != 2:
+        loss = loss.reshape(labels.shape)
     if not return_statistics:
         return loss
     assert spec.statistics is not None  # of the forward that has run
@@ -210,10 +211,6 @@ class _QTargetCrossEntropy(torch.autograd.Function):
             # The native kernels write behind autograd's back: whoever saved the logits too must hear of it.
             torch.autograd.graph.increment_version(out)
         return out, None, None
-
-
-# torch declares no types for it.
-_loss: Callable[[Tensor, Tensor, _Spec], Tensor] = _QTargetCrossEntropy.apply
 
 
 def _check_shapes(

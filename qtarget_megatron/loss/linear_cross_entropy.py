@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, overload
 
@@ -187,7 +187,9 @@ def qtarget_linear_cross_entropy(
     )
     if teacher_hidden is not None and teacher_weight is not None:
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
-    loss = _loss(hidden, weight, teacher_hidden, teacher_weight, labels.reshape(-1)[rows].contiguous(), spec)
+    loss: Tensor = _QTargetLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's
+        hidden, weight, teacher_hidden, teacher_weight, labels.reshape(-1)[rows].contiguous(), spec
+    )
     loss = loss.reshape(labels.shape)
     if not return_statistics:
         return loss
@@ -346,12 +348,6 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         logits.release()
         hidden_gradient = None if kept_gradient is None else _whole_gradient(kept_gradient, spec, ctx.hidden_shape)
         return hidden_gradient, None if weight_sum is None else weight_sum.finish(), None, None, None, None
-
-
-# torch declares no types for it.
-_loss: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, _Spec], Tensor] = (
-    _QTargetLinearCrossEntropy.apply
-)
 
 
 class _WeightGradient:
