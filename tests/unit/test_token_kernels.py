@@ -69,6 +69,14 @@ def partials_of(ranks, request, dtype):
     return partials, labels != IGNORE
 
 
+def test_masses_are_asked_for_once_they_are_known():
+    request = StatisticsRequest()
+    stats = merge(reference, *partials_of(1, request, torch.float64), request)
+    assert stats.label_mass is None and stats.residual_mass is None and stats.trust is None
+    with pytest.raises(ValueError, match="once the objective is evaluated"):
+        _ = stats.total_mass
+
+
 @pytest.mark.parametrize("residuals", RESIDUALS, ids=str)
 @pytest.mark.parametrize("ranks", range(1, 9))
 def test_the_merge_is_the_reference_s(device, ranks, residuals):
