@@ -29,7 +29,7 @@ help:
 	@echo '  make bench       measure time and memory next to torch and Megatron (about 12 minutes, idle machine)'
 	@echo '  make gpu         on a machine with a GPU: run what needs one, write benchmarks/GPU.md'
 	@echo '  make docs        build the documentation into site/'
-	@echo '  make lint        check style (ruff)'
+	@echo '  make lint        check style (ruff) and types (mypy)'
 	@echo '  make format      apply the style'
 	@echo '  make install     only make the environment in $(VENV) and build the package'
 	@echo '  make clean       remove what these targets made here (not the demo cache in ~/.cache)'
@@ -111,6 +111,7 @@ gpu: $(BUILD)
 lint: $(BUILD)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
 
 .PHONY: format
 format: $(BUILD)
@@ -120,5 +121,5 @@ format: $(BUILD)
 .PHONY: clean
 clean:
 	@rm -rf $(VENV) .venv-uv build dist site *.egg-info qtarget_megatron/_C*.so demo-output .demo-output.* demo-output-failed.log \
-	    .pytest_cache .ruff_cache .hypothesis
+	    .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -50,6 +50,7 @@ def give_way(folder: Path, copy: ModuleSpec) -> None:
     sys.modules.pop(__name__)
     module = importlib.util.module_from_spec(copy)
     sys.modules[_PACKAGE] = module
+    assert copy.loader is not None  # see _others
     copy.loader.exec_module(module)
 
 
@@ -64,6 +65,7 @@ def _others(folder: Path) -> Iterator[ModuleSpec]:
 
 
 def _folder(spec: ModuleSpec) -> Path:
+    assert spec.origin is not None  # see _others
     return Path(spec.origin).parent
 
 

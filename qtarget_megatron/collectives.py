@@ -22,7 +22,7 @@ def rank(group: Group) -> int:
 
 def gather_partials(partials: Tensor, group: Group) -> Tensor:
     """[N, K] on every rank -> [T, N, K] in rank order: one all-gather."""
-    return partials[None] if size(group) == 1 else _all_gather(partials, group).unflatten(0, (size(group), -1))
+    return partials[None] if size(group) == 1 else _all_gather(partials, group).view(size(group), *partials.shape)
 
 
 def gather_sequence(shard: Tensor, group: Group) -> Tensor:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 # Flags of other trainers -> what they are called here.
@@ -68,10 +68,10 @@ _asked: set[str] = set()
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are a ValueError of one line: no usage of hundreds of lines before it."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         _asked.update(self._option_string_actions)
         self._given = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(self._given, namespace)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith(_MISSING):

@@ -23,7 +23,10 @@ from torch import Tensor
 
 from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
 from qtarget_megatron.objectives import Objective
+from qtarget_megatron.statistics import IGNORE_INDEX
 
+# A token, or a reading of one, as plain data.
+_Entry = dict[str, Any]
 # Below this trust a token counts as hardly trained on in the comparison of objectives.
 LOW_TRUST = 0.1
 # A probability that is rounding error.
@@ -151,7 +154,7 @@ def induced_target(
     labels: Tensor,
     *,
     reduction: str = "sum",
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     dtype: torch.dtype | None = torch.float64,
     tolerance: float = 1e-6,
 ) -> InducedTarget:
@@ -205,7 +208,7 @@ def target_distribution(
     *,
     teacher_logits: Tensor | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     tolerance: float = 1e-6,
 ) -> ObjectiveTarget:
     """The target of an objective: raw Q = p - g, and normalised Q' = (c_y onehot(y) + sum_i c_i r_i) / M.
@@ -235,6 +238,7 @@ def target_distribution(
             return_statistics=True,
         )
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    assert stats.label_mass is not None and stats.residual_mass is not None  # the objective has been evaluated
     p = _zero_where_not(supervised, leaf.detach().softmax(-1))
     return ObjectiveTarget(
         p - gradient,
@@ -260,7 +264,7 @@ def inspect(
     teacher_logits: Tensor | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
     top: int = 5,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> dict[str, Any]:
     """Objectives compared on one sample, as plain data (dicts, lists, numbers, text) that json can write.
 
@@ -300,11 +304,18 @@ def inspect(
         if given is not None and given.shape[:1] != labels.shape:
             raise ValueError(f"{name} must have {len(labels)} rows like labels, got {list(given.shape)}")
     rows = supervised.nonzero()[:, 0]
-    tokens: list[dict] = []
-    for piece in rows.split(max(1, _LOGITS_AT_ONCE // logits.shape[-1])):
-        some = {"teacher_logits": None if teacher_logits is None else teacher_logits[piece]}
-        some["token_inputs"] = {name: value[piece] for name, value in (token_inputs or {}).items()}
-        targets = [target_distribution(objective, logits[piece], labels[piece], **some) for objective in objectives]
+    tokens: list[_Entry] = []
+    for piece in torch.split(rows, max(1, _LOGITS_AT_ONCE // logits.shape[-1])):
+        targets = [
+            target_distribution(
+                objective,
+                logits[piece],
+                labels[piece],
+                teacher_logits=None if teacher_logits is None else teacher_logits[piece],
+                token_inputs={name: value[piece] for name, value in (token_inputs or {}).items()},
+            )
+            for objective in objectives
+        ]
         entries = _token_entries(targets[0], piece, decode)
         listed = _listed_ids(targets, top)
         for target in targets:
@@ -326,7 +337,7 @@ def inspect(
 # ---- one sample as plain data
 
 
-def _token_entries(target: ObjectiveTarget, positions: Tensor, decode: Callable[[int], str]) -> list[dict]:
+def _token_entries(target: ObjectiveTarget, positions: Tensor, decode: Callable[[int], str]) -> list[_Entry]:
     p = _at_label(target.p, target.labels, target.supervised)
     columns = (positions, target.labels, p, target.log_p, target.entropy)
     return [
@@ -354,7 +365,7 @@ def _listed_ids(targets: Sequence[ObjectiveTarget], top: int) -> list[list[int]]
     return [list(dict.fromkeys(row)) for row in torch.cat(columns, dim=-1).tolist()]
 
 
-def _readings(target: ObjectiveTarget, listed: list[list[int]], decode: Callable[[int], str]) -> list[dict]:
+def _readings(target: ObjectiveTarget, listed: list[list[int]], decode: Callable[[int], str]) -> list[_Entry]:
     names = ("loss", "trust", "residual_mass", "total_mass", "normalised_trust", "moved_mass", "label_probability")
     columns = [getattr(target, name).tolist() for name in names]
     valid, normalised = target.valid.tolist(), target.normalised
@@ -362,7 +373,7 @@ def _readings(target: ObjectiveTarget, listed: list[list[int]], decode: Callable
     for row, values in enumerate(zip(*columns, strict=True)):
         ids = listed[row]
         p, q, q_normalised = (part[row, ids].tolist() for part in (target.p, target.q, normalised))
-        alternatives = [
+        alternatives: list[_Entry] = [
             {
                 "id": index,
                 "text": decode(index),
@@ -379,7 +390,7 @@ def _readings(target: ObjectiveTarget, listed: list[list[int]], decode: Callable
     return readings
 
 
-def _summary(objective: Objective, readings: list[dict]) -> dict:
+def _summary(objective: Objective, readings: list[_Entry]) -> _Entry:
     averaged = ("loss", "trust", "residual_mass", "total_mass", "moved_mass", "label_probability")
     return {
         "objective": str(objective),
@@ -395,7 +406,7 @@ def _summary(objective: Objective, readings: list[dict]) -> dict:
     }
 
 
-def _mean(entries: list[dict], key: str) -> float | None:
+def _mean(entries: list[_Entry], key: str) -> float | None:
     values = [entry[key] for entry in entries]
     return None if None in values else math.fsum(values) / len(values)
 

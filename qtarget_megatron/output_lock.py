@@ -220,7 +220,7 @@ def _beat(path: Path, held: _Held) -> None:
         beat += 1
         with contextlib.suppress(OSError):  # a disk that is full or away shows elsewhere
             found = _read(held.descriptor)
-            taken = bool(found) and any(found.get(key) != value for key, value in held.ours.items())
+            taken = bool(found and any(found.get(key) != value for key, value in held.ours.items()))
             if taken or (path.exists() and not _is_at(path, held.descriptor)):
                 # Not logged: a process that ends here must have said why.
                 print(

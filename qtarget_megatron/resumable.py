@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class ResumableLines:
         self._partial = self.path.with_name(f"{self.path.name}.partial")
         self._header = self.path.with_name(f"{self.path.name}.partial.json")
         self._lock = self.path.with_name(f".{self.path.name}.lock")
-        self._file = None
+        self._file: BufferedRandom | None = None
 
     def check(self, *, overwrite: bool, inputs: Sequence[Path]) -> None:
         """Raise ValueError where the file cannot be written, or exists already, unless overwrite; writes nothing.
@@ -80,21 +81,22 @@ class ResumableLines:
             if not self._partial.exists():
                 # The header first: lines without one could not be trusted.
                 _write_atomically(self._header, json.dumps(self.made_from, indent=1) + "\n")
-            self._file = open(self._partial, "a+b")
+            file = self._file = open(self._partial, "a+b")
             count, end, position = 0, 0, 0
-            self._file.seek(0)
-            while block := self._file.read(_CHUNK):
+            file.seek(0)
+            while block := file.read(_CHUNK):
                 count += block.count(b"\n")
                 if (last := block.rfind(b"\n")) >= 0:
                     end = position + last + 1
                 position += len(block)
-            self._file.truncate(end)
+            file.truncate(end)
         except OSError as error:
             raise ValueError(f"{self._partial}: {error.strerror}") from error
         return count
 
     def append(self, lines: Iterable[str]) -> None:
-        """Add lines, each without its line break; they are on disk when this returns."""
+        """Add lines, each without its line break; they are on disk when this returns. Call after open()."""
+        assert self._file is not None
         try:
             self._file.write("".join(f"{line}\n" for line in lines).encode())
             self._file.flush()
@@ -103,7 +105,8 @@ class ResumableLines:
             raise ValueError(f"{self._partial}: {error.strerror}; run again to go on from here") from error
 
     def finish(self) -> None:
-        """The lines are complete: give them their name."""
+        """The lines are complete: give them their name. Call after open()."""
+        assert self._file is not None
         self._file.close()
         os.replace(self._partial, self.path)
         self._header.unlink(missing_ok=True)

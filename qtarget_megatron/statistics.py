@@ -1,7 +1,7 @@
-"""Per-token statistics of a sharded softmax, and their merge over tensor-parallel ranks.
+"""Per-token statistics of a sharded softmax: those of a rank's shard, and those over the whole vocabulary.
 
 Each rank reduces its vocabulary shard to a few numbers per token (a *partial*); the partials of all ranks are
-gathered once and merged here, in float64 and in rank order, so that every rank ends with bitwise the same numbers.
+gathered once and merged, in float64 and in rank order, so that every rank ends with bitwise the same numbers.
 
 Layout of a partial, float32 ``[N, request.width]``::
 
@@ -29,17 +29,40 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, Self, overload
 
 import torch
 from torch import Tensor
 
+# Label of a token without supervision, unless a caller says otherwise.
+IGNORE_INDEX = -100
 MAX_RESIDUALS = 2
 _MERGED_BASE, _MERGED_RESIDUAL = 5, 4
 _TOTALS = 3
 
 Residuals = tuple[tuple[float, float], ...]
+
+
+class VocabularyShard(NamedTuple):
+    """The part of the vocabulary that a rank's logits are of, and the label of tokens without supervision.
+
+    start:         token id of the first column.
+    valid_columns: columns of the true vocabulary; those behind them are padding.
+    ignore_index:  label of tokens without supervision.
+    """
+
+    start: int
+    valid_columns: int
+    ignore_index: int = IGNORE_INDEX
+
+    @classmethod
+    def of_rank(cls, rank: int, local_vocab: int, vocab_size: int, ignore_index: int = IGNORE_INDEX) -> Self:
+        """The shard of a rank where each has local_vocab columns of a padded vocabulary.
+
+        vocab_size: of the true vocabulary.
+        """
+        start = rank * local_vocab
+        return cls(start, min(max(vocab_size - start, 0), local_vocab), ignore_index)
 
 
 @functools.lru_cache
@@ -48,7 +71,7 @@ def kernel_coefficients(residuals: Residuals, dtype: torch.dtype) -> Residuals:
     if dtype == torch.float64:
         return residuals
     # Without a tensor: it would be made of whatever mode torch is in, and kept.
-    return tuple(tuple(ctypes.c_float(coefficient).value for coefficient in pair) for pair in residuals)
+    return tuple((ctypes.c_float(a).value, ctypes.c_float(b).value) for a, b in residuals)
 
 
 @dataclass(frozen=True)
@@ -155,6 +178,11 @@ class StatisticsRequest:
         """How many of merged_rows each residual has."""
         return _MERGED_RESIDUAL + self.residual_entropy + self.residual_label
 
+    @functools.cached_property
+    def evaluated_rows(self) -> int:
+        """merged_rows, and those that an objective adds: its masses and the trust."""
+        return self.merged_rows + _TOTALS
+
 
 class _Row:
     """A field that is a row of the instance's ``rows``; the view is made when it is first read, and kept."""
@@ -165,10 +193,17 @@ class _Row:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, instance: Any, owner: type) -> Tensor:
+    @overload
+    def __get__(self, instance: None, owner: type) -> _Row: ...
+
+    @overload
+    def __get__(self, instance: ResidualStatistics | TokenStatistics, owner: type) -> Tensor: ...
+
+    def __get__(self, instance: Any, owner: type) -> Tensor | _Row:
         if instance is None:
             return self
-        row = instance.__dict__[self._name] = instance.rows[self._index]
+        row: Tensor = instance.rows[self._index]
+        instance.__dict__[self._name] = row
         return row
 
 
@@ -217,7 +252,7 @@ class TokenStatistics:
     residual_mass:  sum of c_r over the residuals.
     trust:          c_y / (c_y + c_r), NaN where the total mass is 0.
 
-    All but top_logits are views of rows, float64 ``[request.merged_rows + 3, N]``::
+    All but top_logits are views of rows, float64 ``[request.evaluated_rows, N]``::
 
         always                  max, sum_exp, log_p, p, entropy
         collision               collision
@@ -292,8 +327,11 @@ class TokenStatistics:
 
     @property
     def total_mass(self) -> Tensor:
-        """M = c_y + c_r, the scale of the objective at this token."""
-        return self.label_mass + self.residual_mass
+        """M = c_y + c_r, the scale of the objective at this token. ValueError until the objective is evaluated."""
+        label_mass, residual_mass = self.label_mass, self.residual_mass
+        if label_mass is None or residual_mass is None:
+            raise ValueError("total_mass needs the masses, which these statistics have once the objective is evaluated")
+        return label_mass + residual_mass
 
     def cross_entropy(self, residual: int = 0) -> Tensor:
         """CE(r, p) = -sum_k r_k log p_k, in nats."""
@@ -318,45 +356,3 @@ class TokenStatistics:
         # A token that is not supervised has k equal logits: give it the entropy 0 of every other statistic.
         entropy = -torch.where(log_q == -torch.inf, torch.zeros_like(log_q), log_q.exp() * log_q).sum(-1)
         return torch.where(self.supervised, entropy, torch.zeros_like(entropy))
-
-
-def merge(
-    kernel: ModuleType,
-    partials: Tensor,
-    supervised: Tensor,
-    request: StatisticsRequest,
-    coefficients: Residuals | None = None,
-) -> TokenStatistics:
-    """Merge the partials of all ranks into statistics over the whole vocabulary.
-
-    Args:
-        kernel: a backend's module, from qtarget_megatron.kernels.
-        partials: ``[T, N, request.width]``, one slice per tensor-parallel rank, in rank order.
-        supervised: ``[N]`` bool; the partials of the other tokens are 0, as the kernels write them, and so are their
-            statistics.
-        request: what the partials hold.
-        coefficients: of the residuals as the kernels read them; by default those of the partials' dtype.
-
-    A shard without any finite column has m = -inf and contributes nothing. A NaN anywhere stays NaN.
-    """
-    coefficients = coefficients or kernel_coefficients(request.residuals, partials.dtype)
-    rows = torch.empty(request.merged_rows + _TOTALS, partials.shape[1], dtype=torch.float64, device=partials.device)
-    kernel.merge(partials, supervised, request=request, residuals=_rounded(request.residuals, coefficients), out=rows)
-    top_logits = None
-    if request.top_k:
-        top_logits = partials[..., request.columns.top].double().transpose(0, 1).flatten(1)
-        if len(partials) > 1:
-            top_logits = top_logits.topk(request.top_k, dim=-1).values
-    return TokenStatistics(rows, supervised, request, top_logits)
-
-
-@functools.lru_cache
-def _rounded(exact: Residuals, rounded: Residuals) -> tuple[tuple[float, float, float], ...]:
-    """(a, b) of each residual as the kernels read them, and what turns the maximum of u into that of the exact ones,
-    where u has one operand."""
-
-    def factor(exact: tuple[float, float], rounded: tuple[float, float]) -> float:
-        operands = [(c, r) for c, r in zip(exact, rounded, strict=True) if r != 0]
-        return operands[0][0] / operands[0][1] if len(operands) == 1 else 1.0
-
-    return tuple((*pair, factor(given, pair)) for given, pair in zip(exact, rounded, strict=True))

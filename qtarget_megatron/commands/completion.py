@@ -36,5 +36,6 @@ def script(shell: str, summaries: Mapping[str, str]) -> str:
         for action in parsers[name]._actions:
             child._add_action(action)
             if action.type is Path:
-                action.complete = shtab.FILE if action.metavar == "FILE" else shtab.DIRECTORY
+                completion = shtab.FILE if action.metavar == "FILE" else shtab.DIRECTORY
+                action.complete = completion  # type: ignore[attr-defined]  # where shtab looks for it
     return shtab.complete(root, shell)

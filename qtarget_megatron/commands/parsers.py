@@ -17,7 +17,7 @@ def command_parser(
 ) -> argparse.ArgumentParser:
     """A command's parser, with --version. text: its --help. others: flags that it takes besides, which end the help.
     of: the subcommands that it is one of."""
-    settings = dict(
+    settings: dict[str, Any] = dict(
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

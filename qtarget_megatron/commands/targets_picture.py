@@ -111,7 +111,8 @@ def _token_map(
     axes.axis("off")
     tokens, colours = report["tokens"], _colours()
     highest = max([token["entropy"] or 0.0 for token in tokens] + [1e-9])
-    cells, fills, strips = [], [], {STRIP_P: [], STRIP_H: []}
+    cells, fills = [], []
+    strips: dict[str, list[Any]] = {STRIP_P: [], STRIP_H: []}
     for number, line in enumerate(lines):
         top = number * block
         p_row, h_row = top + 1 + len(names) + 0.15, top + 2 + len(names) + 0.25
@@ -236,7 +237,8 @@ def _mark(order: int) -> dict[str, str]:
 
 def _lines(tokens: list[dict], capacity: int) -> list[list[tuple[int, int]]]:
     """Tokens wrapped to lines: (index, width in characters), wide enough for the text and the figures below it."""
-    lines, used = [[]], 0
+    lines: list[list[tuple[int, int]]] = [[]]
+    used = 0
     for index, token in enumerate(tokens):
         width = max(len(drawable(_cut(token["text"], LONGEST_TOKEN))) + 1, 5)
         if used + width > capacity and lines[-1]:

@@ -7,8 +7,8 @@ inputs (qtarget_megatron.data.side_inputs), other fields are ignored. Everything
 record, the tokenizer and the seed only, so every parallel layout sees the same samples.
 """
 
+from qtarget_megatron.data.batch import Batch
 from qtarget_megatron.data.dataset import (
-    IGNORE_INDEX,
     SampleNotes,
     SampleStatus,
     SupervisedDataset,
@@ -20,10 +20,12 @@ from qtarget_megatron.data.messages import ROLES
 from qtarget_megatron.data.supervision import EncodedSample, encode, encode_at
 from qtarget_megatron.data.template import writes_date
 from qtarget_megatron.data.tokenizer import compare_tokenizers, load_tokenizer
+from qtarget_megatron.statistics import IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",
     "ROLES",
+    "Batch",
     "EncodedSample",
     "JsonlFile",
     "SampleNotes",

@@ -93,7 +93,9 @@ def locate(template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequ
     return text, answers
 
 
-def _in_blocks(template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequence[int]):
+def _in_blocks(
+    template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequence[int]
+) -> tuple[str, list[Answer]]:
     # The blocks' characters, not apply_chat_template's token mask: that one runs on to the end of the conversation when
     # a block ends in a character that no token covers.
     text, blocks = template.render_blocks(messages)
@@ -133,7 +135,9 @@ def _rewritten(i: int, prefix: str, text: str) -> str:
     )
 
 
-def _after_open_thinking(messages, i: int, text: str, ends: dict[int, int], prefix: str, closing: str | None):
+def _after_open_thinking(
+    messages: list[dict[str, Any]], i: int, text: str, ends: dict[int, int], prefix: str, closing: str | None
+) -> tuple[str, list[Answer]]:
     """The prompt of inference, the thinking that goes on from its ``<think>``, the answer and the template's end."""
     content, thought = messages[i]["content"], reasoning(messages[i])
     if thought and "</think>" not in content:
@@ -201,7 +205,9 @@ def _content_ends(
     }
 
 
-def _closing(template: ChatTemplate, messages: list[dict[str, Any]], text: str, i: int, ends: dict[int, int]):
+def _closing(
+    template: ChatTemplate, messages: list[dict[str, Any]], text: str, i: int, ends: dict[int, int]
+) -> str | None:
     """What the template writes behind answer i at the end of a conversation; None where that is not to be seen."""
     if i == len(messages) - 1:
         return text[ends[i] :]
@@ -235,7 +241,7 @@ def _calls(template: ChatTemplate, messages: list[dict[str, Any]], i: int, text:
     arguments = calls[-1].get("function", calls[-1])["arguments"]
     if isinstance(arguments, str):
         last = arguments.rstrip().rstrip("}").rstrip()
-        more = f'{last}{"" if last == "{" else ", "}"{mark}": "{mark}"}}'
+        more: Any = f'{last}{"" if last == "{" else ", "}"{mark}": "{mark}"}}'
     else:
         more = {**arguments, mark: mark}
     argued = rendered([*calls[:-1], _changed(calls[-1], arguments=more)])
@@ -283,7 +289,7 @@ def turn_end(tokenizer: Any, template: ChatTemplate, text: str, tokens: Tokens, 
     closing = closing.removesuffix(prompt)
     stop = answer.end + len(os.path.commonprefix([closing, text[answer.end : answer.end + len(closing)]]))
     if int(ids[following]) in added and starts[following] <= position:
-        run = []
+        run: list[int] = []
         for token in range(following, len(ids)):
             if not closes(token) or (run and (starts[token] != ends[token - 1] or ids[token - 1] == eos)):
                 break

@@ -14,8 +14,7 @@ import torch
 from qtarget_megatron.data.jsonl import JsonlFile
 from qtarget_megatron.data.side_inputs import batch_key
 from qtarget_megatron.data.supervision import EncodedSample, encode_at
-
-IGNORE_INDEX = -100
+from qtarget_megatron.statistics import IGNORE_INDEX
 
 
 class SampleStatus(IntEnum):
@@ -81,7 +80,7 @@ def inspect_samples(
     return np.array(statuses, dtype=np.uint8)
 
 
-class SupervisedDataset(torch.utils.data.Dataset):
+class SupervisedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """``num_samples`` training samples, epoch by epoch, of the records that ``status`` keeps.
 
     Item i belongs to epoch i // n_kept. Every epoch holds each kept record once, in an order that

@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from array import array
+from io import FileIO
 from typing import Any
 
 import numpy as np
@@ -87,9 +88,9 @@ class JsonlFile:
     at each record, by size and time. A file may be empty.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = str(path)
-        self._handle = None
+        self._handle: FileIO | None = None
         try:
             with open(self.path, "rb") as file:
                 self._state = _state(file.fileno())
@@ -149,7 +150,7 @@ class JsonlFile:
         """The record at ``index``, of one of the two forms; otherwise ValueError with its line."""
         text = self.text(index)
         try:
-            record = json.loads(text)
+            record: dict[str, Any] = json.loads(text)
             check_record(record)
         except json.JSONDecodeError as error:
             came = f"{error.msg} at column {error.colno}"
@@ -189,8 +190,9 @@ class JsonlFile:
                 while chunk := file.read(_CHUNK):
                     digest = zlib.crc32(chunk, digest)
         if before != now or digest != self._digest:
-            self._handle.close()
-            self._handle = None
+            if self._handle is not None:
+                self._handle.close()
+                self._handle = None
             raise ValueError(f"data file {self.path!r} changed: {what}: start again from data that stays as it is")
         self._state = state
 

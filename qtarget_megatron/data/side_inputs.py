@@ -11,6 +11,7 @@ import numpy as np
 
 # What a record holds under a name of its own.
 _RECORD_FIELDS = frozenset({"messages", "prompt", "completion", "tools"})
+_PREFIX = "input "
 _WHERE_FROM = {
     "old_log_prob": "qtarget score computes it",
     "weight": "add it, or let qtarget score --reference-hf compute importance weights",
@@ -18,8 +19,13 @@ _WHERE_FROM = {
 
 
 def batch_key(name: str) -> str:
-    """What items and batches hold the side input under: no part of the data set's own has such a key."""
-    return f"input {name}"
+    """What items and collated batches hold the side input under: no part of the data set's own has such a key."""
+    return f"{_PREFIX}{name}"
+
+
+def input_name(key: str) -> str | None:
+    """The side input that batch_key makes a key of; None for a key of anything else."""
+    return key.removeprefix(_PREFIX) if key.startswith(_PREFIX) else None
 
 
 def read_side_inputs(
@@ -65,7 +71,7 @@ def _is_finite_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    words = {dict: "an object", list: "a list", str: "a string"}
+    words: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
     text = words.get(type(value)) or json.dumps(value)
     return text if len(text) <= 30 else f"{text[:27]}..."
 

@@ -132,12 +132,13 @@ def _encode_messages(
 
 def _located(template: ChatTemplate, messages: list[dict[str, Any]], targets: list[int]) -> tuple[str, list[Answer]]:
     """answers.locate() of the first form of the messages that the template writes whole."""
-    problem = None
+    problem: ValueError | None = None
     for form in for_template(messages, template.source):
         try:
             return locate(template, form, targets)
         except ValueError as error:
             problem = problem or error
+    assert problem is not None  # there is a form at least
     raise problem
 
 

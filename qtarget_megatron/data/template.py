@@ -64,7 +64,7 @@ class ChatTemplate:
         self, messages: Sequence[dict[str, Any]], generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text and the (begin, end) of each of its generation blocks."""
-        environment: _BoundedEnvironment = self._template.environment
+        environment: Any = self._template.environment  # a _BoundedEnvironment, with what transformers adds to it
         pieces: list[str] = []
         blocks: list[tuple[int, int]] = []
         variables = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def load_tokenizer(directory: str | os.PathLike) -> Any:
+def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     """The fast tokenizer in a local directory; no network, no code from the directory.
 
     Raises ValueError when the directory has no tokenizer, only an empty one, or one without the

@@ -6,16 +6,18 @@ A kernel knows no objective: it sees residual coefficients (a, b) and per-row sc
 from __future__ import annotations
 
 import warnings
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from qtarget_megatron.kernels import native, reference
+from qtarget_megatron.kernels.backend import Backend
 
 BACKENDS = ("auto", "reference", "cpp", "cuda")
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*_NATIVE_DTYPES, torch.float64)
+# The native backend by the type of its device.
+_NATIVE = {"cpu": "cpp", "cuda": "cuda"}
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -26,13 +28,13 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         )
 
 
-def select(backend: str, logits: Tensor) -> ModuleType:
-    """The module whose partial_statistics and logit_gradient serve these logits; see choose()."""
+def select(backend: str, logits: Tensor) -> Backend:
+    """The backend that serves these logits; see choose()."""
     return choose(backend, logits.device.type, logits.dtype)
 
 
-def choose(backend: str, device: str, dtype: torch.dtype) -> ModuleType:
-    """The module that serves logits of a device type and dtype.
+def choose(backend: str, device: str, dtype: torch.dtype) -> Backend:
+    """The backend that serves logits of a device type and dtype.
 
     auto takes cpp for CPU tensors, cuda for CUDA tensors and reference for float64. Where the native module has no
     CUDA half, or none for this GPU, auto takes reference for CUDA tensors and says so once. ValueError where backend
@@ -51,14 +53,14 @@ def choose(backend: str, device: str, dtype: torch.dtype) -> ModuleType:
                 stacklevel=4,
             )
             return reference
-        if device not in ("cpu", "cuda"):
+        if device not in _NATIVE:
             return reference
         native.extension()
         return native
     if backend == "reference":
         return reference
-    wanted = {"cpp": "cpu", "cuda": "cuda"}[backend]
-    if device != wanted:
+    if _NATIVE.get(device) != backend:
+        wanted = next(served for served, name in _NATIVE.items() if name == backend)
         raise ValueError(f"backend={backend!r} needs {wanted} tensors, got {device} logits: move them or use 'auto'")
     if dtype not in _NATIVE_DTYPES:
         raise ValueError(f"backend={backend!r} takes float32, bfloat16 or float16 logits, got {dtype}: use 'reference'")
@@ -66,3 +68,8 @@ def choose(backend: str, device: str, dtype: torch.dtype) -> ModuleType:
         raise ValueError(f"backend='cuda': {problem}: rebuild where nvcc is found, or use 'reference'")
     native.extension()
     return native
+
+
+def name(backend: Backend, device: str) -> str:
+    """What choose() calls a backend that serves a type of device."""
+    return "reference" if backend is reference else _NATIVE[device]

@@ -1,7 +1,8 @@
 """The kernels in C++ (CPU tensors) and CUDA (CUDA tensors), through ``qtarget_megatron._C``.
 
-Same functions and same numbers as qtarget_megatron.kernels.reference, for float32, bfloat16 and
-float16. The extension sees addresses, sizes and strides only: tensors are checked here.
+A Backend for float32, bfloat16 and float16, with the numbers of qtarget_megatron.kernels.reference. The extension sees
+addresses, sizes and strides only: tensors are checked here, and any other dtype, device, shape or stride is a
+ValueError.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # before the extension: both must share one OpenMP runtime
 from torch import Tensor
 
 from qtarget_megatron import _source_tree
-from qtarget_megatron.statistics import MAX_RESIDUALS, Residuals, StatisticsRequest
+from qtarget_megatron.statistics import MAX_RESIDUALS, Residuals, StatisticsRequest, VocabularyShard
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MATRIX = (0, 0, 0)
@@ -49,7 +51,7 @@ def _why_missing(error: ImportError) -> str:
 @functools.cache
 def has_cuda() -> bool:
     """Whether the extension was built with the CUDA kernels. ValueError where there is no extension."""
-    return extension().build_info()["cuda"]
+    return bool(extension().build_info()["cuda"])
 
 
 def cuda_problem() -> str | None:
@@ -75,31 +77,20 @@ def partial_statistics(
     labels: Tensor,
     *,
     request: StatisticsRequest,
-    vocab_start: int,
-    valid_columns: int,
-    ignore_index: int,
+    shard: VocabularyShard,
 ) -> Tensor:
-    """Reduce this rank's shard to float32 ``[N, request.width]``, in the layout of statistics.py.
+    """As of Backend. The logits of rows that are not supervised are not read (on the GPU: not used, where request.top_k
+    is set).
 
-    logits, teacher_logits: ``[N, V_local]`` float32, bfloat16 or float16 (not necessarily the
-        same), columns adjacent, any row stride. The teacher is read only where a residual (a, b)
-        has b != 0; columns from valid_columns on are never read.
-    labels: ``[N]`` int64 global ids. Rows labelled ignore_index are 0; their logits are not read
-        (on the GPU: not used, where request.top_k is set).
-
-    The largest logits come from the same visit of the row on the CPU, and from torch.topk, a pass
-    of its own, on the GPU.
-
-    A NaN or +inf among the logits (or in u = a*z + b*t) makes that row's s (or s_u) NaN; its
-    maximum may be finite. NaN is never among the largest logits on the CPU, and is on the GPU.
-    Raises ValueError for any other dtype, device, shape or stride.
+    The largest logits come from the same visit of the row on the CPU, and from torch.topk, a pass of its own, on the
+    GPU. NaN is never among them on the CPU, and is on the GPU.
     """
-    shard = _shard(logits, teacher_logits, labels, request.residuals, vocab_start, valid_columns, ignore_index)
+    inputs = _inputs(logits, teacher_logits, labels, request.residuals, shard)
     out = torch.empty(logits.shape[0], request.width, dtype=torch.float32, device=logits.device)
     function = _function("partial_statistics", logits)
-    function(*shard, _layout(request), request.width, out.data_ptr(), *_execution(logits))
+    function(*inputs, _layout(request), request.width, out.data_ptr(), *_execution(logits))
     if request.top_k and _kernels_for(logits) == "cuda":
-        write_top_k(logits[:, :valid_columns], labels != ignore_index, out[:, request.columns.top])
+        write_top_k(logits[:, : shard.valid_columns], labels != shard.ignore_index, out[:, request.columns.top])
     return out
 
 
@@ -121,28 +112,13 @@ def logit_gradient(
     labels: Tensor,
     *,
     residuals: Residuals,
-    vocab_start: int,
-    valid_columns: int,
-    ignore_index: int,
+    shard: VocabularyShard,
     maxima: Tensor,
     scales: Tensor,
     out: Tensor,
 ) -> None:
-    """Write the gradient of every row into ``out``.
-
-        out_k = exp(z_k - maxima_0) scales_0 - [k = y] scales_1 - sum_r exp(u_rk - maxima_1+r) scales_2+r
-
-    maxima: float32 ``[1 + R, N]``, over the whole vocabulary: no z or u lies above them.
-    scales: float32 ``[2 + R, N]``.
-    out: shape and dtype of logits, columns adjacent, any row stride. It may be ``logits`` itself,
-        and shares memory with the inputs in no other way.
-
-    Padding columns, ignored rows and rows whose scales are all 0 are written as exact zeros, and
-    the logits of such rows are not read.
-
-    Raises ValueError for any other dtype, device, shape or stride.
-    """
-    shard = _shard(logits, teacher_logits, labels, residuals, vocab_start, valid_columns, ignore_index)
+    """As of Backend. The logits of rows that become zeros are not read."""
+    inputs = _inputs(logits, teacher_logits, labels, residuals, shard)
     rows, columns = logits.shape
     _check_matrix("out", out, logits)
     if out.dtype != logits.dtype:
@@ -157,11 +133,11 @@ def logit_gradient(
     _check_per_token("maxima", maxima, torch.float32, (1 + len(residuals), rows), logits.device)
     _check_per_token("scales", scales, torch.float32, (2 + len(residuals), rows), logits.device)
     function = _function("logit_gradient", logits)
-    function(*shard, columns, maxima.data_ptr(), scales.data_ptr(), _matrix(out), *_execution(logits))
+    function(*inputs, columns, maxima.data_ptr(), scales.data_ptr(), _matrix(out), *_execution(logits))
 
 
 def supervised(labels: Tensor, *, vocab_size: int, ignore_index: int) -> tuple[Tensor, int]:
-    """As reference.supervised, for contiguous labels; -1 on the GPU, where the position would have to be waited for."""
+    """As of Backend."""
     if _kernels_for(labels) != "cpu":
         return labels != ignore_index, -1
     out = torch.empty(labels.shape, dtype=torch.bool)
@@ -177,10 +153,7 @@ def merge(
     residuals: Sequence[tuple[float, float, float]],
     out: Tensor,
 ) -> None:
-    """Write the statistics over the whole vocabulary into the first rows of ``out``; as of reference.merge.
-
-    partials: ``[T, N, request.width]`` float32 or float64. Ranks are added up in rank order, in float64.
-    """
+    """As of Backend."""
     ranks, rows, width = partials.shape
     if width != request.width or out.shape[0] < request.merged_rows or out.shape[1] != rows:
         raise ValueError(
@@ -209,14 +182,14 @@ def weigh(
     guards: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An objective's loss and masses per token, made ready for the gradient; as of reference.weigh."""
+    """As of Backend."""
     tokens, residuals = rows.shape[1], len(request.residuals)
     if len(guards) > _MAX_GUARDS:
-        rest = torch.stack(guards[_MAX_GUARDS - 1 :])
+        rest = torch.stack(tuple(guards[_MAX_GUARDS - 1 :]))
         guards = [*guards[: _MAX_GUARDS - 1], torch.zeros_like(rest[0]).masked_fill_(rest.isnan().any(0), torch.nan)]
     masses = [label_mass, *residual_masses]
     device, shape = rows.device, (tokens,)
-    _check_per_token("rows", rows, torch.float64, (request.merged_rows + 3, tokens), device)
+    _check_per_token("rows", rows, torch.float64, (request.evaluated_rows, tokens), device)
     _check_per_token("supervised", supervised, torch.bool, shape, device)
     if loss is not None:
         _check_per_token("loss", loss, torch.float64, shape, device)
@@ -240,10 +213,7 @@ def weigh(
 
 
 def chain(scales: Tensor, upstream: Tensor) -> Tensor:
-    """The scales times the upstream gradient of each token's loss, in its dtype; as of reference.chain.
-
-    scales: float64 ``[count, N]`` with adjacent columns. upstream: ``[N]`` float32 or float64, of any stride.
-    """
+    """As of Backend."""
     count, rows = scales.shape
     wide = _is_wide(upstream.dtype)
     if scales.dtype is not torch.float64 or upstream.shape != (rows,) or upstream.device != scales.device:
@@ -284,15 +254,9 @@ def _check_per_token(name: str, tensor: Tensor, dtype: torch.dtype, shape: Seque
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}: call .contiguous()")
 
 
-def _shard(
-    logits: Tensor,
-    teacher_logits: Tensor | None,
-    labels: Tensor,
-    residuals: Residuals,
-    vocab_start: int,
-    valid_columns: int,
-    ignore_index: int,
-) -> tuple:
+def _inputs(
+    logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, residuals: Residuals, shard: VocabularyShard
+) -> tuple[Any, ...]:
     """The checked arguments that both kernels share, in their order."""
     if len(residuals) > MAX_RESIDUALS:
         raise ValueError(f"the native kernels take at most {MAX_RESIDUALS} residuals, got {len(residuals)}")
@@ -302,6 +266,7 @@ def _shard(
         raise ValueError(f"logits must be on cpu or cuda, got {logits.device}")
     _check_matrix("logits", logits, logits)
     rows, columns = logits.shape
+    start, valid_columns, ignore_index = shard
     if not 0 <= valid_columns <= columns:
         raise ValueError(f"valid_columns must be in 0..{columns} (the columns of logits), got {valid_columns}")
     _check_per_token("labels", labels, torch.int64, (rows,), logits.device)
@@ -311,7 +276,7 @@ def _shard(
             raise ValueError(f"residuals {residuals} read teacher_logits: expected a tensor, got None")
         _check_matrix("teacher_logits", teacher_logits, logits)
         teacher = _matrix(teacher_logits)
-    return _matrix(logits), teacher, labels.data_ptr(), rows, valid_columns, vocab_start, ignore_index, residuals
+    return _matrix(logits), teacher, labels.data_ptr(), rows, valid_columns, start, ignore_index, residuals
 
 
 def _check_matrix(name: str, matrix: Tensor, logits: Tensor) -> None:
@@ -341,7 +306,7 @@ def _function(name: str, tensor: Tensor) -> Callable[..., None]:
 
 @functools.cache
 def _compiled(module: ModuleType, name: str) -> Callable[..., None]:
-    function = getattr(module, name, None)
+    function: Callable[..., None] | None = getattr(module, name, None)
     if function is None:
         raise ValueError("qtarget_megatron._C was built without CUDA: rebuild it where nvcc is found")
     return function

@@ -1,4 +1,4 @@
-"""The kernels' formulas in plain PyTorch, for any floating dtype (float64 included) and any device.
+"""The kernels' formulas in plain PyTorch: a Backend for any floating dtype (float64 included) and any device.
 
 Sums are taken in float32 for logits of at most 32 bits and in float64 for float64 logits; a residual's exponent is
 made in float64 and rounded last, as the native kernels round it.
@@ -11,7 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, kernel_coefficients
+from qtarget_megatron.statistics import (
+    Residuals,
+    StatisticsRequest,
+    TokenStatistics,
+    VocabularyShard,
+    kernel_coefficients,
+)
 
 
 def partial_statistics(
@@ -20,18 +26,13 @@ def partial_statistics(
     labels: Tensor,
     *,
     request: StatisticsRequest,
-    vocab_start: int,
-    valid_columns: int,
-    ignore_index: int,
+    shard: VocabularyShard,
 ) -> Tensor:
-    """Reduce this rank's shard to ``[N, request.width]``; the layout is documented in statistics.py.
-
-    logits, teacher_logits: ``[N, V_local]``; columns from valid_columns on are padding and never read.
-    labels: ``[N]`` global ids. Rows of ignored labels are 0.
-    """
-    supervised = labels != ignore_index
+    """As of Backend."""
+    valid_columns = shard.valid_columns
+    supervised = labels != shard.ignore_index
     z = _valid(logits, valid_columns)
-    local = labels - vocab_start
+    local = labels - shard.start
     here = supervised & (local >= 0) & (local < valid_columns)
 
     def at_label(values: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def partial_statistics(
         largest = torch.nn.functional.pad(largest, (0, request.top_k - largest.shape[1]), value=-torch.inf)
         columns += largest.unbind(-1)
     for a, b in kernel_coefficients(request.residuals, z.dtype):
-        t = _valid(teacher_logits, valid_columns) if b != 0 else torch.zeros_like(z)
+        t = _valid_teacher(teacher_logits, valid_columns) if b != 0 else torch.zeros_like(z)
         u = residual_logits(z, t, a, b)
         m_u = _row_max(u).to(z.dtype)
         shifted_u = (u - _finite_or_zero(m_u)[:, None]).to(z.dtype)
@@ -73,29 +74,22 @@ def logit_gradient(
     labels: Tensor,
     *,
     residuals: Residuals,
-    vocab_start: int,
-    valid_columns: int,
-    ignore_index: int,
+    shard: VocabularyShard,
     maxima: Tensor,
     scales: Tensor,
     out: Tensor,
 ) -> None:
-    """Write the gradient of every row into ``out`` (which may be ``logits`` itself).
-
-        out_k = exp(z_k - maxima_0) scales_0 - [k = y] scales_1 - sum_r exp(u_rk - maxima_1+r) scales_2+r
-
-    maxima: ``[1 + R, N]``. scales: ``[2 + R, N]``. Padding columns, ignored rows and rows whose scales are all 0 are
-    written as exact zeros whatever the logits hold.
-    """
+    """As of Backend."""
+    valid_columns = shard.valid_columns
     z = _valid(logits, valid_columns)
-    active = (labels != ignore_index) & (scales != 0).any(0)
+    active = (labels != shard.ignore_index) & (scales != 0).any(0)
     gradient = (z - maxima[0, :, None]).exp() * scales[0, :, None]
     for index, (a, b) in enumerate(kernel_coefficients(residuals, z.dtype)):
-        u = residual_logits(z, _valid(teacher_logits, valid_columns) if b != 0 else None, a, b)
+        u = residual_logits(z, _valid_teacher(teacher_logits, valid_columns) if b != 0 else None, a, b)
         maximum, scale = maxima[1 + index, :, None], scales[2 + index, :, None]
         term = (u - maximum).to(z.dtype).exp() * scale
         gradient -= torch.where(scale == 0, torch.zeros_like(term), term)
-    local = labels - vocab_start
+    local = labels - shard.start
     here = active & (local >= 0) & (local < valid_columns)
     rows = here.nonzero().squeeze(1)
     gradient[rows, local[rows]] -= scales[1, rows]
@@ -104,8 +98,7 @@ def logit_gradient(
 
 
 def supervised(labels: Tensor, *, vocab_size: int, ignore_index: int) -> tuple[Tensor, int]:
-    """Which labels are not ignore_index, in their shape, and the flat position of the first of these that is not in
-    0..vocab_size - 1: -1 where there is none, and on a GPU, which would have to be waited for."""
+    """As of Backend."""
     found = labels != ignore_index
     if labels.device.type != "cpu":
         return found, -1
@@ -121,11 +114,7 @@ def merge(
     residuals: Sequence[tuple[float, float, float]],
     out: Tensor,
 ) -> None:
-    """Write the statistics over the whole vocabulary, see TokenStatistics, into the first rows of ``out``.
-
-    partials: ``[T, N, request.width]``, in rank order. residuals: (a, b) as the kernels rounded them, and the factor
-    that turns the maximum of u into that of the exact coefficients.
-    """
+    """As of Backend."""
     columns, values = request.columns, partials.double().unbind(-1)
     m, s, e = values[columns.max], values[columns.sum_exp], values[columns.centred]
     ignored = ~supervised
@@ -138,7 +127,7 @@ def merge(
     label_logit = values[columns.label_logit].sum(0)
     log_p = (label_logit - shift.max) - log_sum
     rows = [shift.max, sum_exp, log_p, log_p.exp().masked_fill(ignored, 0.0), log_sum - centred / sum_exp]
-    if request.collision:
+    if columns.collision is not None:
         (collision,) = shift.totals(values[columns.collision], power=2)
         rows.append(collision / sum_exp**2)
     for (a, b, rounding), of_residual in zip(residuals, columns.residuals, strict=True):
@@ -148,15 +137,15 @@ def merge(
         if len(partials) > 1:
             # A shard whose logits are all -inf but which carries residual mass makes the mean -inf, as it should.
             sums[1] = x_u + (m - shift.max).masked_fill(s_u == 0, 0.0) * s_u
-        if request.residual_entropy:
+        if of_residual.centred is not None:
             sums.append(shift_u.recentred(values[of_residual.centred], s_u))
         sum_exp_u, cross, *centred_u = shift_u.totals(*sums)
         sum_exp_u = sum_exp_u.masked_fill(ignored, 1.0)
         log_sum_u = sum_exp_u.log()
         rows += [shift_u.max, sum_exp_u, shift_u.max * rounding + log_sum_u, cross / sum_exp_u + shift.max]
-        if request.residual_entropy:
+        if centred_u:
             rows.append(log_sum_u - centred_u[0] / sum_exp_u)
-        if request.residual_label:
+        if of_residual.label_logit is not None:
             of_label = residual_logits(label_logit, values[of_residual.label_logit].sum(0), a, b)
             rows.append((of_label - shift_u.max) - log_sum_u)
     torch.stack(rows, out=out[: len(rows)])
@@ -199,16 +188,7 @@ def weigh(
     guards: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """An objective's loss and masses per token, made ready for the gradient; 0 where not supervised.
-
-    rows: of TokenStatistics, whose last three this fills in. loss, masses, guards: float64 ``[N]``; a mass may be
-    one number for all tokens. Without a loss it is -label_mass log p(y) + sum_i mass_i (lse - mean_logit_i), where a
-    mass of 0 adds exactly 0. A NaN among the guards, in log p(y) or in a residual's mean logit reaches the loss.
-
-    Returns the loss ``[N]`` and, of z and each residual's u, the maxima ``[1 + R, N]``, in dtype; and the scales of
-    exp(z - max), of the label, and of each residual's exp(u - max), ``[2 + R, N]`` in float64:
-    exp(z - max) * (mass / sum_exp), not exp(z - lse): an order of magnitude less rounding error.
-    """
+    """As of Backend."""
     ignored = ~supervised
 
     def per_token(value: Tensor | float) -> Tensor:
@@ -222,8 +202,9 @@ def weigh(
     total = label_mass + residual_mass
     torch.stack([label_mass, residual_mass, per_token(label_mass / total)], out=rows[-3:])
     if loss is None:
-        of_residuals = [(mass, stats.cross_entropy(index)) for index, mass in enumerate(masses)]
-        loss = sum((m * ce).masked_fill(m == 0, 0.0) for m, ce in [(label_mass, -stats.log_p), *of_residuals])
+        loss = torch.zeros_like(total) + stats.weighted_nll(label_mass)
+        for index, mass in enumerate(masses):
+            loss = loss + (mass * stats.cross_entropy(index)).masked_fill(mass == 0, 0.0)
     for statistic in (stats.log_p, *(residual.mean_logit for residual in stats.residuals), *guards):
         loss = torch.where(statistic == statistic, loss, statistic)
     scales = [mass / residual.sum_exp for mass, residual in zip(masses, stats.residuals, strict=True)]
@@ -235,10 +216,7 @@ def weigh(
 
 
 def chain(scales: Tensor, upstream: Tensor) -> Tensor:
-    """The scales ``[count, N]`` times the upstream gradient ``[N]`` of each token's loss, in the dtype of the latter.
-
-    A token masked out downstream has upstream exactly 0: its NaN must not leak.
-    """
+    """As of Backend."""
     return (scales * upstream).masked_fill_(upstream == 0, 0.0).to(upstream.dtype)
 
 
@@ -247,11 +225,20 @@ def _valid(logits: Tensor, valid_columns: int) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _valid_teacher(teacher_logits: Tensor | None, valid_columns: int) -> Tensor:
+    if teacher_logits is None:
+        raise ValueError("a residual with b != 0 reads teacher_logits: expected a tensor, got None")
+    return _valid(teacher_logits, valid_columns)
+
+
 def residual_logits(z: Tensor, t: Tensor | None, a: float, b: float) -> Tensor:
     """u = a z + b t in float64. A coefficient of 0 removes its operand: 0 * -inf would be NaN."""
     z = z.double()
     u = a * z if a != 0 else torch.zeros_like(z)
-    return u + b * t.double() if b != 0 else u
+    if b == 0:
+        return u
+    assert t is not None
+    return u + b * t.double()
 
 
 def _row_max(values: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
+from qtarget_megatron.kernels.backend import Backend
 from qtarget_megatron.loss import second_model
 from qtarget_megatron.loss.per_token import (
     evaluate,
@@ -20,12 +21,47 @@ from qtarget_megatron.loss.per_token import (
     refuse_second_derivative,
     supervised_tokens,
     true_vocab_size,
-    vocabulary_shard,
 )
 from qtarget_megatron.loss.second_model import SecondModel, TeacherLogits
 from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.objectives import Objective
-from qtarget_megatron.statistics import TokenStatistics
+from qtarget_megatron.statistics import IGNORE_INDEX, TokenStatistics, VocabularyShard
+
+
+@overload
+def qtarget_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    objective: Objective,
+    teacher_logits: Tensor | None = None,
+    sparse_teacher: SparseTeacher | None = None,
+    token_inputs: Mapping[str, Tensor] | None = None,
+    group: collectives.Group = None,
+    vocab_size: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    inplace: bool = False,
+    backend: str = "auto",
+    return_statistics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def qtarget_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    objective: Objective,
+    teacher_logits: Tensor | None = None,
+    sparse_teacher: SparseTeacher | None = None,
+    token_inputs: Mapping[str, Tensor] | None = None,
+    group: collectives.Group = None,
+    vocab_size: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    inplace: bool = False,
+    backend: str = "auto",
+    return_statistics: Literal[True],
+) -> tuple[Tensor, TokenStatistics]: ...
 
 
 def qtarget_cross_entropy(
@@ -38,7 +74,7 @@ def qtarget_cross_entropy(
     token_inputs: Mapping[str, Tensor] | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     inplace: bool = False,
     backend: str = "auto",
     return_statistics: bool = False,
@@ -94,17 +130,18 @@ def qtarget_cross_entropy(
         second=second_model.of_rows(objective, teacher_logits, sparse_teacher),
         vocab_size=vocab_size,
         group=group,
-        shard=vocabulary_shard(collectives.rank(group), local_vocab, vocab_size, ignore_index),
+        shard=VocabularyShard.of_rank(collectives.rank(group), local_vocab, vocab_size, ignore_index),
         inplace=inplace,
     )
-    if logits.dim() == 2:
-        # Without autograd's nodes of the two views.
-        loss = _QTargetCrossEntropy.apply(logits, labels, spec)
-    else:
-        loss = _QTargetCrossEntropy.apply(logits.reshape(-1, local_vocab), labels.reshape(-1), spec)
+    rows, row_labels = logits, labels
+    if logits.dim() != 2:  # else autograd's nodes of the two views would be for nothing
+        rows, row_labels = logits.reshape(-1, local_vocab), labels.reshape(-1)
+    loss: Tensor = _QTargetCrossEntropy.apply(rows, row_labels, spec)  # type: ignore[no-untyped-call]  # torch's
+    if logits.dim() != 2:
         loss = loss.reshape(labels.shape)
     if not return_statistics:
         return loss
+    assert spec.statistics is not None  # of the forward that has run
     return loss, spec.statistics.reshaped(labels.shape)
 
 
@@ -112,21 +149,21 @@ def qtarget_cross_entropy(
 class _Spec:
     """What forward and backward share besides tensors."""
 
-    backend: ModuleType
+    backend: Backend
     objective: Objective
     inputs: Mapping[str, Tensor]
     supervised: Tensor
     second: SecondModel
     vocab_size: int
     group: collectives.Group
-    shard: dict[str, int]
+    shard: VocabularyShard
     inplace: bool
     statistics: TokenStatistics | None = None
 
 
 class _QTargetCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, spec):
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, spec: _Spec) -> Tensor:
         logits = second_model.unit_stride(logits)
         labels = labels.contiguous()
         request, second = spec.objective.request, spec.second
@@ -147,9 +184,9 @@ class _QTargetCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("qtarget_cross_entropy")
-        spec = ctx.spec
+        spec: _Spec = ctx.spec
         if spec.inplace:
             if ctx.consumed:
                 raise RuntimeError(

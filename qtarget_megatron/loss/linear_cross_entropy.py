@@ -13,35 +13,82 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Literal
+from typing import Any, Final, Literal, overload
 
 import torch
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
+from qtarget_megatron.kernels.backend import Backend
 from qtarget_megatron.loss import second_model
 from qtarget_megatron.loss.per_token import (
+    CHUNK_SIZE,
     evaluate,
     flat_inputs,
     refuse_second_derivative,
     supervised_tokens,
     true_vocab_size,
-    vocabulary_shard,
 )
-from qtarget_megatron.loss.second_model import KeptEntries, SecondModel, TeacherLogits
-from qtarget_megatron.loss.sparse_teacher import SparseTeacher
+from qtarget_megatron.loss.second_model import SecondModel, TeacherLogits
+from qtarget_megatron.loss.sparse_teacher import KeptEntries, SparseTeacher
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.objectives.registry import in_range
-from qtarget_megatron.statistics import TokenStatistics
+from qtarget_megatron.statistics import IGNORE_INDEX, TokenStatistics, VocabularyShard
 
-AUTO = "auto"
-# Tokens of a chunk by default. On a GPU the gradient of the weight is read and written once a chunk, which is to be
-# little beside the matrix products (by their sizes; not measured).
+AUTO: Final = "auto"
+# Tokens of a chunk by default, where it is not CHUNK_SIZE. On a GPU the gradient of the weight is read and written once
+# a chunk, which is to be little beside the matrix products (by their sizes; not measured).
 _CHUNK_SIZES = {"cuda": 2048}
-_CHUNK_SIZE = 512
 # Columns of the weight's gradient that one product of 16-bit matrices makes before it is added up in float32.
 COLUMN_TILE = 8192
+
+
+@overload
+def qtarget_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    objective: Objective,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    sparse_teacher: SparseTeacher | None = None,
+    token_inputs: Mapping[str, Tensor] | None = None,
+    group: collectives.Group = None,
+    vocab_size: int | None = None,
+    teacher_vocab_size: int | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    sequence_parallel: bool = False,
+    num_supervised: int | None = None,
+    chunk_size: int | Literal["auto"] = AUTO,
+    backend: str = "auto",
+    return_statistics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def qtarget_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    objective: Objective,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    sparse_teacher: SparseTeacher | None = None,
+    token_inputs: Mapping[str, Tensor] | None = None,
+    group: collectives.Group = None,
+    vocab_size: int | None = None,
+    teacher_vocab_size: int | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = IGNORE_INDEX,
+    sequence_parallel: bool = False,
+    num_supervised: int | None = None,
+    chunk_size: int | Literal["auto"] = AUTO,
+    backend: str = "auto",
+    return_statistics: Literal[True],
+) -> tuple[Tensor, TokenStatistics]: ...
 
 
 def qtarget_linear_cross_entropy(
@@ -58,7 +105,7 @@ def qtarget_linear_cross_entropy(
     vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     sequence_parallel: bool = False,
     num_supervised: int | None = None,
     chunk_size: int | Literal["auto"] = AUTO,
@@ -104,7 +151,7 @@ def qtarget_linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        if objective.needs_teacher and None not in (teacher_hidden, teacher_weight):
+        if objective.needs_teacher and teacher_hidden is not None and teacher_weight is not None:
             teacher_hidden, teacher_weight = teacher_hidden.to(dtype), teacher_weight.to(dtype)
     given = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
     second_model.check(objective, labels, given, sparse_teacher)
@@ -132,20 +179,21 @@ def qtarget_linear_cross_entropy(
         teacher_columns=None
         if teacher_vocab_size is None
         else min(max(teacher_vocab_size - collectives.rank(group) * local_vocab, 0), local_vocab),
-        shard=vocabulary_shard(collectives.rank(group), local_vocab, vocab_size, ignore_index),
+        shard=VocabularyShard.of_rank(collectives.rank(group), local_vocab, vocab_size, ignore_index),
         rows=rows,
         num_tokens=labels.numel(),
         sequence_parallel=sequence_parallel,
         chunk_size=chunk_size,
     )
-    if teacher_hidden is not None:
+    if teacher_hidden is not None and teacher_weight is not None:
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
-    loss = _QTargetLinearCrossEntropy.apply(
+    loss: Tensor = _QTargetLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's
         hidden, weight, teacher_hidden, teacher_weight, labels.reshape(-1)[rows].contiguous(), spec
     )
     loss = loss.reshape(labels.shape)
     if not return_statistics:
         return loss
+    assert spec.statistics is not None  # of the forward that has run
     return loss, spec.statistics.scattered(rows, supervised.reshape(-1)).reshaped(labels.shape)
 
 
@@ -156,14 +204,14 @@ class _Spec:
     rows: flat positions of the supervised tokens. teacher_columns: of the shard, that the second model knows.
     """
 
-    backend: ModuleType
+    backend: Backend
     objective: Objective
     inputs: Mapping[str, Tensor]
     group: collectives.Group
     kept_entries: KeptEntries | None
     vocab_size: int
     teacher_columns: int | None
-    shard: dict
+    shard: VocabularyShard
     rows: Tensor
     num_tokens: int
     sequence_parallel: bool
@@ -190,7 +238,9 @@ class _Logits:
 
     def __init__(self, spec: _Spec):
         self._spec = spec
-        self.release()
+        self._student: Tensor | None = None
+        self._teacher: Tensor | None = None
+        self._there: slice | None = None
 
     def of(
         self, chunk: slice, kept: Tensor, weight: Tensor, taught: Tensor | None, teacher_weight: Tensor | None
@@ -202,10 +252,10 @@ class _Logits:
             self._student = kept.new_empty(shape)
             self._teacher = None if taught is None else taught.new_empty(shape)
         rows = slice(chunk.stop - chunk.start)
-        logits, teacher = self._student[rows], None if taught is None else self._teacher[rows]
+        logits, teacher = self._student[rows], None if self._teacher is None else self._teacher[rows]
         if chunk != self._there:
             torch.mm(kept[chunk], weight.t(), out=logits)
-            if teacher is not None:
+            if teacher is not None and taught is not None and teacher_weight is not None:
                 torch.mm(taught[chunk], teacher_weight.t(), out=teacher)
                 if spec.teacher_columns is not None:
                     teacher[:, spec.teacher_columns :] = -torch.inf
@@ -218,14 +268,20 @@ class _Logits:
 
     def release(self) -> None:
         """The memory is given back; the next of() takes it again."""
-        self._student: Tensor | None = None
-        self._teacher: Tensor | None = None
-        self._there: slice | None = None
+        self._student = self._teacher = self._there = None
 
 
 class _QTargetLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, spec):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        labels: Tensor,
+        spec: _Spec,
+    ) -> Tensor:
         kept = spec.select(hidden)
         taught = None if teacher_hidden is None else spec.select(teacher_hidden)
         request, whole = spec.objective.request, spec.second
@@ -245,7 +301,7 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
             spec.backend,
             collectives.gather_partials(partials[0] if len(partials) == 1 else torch.cat(partials), spec.group),
             labels,
-            labels != spec.shard["ignore_index"],
+            labels != spec.shard.ignore_index,
             request=request,
             vocab_size=spec.vocab_size,
         )
@@ -258,14 +314,18 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         return kept_loss.new_zeros(spec.num_tokens).index_copy_(0, spec.rows, kept_loss)
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("qtarget_linear_cross_entropy")
-        spec, weight, logits = ctx.spec, ctx.weight.detach(), ctx.logits
+        spec: _Spec = ctx.spec
+        logits: _Logits = ctx.logits
+        weight = ctx.weight.detach()
         kept, taught, teacher_weight, labels = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         upstream = grad_loss[spec.rows]
-        kept_gradient = torch.empty_like(kept) if wants_hidden else None
+        kept_gradient: Tensor | None = torch.empty_like(kept) if wants_hidden else None
         weight_sum = _WeightGradient(ctx.weight) if wants_weight else None
+        gradient: Tensor | None = None
+        second: SecondModel | None = None
         # From the last one, whose logits are still there.
         for chunk in reversed(spec.chunks()):
             gradient, second = logits.of(chunk, kept, weight, taught, teacher_weight)
@@ -280,14 +340,14 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
                 **ctx.token_gradient.rows(chunk).kernel_arguments(spec.backend, upstream[chunk]),
                 out=gradient,
             )
-            if wants_hidden:
+            if kept_gradient is not None:
                 torch.mm(gradient, weight, out=kept_gradient[chunk])
-            if wants_weight:
+            if weight_sum is not None:
                 weight_sum.add(gradient, kept[chunk])
         gradient = second = None
         logits.release()
-        hidden_gradient = _whole_gradient(kept_gradient, spec, ctx.hidden_shape) if wants_hidden else None
-        return hidden_gradient, weight_sum.finish() if wants_weight else None, None, None, None, None
+        hidden_gradient = None if kept_gradient is None else _whole_gradient(kept_gradient, spec, ctx.hidden_shape)
+        return hidden_gradient, None if weight_sum is None else weight_sum.finish(), None, None, None, None
 
 
 class _WeightGradient:
@@ -295,11 +355,13 @@ class _WeightGradient:
 
     def __init__(self, weight: Tensor):
         self._weight = weight
-        self._main_grad = getattr(weight, "main_grad", None)
+        self._main_grad: Tensor | None = getattr(weight, "main_grad", None)
         wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        into_main_grad = self._main_grad is not None and self._main_grad.dtype == wide
-        self._sum = self._main_grad if into_main_grad else torch.empty_like(weight, dtype=wide)
-        self._is_empty = not into_main_grad
+        self._sum: Tensor
+        if self._main_grad is not None and self._main_grad.dtype == wide:
+            self._sum, self._is_empty = self._main_grad, False
+        else:
+            self._sum, self._is_empty = torch.empty_like(weight, dtype=wide), True
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
         beta = 0 if self._is_empty else 1
@@ -324,7 +386,8 @@ class _WeightGradient:
             return self._sum.to(weight.dtype)
         if self._sum is not self._main_grad:
             self._main_grad += self._sum
-        weight.grad_added_to_main_grad = True
+        # An attribute that Megatron's hook looks for.
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         # Megatron's hook adds this to main_grad after all where an embedding shares the weight.
         return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
@@ -343,7 +406,7 @@ def _adds_up_wide(device: torch.device, dtype: torch.dtype) -> bool:
 def tokens_at_a_time(chunk_size: int | Literal["auto"], device: str) -> int:
     """A chunk's number of tokens on a type of device. ValueError for one that is none."""
     if chunk_size == AUTO:
-        return _CHUNK_SIZES.get(device, _CHUNK_SIZE)
+        return _CHUNK_SIZES.get(device, CHUNK_SIZE)
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise ValueError(f"chunk_size must be 'auto' or a number of tokens, 1 or more, got {chunk_size!r}")
     return chunk_size
@@ -371,18 +434,26 @@ def _kept_rows(supervised: Tensor, count: int | None) -> Tensor:
         if count is not None:
             return torch.nonzero_static(supervised, size=count).squeeze(1)
     rows = supervised.nonzero().squeeze(1)
-    if count not in (None, len(rows)):
+    if count is not None and count != len(rows):
         raise ValueError(
             f"num_supervised: expected the number of labels that are not ignore_index, {len(rows)}, got {count}"
         )
     return rows
 
 
-def _check(hidden, weight, labels, teacher_hidden, teacher_weight, group, sequence_parallel) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    group: collectives.Group,
+    sequence_parallel: bool,
+) -> None:
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 token ids, got {labels.dtype}")
     _check_pair("hidden", hidden, "weight", weight, labels, group, sequence_parallel)
-    if teacher_hidden is None:
+    if teacher_hidden is None or teacher_weight is None:
         return
     _check_pair("teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight, labels, group, sequence_parallel)
     if teacher_weight.shape[0] != weight.shape[0] or teacher_weight.device != weight.device:
@@ -392,7 +463,15 @@ def _check(hidden, weight, labels, teacher_hidden, teacher_weight, group, sequen
         )
 
 
-def _check_pair(hidden_name, hidden, weight_name, weight, labels, group, sequence_parallel) -> None:
+def _check_pair(
+    hidden_name: str,
+    hidden: Tensor,
+    weight_name: str,
+    weight: Tensor,
+    labels: Tensor,
+    group: collectives.Group,
+    sequence_parallel: bool,
+) -> None:
     if weight.dim() != 2 or weight.shape[0] == 0 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{hidden_name} must be [..., H] and {weight_name} [V_local, H], got {list(hidden.shape)} and "

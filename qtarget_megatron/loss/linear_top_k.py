@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels
-from qtarget_megatron.loss.per_token import true_vocab_size, vocabulary_shard
-from qtarget_megatron.statistics import StatisticsRequest, merge
+from qtarget_megatron.loss.per_token import CHUNK_SIZE, merge, true_vocab_size
+from qtarget_megatron.statistics import StatisticsRequest, VocabularyShard
 
 # Bits of a key that hold the id.
 _ID_BITS = 24
@@ -42,7 +42,7 @@ def linear_top_k(
     top_p: float | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK_SIZE,
     backend: str = "auto",
 ) -> TopTokens:
     """The most likely tokens under softmax(hidden @ weight^T).
@@ -70,16 +70,16 @@ def linear_top_k(
         raise ValueError(f"k: expected 1 to {vocab_size}, the vocabulary's size, got {k}")
     # Statistics are of supervised tokens: any label will do.
     labels, request = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device), StatisticsRequest()
-    shard = vocabulary_shard(rank, local_vocab, vocab_size, ignore_index=-100)
+    shard = VocabularyShard.of_rank(rank, local_vocab, vocab_size)
     kernel = kernels.select(backend, hidden)
     partials = torch.empty(len(hidden), request.width, device=hidden.device)
     keys = torch.full((len(hidden), k), _NO_KEY, device=hidden.device)
     for start in range(0, len(hidden), chunk_size):
         chunk = slice(start, start + chunk_size)
         logits = hidden[chunk] @ weight.t()
-        partials[chunk] = kernel.partial_statistics(logits, None, labels[chunk], request=request, **shard)
-        values, ids = _largest(logits[:, : shard["valid_columns"]], k)
-        keys[chunk, : ids.shape[1]] = _packed(values, ids + shard["vocab_start"])
+        partials[chunk] = kernel.partial_statistics(logits, None, labels[chunk], request=request, shard=shard)
+        values, ids = _largest(logits[:, : shard.valid_columns], k)
+        keys[chunk, : ids.shape[1]] = _packed(values, ids + shard.start)
     statistics = merge(kernel, collectives.gather_partials(partials, group), labels == 0, request)
     keys = collectives.gather_partials(keys, group).transpose(0, 1).flatten(1)
     values, ids = _unpacked(keys.topk(k, dim=-1).values)

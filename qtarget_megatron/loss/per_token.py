@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from qtarget_megatron.kernels.backend import Backend
 from qtarget_megatron.objectives import Objective, check_token_input
-from qtarget_megatron.statistics import TokenStatistics
+from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, kernel_coefficients
 
+# Tokens whose logits exist at a time by default, on the CPU.
+CHUNK_SIZE = 512
 _REAL_DTYPES = {
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -20,8 +23,8 @@ _REAL_DTYPES = {
 
 @dataclass(frozen=True)
 class TokenGradient:
-    """What the gradient kernel needs of each token besides its logits: maxima, and masses over sums; as of
-    kernels.reference.weigh.
+    """What the gradient kernel needs of each token besides its logits: maxima, and masses over sums; see
+    Backend.weigh.
 
     maxima: [1 + R, N], of z and of each residual's u. scales: [2 + R, N], of exp(z - max), of the label, and of each
     residual's exp(u - max).
@@ -30,11 +33,8 @@ class TokenGradient:
     maxima: Tensor
     scales: Tensor
 
-    def kernel_arguments(self, kernel: ModuleType, upstream: Tensor) -> dict[str, Tensor]:
-        """Keywords of logit_gradient, for the upstream gradient [N] of each token's loss, in its dtype.
-
-        kernel: a backend's module.
-        """
+    def kernel_arguments(self, kernel: Backend, upstream: Tensor) -> dict[str, Tensor]:
+        """Keywords of logit_gradient, for the upstream gradient [N] of each token's loss, in its dtype."""
         return dict(maxima=self.maxima.contiguous(), scales=kernel.chain(self.scales, upstream))
 
     def rows(self, chunk: slice) -> TokenGradient:
@@ -42,8 +42,49 @@ class TokenGradient:
         return TokenGradient(self.maxima[:, chunk], self.scales[:, chunk])
 
 
+def merge(
+    kernel: Backend,
+    partials: Tensor,
+    supervised: Tensor,
+    request: StatisticsRequest,
+    coefficients: Residuals | None = None,
+) -> TokenStatistics:
+    """Merge the partials of all ranks into statistics over the whole vocabulary.
+
+    Args:
+        partials: ``[T, N, request.width]``, one slice per tensor-parallel rank, in rank order.
+        supervised: ``[N]`` bool; the partials of the other tokens are 0, as the kernels write them, and so are their
+            statistics.
+        request: what the partials hold.
+        coefficients: of the residuals as the kernels read them; by default those of the partials' dtype.
+
+    A shard without any finite column has m = -inf and contributes nothing. A NaN anywhere stays NaN.
+    """
+    coefficients = coefficients or kernel_coefficients(request.residuals, partials.dtype)
+    rows = torch.empty(request.evaluated_rows, partials.shape[1], dtype=torch.float64, device=partials.device)
+    kernel.merge(partials, supervised, request=request, residuals=_rounded(request.residuals, coefficients), out=rows)
+    top_logits = None
+    if request.top_k:
+        top_logits = partials[..., request.columns.top].double().transpose(0, 1).flatten(1)
+        if len(partials) > 1:
+            top_logits = top_logits.topk(request.top_k, dim=-1).values
+    return TokenStatistics(rows, supervised, request, top_logits)
+
+
+@functools.lru_cache
+def _rounded(exact: Residuals, rounded: Residuals) -> tuple[tuple[float, float, float], ...]:
+    """(a, b) of each residual as the kernels read them, and what turns the maximum of u into that of the exact ones,
+    where u has one operand."""
+
+    def factor(exact: tuple[float, float], rounded: tuple[float, float]) -> float:
+        operands = [(c, r) for c, r in zip(exact, rounded, strict=True) if r != 0]
+        return operands[0][0] / operands[0][1] if len(operands) == 1 else 1.0
+
+    return tuple((*pair, factor(given, pair)) for given, pair in zip(exact, rounded, strict=True))
+
+
 def evaluate(
-    kernel: ModuleType,
+    kernel: Backend,
     objective: Objective,
     stats: TokenStatistics,
     inputs: Mapping[str, Tensor],
@@ -51,7 +92,7 @@ def evaluate(
 ) -> tuple[Tensor, TokenGradient]:
     """Loss [N] in dtype, 0 where not supervised, and what the gradient needs; masses and trust enter stats.
 
-    kernel: a backend's module. stats: from statistics.merge.
+    stats: from merge.
     """
     loss, label_mass, residual_masses = objective.evaluate(stats, inputs)
     if len(residual_masses) != len(objective.residuals):
@@ -60,33 +101,36 @@ def evaluate(
             f"{len(residual_masses)} residual mass(es): return one for each"
         )
 
-    def per_token(value) -> Tensor | float | None:
-        if not isinstance(value, Tensor):
-            return value
-        if value.dtype != stats.p.dtype or value.shape != stats.p.shape:
-            value = value.to(stats.p).expand_as(stats.p)
-        return value.contiguous()
-
-    loss, maxima, scales = kernel.weigh(
+    if isinstance(loss, int | float):
+        loss = torch.full_like(stats.p, loss)
+    token_loss, maxima, scales = kernel.weigh(
         stats.rows,
         stats.supervised,
         request=objective.request,
-        loss=per_token(torch.full_like(stats.p, loss) if isinstance(loss, int | float) else loss),
-        label_mass=per_token(label_mass),
-        residual_masses=[per_token(mass) for mass in residual_masses],
+        loss=None if loss is None else _aligned(loss, stats),
+        label_mass=_mass(label_mass, stats),
+        residual_masses=[_mass(mass, stats) for mass in residual_masses],
         guards=[value.contiguous() for value in inputs.values()],
         dtype=dtype,
     )
     stats.evaluated = True
-    return loss, TokenGradient(maxima, scales)
+    return token_loss, TokenGradient(maxima, scales)
 
 
-def supervised_tokens(kernel: ModuleType, labels: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+def _mass(value: Tensor | float, stats: TokenStatistics) -> Tensor | float:
+    return _aligned(value, stats) if isinstance(value, Tensor) else value
+
+
+def _aligned(value: Tensor, stats: TokenStatistics) -> Tensor:
+    """In the dtype and the shape of a statistic, contiguous."""
+    if value.dtype != stats.p.dtype or value.shape != stats.p.shape:
+        value = value.to(stats.p).expand_as(stats.p)
+    return value.contiguous()
+
+
+def supervised_tokens(kernel: Backend, labels: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
     """[...] bool, which labels are not ignore_index. ValueError on the CPU for one outside of the vocabulary; elsewhere
-    the check would wait.
-
-    kernel: a backend's module.
-    """
+    the check would wait."""
     found, wrong = kernel.supervised(labels.contiguous(), vocab_size=vocab_size, ignore_index=ignore_index)
     if wrong >= 0:
         raise ValueError(
@@ -105,14 +149,6 @@ def true_vocab_size(vocab_size: int | None, local_vocab: int, world_size: int) -
             f"vocab_size must be in 1..{padded_vocab} ({local_vocab} columns on {world_size} rank(s)), got {vocab_size}"
         )
     return vocab_size
-
-
-def vocabulary_shard(rank: int, local_vocab: int, vocab_size: int, ignore_index: int) -> dict[str, int]:
-    """Keywords of both kernels that say which columns of the vocabulary a rank has."""
-    start = rank * local_vocab
-    return dict(
-        vocab_start=start, valid_columns=min(max(vocab_size - start, 0), local_vocab), ignore_index=ignore_index
-    )
 
 
 def flat_inputs(

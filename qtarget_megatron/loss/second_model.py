@@ -6,39 +6,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Protocol
 
 from torch import Tensor
 
 from qtarget_megatron import kernels
-from qtarget_megatron.loss import sparse_teacher
-from qtarget_megatron.loss.sparse_teacher import SparseTeacher
+from qtarget_megatron.kernels.backend import Backend
+from qtarget_megatron.loss.per_token import merge
+from qtarget_megatron.loss.sparse_teacher import KeptEntries, SparseTeacher, check_residuals
 from qtarget_megatron.objectives import Objective
-from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, merge
+from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, VocabularyShard
 
 
 class SecondModel(Protocol):
-    """kernel: a backend's module. shard: of per_token.vocabulary_shard. All of the same N rows."""
+    """The second model of N rows of logits, sharded over the vocabulary as they are."""
 
     def partial_statistics(
         self,
-        kernel: ModuleType,
+        kernel: Backend,
         logits: Tensor,
         labels: Tensor,
         *,
         request: StatisticsRequest,
-        shard: Mapping[str, int],
+        shard: VocabularyShard,
         scratch: bool = False,
     ) -> Tensor:
-        """What travels, [N, width(request)]. scratch: the logits may be overwritten, see overwrites_logits."""
+        """What travels, [N, width(request)].
+
+        scratch: the logits may be overwritten, see overwrites_logits.
+        """
 
     def width(self, request: StatisticsRequest) -> int:
         """Numbers per token and rank that travel."""
 
     def merge(
         self,
-        kernel: ModuleType,
+        kernel: Backend,
         partials: Tensor,
         labels: Tensor,
         supervised: Tensor,
@@ -51,18 +54,18 @@ class SecondModel(Protocol):
 
     def logit_gradient(
         self,
-        kernel: ModuleType,
+        kernel: Backend,
         logits: Tensor,
         labels: Tensor,
         *,
         residuals: Residuals,
         shift: Tensor | None,
-        shard: Mapping[str, int],
+        shard: VocabularyShard,
         maxima: Tensor,
         scales: Tensor,
         out: Tensor,
     ) -> None:
-        """As the kernels' logit_gradient."""
+        """As Backend.logit_gradient. shift: from merge."""
 
     @property
     def overwrites_logits(self) -> bool:
@@ -77,60 +80,48 @@ class TeacherLogits:
 
     overwrites_logits = False
 
-    def partial_statistics(self, kernel, logits, labels, *, request, shard, scratch=False):
-        return kernel.partial_statistics(logits, self.logits, labels, request=request, **shard)
+    def partial_statistics(
+        self,
+        kernel: Backend,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        request: StatisticsRequest,
+        shard: VocabularyShard,
+        scratch: bool = False,
+    ) -> Tensor:
+        return kernel.partial_statistics(logits, self.logits, labels, request=request, shard=shard)
 
-    def width(self, request):
+    def width(self, request: StatisticsRequest) -> int:
         return request.width
 
-    def merge(self, kernel, partials, labels, supervised, *, request, vocab_size):
+    def merge(
+        self,
+        kernel: Backend,
+        partials: Tensor,
+        labels: Tensor,
+        supervised: Tensor,
+        *,
+        request: StatisticsRequest,
+        vocab_size: int,
+    ) -> tuple[TokenStatistics, None]:
         return merge(kernel, partials, supervised, request), None
 
-    def logit_gradient(self, kernel, logits, labels, *, residuals, shift, shard, maxima, scales, out):
+    def logit_gradient(
+        self,
+        kernel: Backend,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        residuals: Residuals,
+        shift: Tensor | None,
+        shard: VocabularyShard,
+        maxima: Tensor,
+        scales: Tensor,
+        out: Tensor,
+    ) -> None:
         kernel.logit_gradient(
-            logits, self.logits, labels, residuals=residuals, **shard, maxima=maxima, scales=scales, out=out
-        )
-
-
-@dataclass(frozen=True)
-class KeptEntries:
-    """teacher: its largest probabilities, [N, K]; see sparse_teacher."""
-
-    teacher: SparseTeacher
-
-    def rows(self, rows: slice) -> KeptEntries:
-        """The entries of some of the rows."""
-        return KeptEntries(self.teacher.rows(rows))
-
-    @property
-    def overwrites_logits(self) -> bool:
-        return self.teacher.rule == "student"
-
-    def partial_statistics(self, kernel, logits, labels, *, request, shard, scratch=False):
-        return sparse_teacher.partial_statistics(
-            kernel, logits, self.teacher, labels, request=request, shard=shard, scratch=scratch
-        )
-
-    def width(self, request):
-        return 2 * request.width
-
-    def merge(self, kernel, partials, labels, supervised, *, request, vocab_size):
-        return sparse_teacher.merge_parts(
-            kernel, partials, labels, supervised, self.teacher, request=request, vocab_size=vocab_size
-        )
-
-    def logit_gradient(self, kernel, logits, labels, *, residuals, shift, shard, maxima, scales, out):
-        sparse_teacher.logit_gradient(
-            kernel,
-            logits,
-            self.teacher,
-            labels,
-            residuals=residuals,
-            shift=shift,
-            shard=shard,
-            maxima=maxima,
-            scales=scales,
-            out=out,
+            logits, self.logits, labels, residuals=residuals, shard=shard, maxima=maxima, scales=scales, out=out
         )
 
 
@@ -147,10 +138,11 @@ def check(objective: Objective, labels: Tensor, dense: Mapping[str, Tensor | Non
         raise ValueError(f"objective {objective} needs a second model: pass {' and '.join(dense)}, or sparse_teacher")
     if kept is not None:
         kept.check_fits(labels)
-        sparse_teacher.check_residuals(objective.residuals, kept.rule)
+        check_residuals(objective.residuals, kept.rule)
         return
     for name, value in dense.items():
-        kernels.check_dtype(name, value.dtype)
+        if value is not None:
+            kernels.check_dtype(name, value.dtype)
 
 
 def check_logits(teacher_logits: Tensor | None, logits: Tensor) -> None:
@@ -176,6 +168,7 @@ def of_rows(objective: Objective, teacher_logits: Tensor | None, kept: SparseTea
         return NO_SECOND_MODEL
     if kept is not None:
         return KeptEntries(kept.rows(slice(None)))
+    assert teacher_logits is not None  # see check()
     return TeacherLogits(unit_stride(teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])))
 
 

@@ -19,21 +19,21 @@ in total variation. So the token's loss is off by at most c T (max z - min z), a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from qtarget_megatron.kernels import DTYPES, reference
+from qtarget_megatron.kernels.backend import Backend
+from qtarget_megatron.loss.per_token import merge
 from qtarget_megatron.statistics import (
     ResidualColumns,
     Residuals,
     StatisticsRequest,
     TokenStatistics,
+    VocabularyShard,
     kernel_coefficients,
-    merge,
 )
 
 TAIL_RULES = ("uniform", "student", "drop")
@@ -99,132 +99,144 @@ def check_residuals(residuals: Residuals, rule: str) -> None:
         raise ValueError("a sparse teacher with the tail rule 'student' serves no uniform residual: use 'uniform'")
 
 
-def partial_statistics(
-    kernel: ModuleType,
-    logits: Tensor,
-    teacher: SparseTeacher,
-    labels: Tensor,
-    *,
-    request: StatisticsRequest,
-    shard: Mapping[str, int],
-    scratch: bool = False,
-) -> Tensor:
-    """``[N, 2 * request.width]`` of these N rows: the tail's part, then the kept entries'.
+@dataclass(frozen=True)
+class KeptEntries:
+    """The SecondModel of a sparse teacher.
 
-    kernel: a backend's module. shard: of per_token.vocabulary_shard. scratch: the logits may be overwritten.
+    teacher: of N rows, ``[N, K]``. What travels are two parts, each as of a shard: the tail's, and the kept entries'.
     """
-    kept = _Kept.of(logits, teacher, shard)
-    dense_request = dataclasses.replace(request, residuals=_dense_residuals(request.residuals, teacher.rule))
-    columns = request.columns
-    masked = teacher.rule == "student"
-    if not masked:
-        dense = kernel.partial_statistics(logits, None, labels, request=dense_request, **shard)
-    else:
-        parts, step = [], max(len(labels), 1) if scratch else _COPIED_ROWS
-        for start in range(0, max(len(labels), 1), step):
-            rows = slice(start, start + step)
-            piece = logits[rows] if scratch else logits[rows].clone()
-            kept.write(torch.full_like(kept.logits[rows], -torch.inf), piece, rows)
-            parts.append(kernel.partial_statistics(piece, None, labels[rows], request=dense_request, **shard))
-        dense = torch.cat(parts)
-        dense[:, columns.label_logit] = kept.label_logit(dense[:, columns.label_logit], labels)
 
-    top = _kept_statistics(kept, labels, request, shard["ignore_index"], whole_base=masked)
-    coefficients = kernel_coefficients(request.residuals, dense.dtype)
-    for index, residual in _reading_teacher(request):
+    teacher: SparseTeacher
+
+    def rows(self, rows: slice) -> KeptEntries:
+        """The entries of some of the rows."""
+        return KeptEntries(self.teacher.rows(rows))
+
+    @property
+    def overwrites_logits(self) -> bool:
+        return self.teacher.rule == "student"
+
+    def width(self, request: StatisticsRequest) -> int:
+        return 2 * request.width
+
+    def partial_statistics(
+        self,
+        kernel: Backend,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        request: StatisticsRequest,
+        shard: VocabularyShard,
+        scratch: bool = False,
+    ) -> Tensor:
+        rule, columns = self.teacher.rule, request.columns
+        kept = _Kept.of(logits, self.teacher, shard)
+        dense_request = dataclasses.replace(request, residuals=_dense_residuals(request.residuals, rule))
+        masked = rule == "student"
+        if not masked:
+            dense = kernel.partial_statistics(logits, None, labels, request=dense_request, shard=shard)
+        else:
+            parts, step = [], max(len(labels), 1) if scratch else _COPIED_ROWS
+            for start in range(0, max(len(labels), 1), step):
+                rows = slice(start, start + step)
+                piece = logits[rows] if scratch else logits[rows].clone()
+                kept.write(torch.full_like(kept.logits[rows], -torch.inf), piece, rows)
+                parts.append(kernel.partial_statistics(piece, None, labels[rows], request=dense_request, shard=shard))
+            dense = torch.cat(parts)
+            dense[:, columns.label_logit] = kept.label_logit(dense[:, columns.label_logit], labels)
+
+        top = _kept_statistics(kept, labels, request, shard.ignore_index, whole_base=masked)
+        coefficients = kernel_coefficients(request.residuals, dense.dtype)
+        for index, residual in _reading_teacher(request):
+            if rule == "drop":
+                dense[:, residual.max] = -torch.inf
+                dense[:, residual.rest] = 0
+            elif rule == "uniform":
+                _take_out(dense, request, index, coefficients[index][0], kept)
+        return torch.cat([dense, top.to(dense.dtype)], dim=-1)
+
+    def merge(
+        self,
+        kernel: Backend,
+        partials: Tensor,
+        labels: Tensor,
+        supervised: Tensor,
+        *,
+        request: StatisticsRequest,
+        vocab_size: int,
+    ) -> tuple[TokenStatistics, Tensor]:
+        """The shift is what the exponent of each residual has besides a' z outside of the kept entries; 0 for one that
+        reads no teacher."""
+        teacher, columns = self.teacher, request.columns
+        both = partials.double()
+        dense, top = both[..., : request.width].clone(), both[..., request.width :]
+        shift = torch.zeros(len(request.residuals), *supervised.shape, dtype=torch.float64, device=partials.device)
+        tail = _log_tail(dense, teacher, request, vocab_size)
+        in_tail = ~(teacher.ids == labels[:, None]).any(-1)
+        coefficients = kernel_coefficients(request.residuals, partials.dtype)
+        of_tail = kernel_coefficients(_dense_residuals(request.residuals, teacher.rule), partials.dtype)
+        z_max, of_label = dense[..., columns.max].amax(0), tail
         if teacher.rule == "drop":
-            dense[:, residual.max] = -torch.inf
-            dense[:, residual.rest] = 0
-        elif teacher.rule == "uniform":
-            _take_out(dense, request, index, coefficients[index][0], kept)
-    return torch.cat([dense, top.to(dense.dtype)], dim=-1)
+            of_label = torch.full_like(tail, -torch.inf)
+        elif teacher.rule == "student":
+            of_label = tail + dense[..., columns.label_logit].sum(0)
+        for index, residual in _reading_teacher(request):
+            a, b = coefficients[index]
+            constant = b * tail
+            if teacher.rule == "student":
+                # Rounded, a and b do not add up to the coefficient that the tail was given.
+                constant = constant + (a + b - of_tail[index][0]) * z_max.masked_fill(~z_max.isfinite(), 0)
+            shift[index] = constant.masked_fill(~supervised, 0)
+            _add_constant(dense, residual, shift[index], partials.dtype)
+            if residual.label_logit is not None:
+                # The first of the shards, which are added up, has the logit of a label outside of the kept entries.
+                dense[0, :, residual.label_logit] = of_label.masked_fill(~in_tail, 0)
+        parts = torch.stack([dense, top], dim=1).flatten(0, 1)
+        return merge(kernel, parts, supervised, request, coefficients), shift
 
-
-def merge_parts(
-    kernel: ModuleType,
-    partials: Tensor,
-    labels: Tensor,
-    supervised: Tensor,
-    teacher: SparseTeacher,
-    *,
-    request: StatisticsRequest,
-    vocab_size: int,
-) -> tuple[TokenStatistics, Tensor]:
-    """Merge the gathered partials of all ranks: statistics, and the tail's constant ``[R, N]``.
-
-    The constant is what the exponent of each residual has besides a' z outside of the kept entries; 0 for a residual
-    that reads no teacher.
-    """
-    dense, top = partials.double().split(request.width, dim=-1)
-    dense, columns = dense.clone(), request.columns
-    shift = torch.zeros(len(request.residuals), *supervised.shape, dtype=torch.float64, device=partials.device)
-    tail = _log_tail(dense, teacher, request, vocab_size)
-    in_tail = ~(teacher.ids == labels[:, None]).any(-1)
-    coefficients = kernel_coefficients(request.residuals, partials.dtype)
-    of_tail = kernel_coefficients(_dense_residuals(request.residuals, teacher.rule), partials.dtype)
-    z_max, of_label = dense[..., columns.max].amax(0), tail
-    if teacher.rule == "drop":
-        of_label = torch.full_like(tail, -torch.inf)
-    elif teacher.rule == "student":
-        of_label = tail + dense[..., columns.label_logit].sum(0)
-    for index, residual in _reading_teacher(request):
-        a, b = coefficients[index]
-        constant = b * tail
-        if teacher.rule == "student":
-            # Rounded, a and b do not add up to the coefficient that the tail was given.
-            constant = constant + (a + b - of_tail[index][0]) * z_max.masked_fill(~z_max.isfinite(), 0)
-        shift[index] = constant.masked_fill(~supervised, 0)
-        _add_constant(dense, residual, shift[index], partials.dtype)
-        if residual.label_logit is not None:
-            # The first of the shards, which are added up, has the logit of a label outside of the kept entries.
-            dense[0, :, residual.label_logit] = of_label.masked_fill(~in_tail, 0)
-    parts = torch.stack([dense, top], dim=1).flatten(0, 1)
-    return merge(kernel, parts, supervised, request, coefficients), shift
-
-
-def logit_gradient(
-    kernel: ModuleType,
-    logits: Tensor,
-    teacher: SparseTeacher,
-    labels: Tensor,
-    *,
-    residuals: Residuals,
-    shift: Tensor,
-    shard: Mapping[str, int],
-    maxima: Tensor,
-    scales: Tensor,
-    out: Tensor,
-) -> None:
-    """As the kernels' logit_gradient. shift: the constant from merge_parts."""
-    kept = _Kept.of(logits, teacher, shard)
-    dense_maxima, dense_scales = maxima.clone(), scales.clone()
-    centre = maxima[1:].double() - shift
-    dense_maxima[1:] = centre
-    dense_scales[2:] = _moved(scales[2:], dense_maxima[1:].double() - centre)
-    if teacher.rule == "drop":
-        for index, (_, b) in enumerate(residuals):
-            if b != 0:
-                dense_scales[2 + index] = 0
-    kernel.logit_gradient(
-        logits,
-        None,
-        labels,
-        residuals=_dense_residuals(residuals, teacher.rule),
-        **shard,
-        maxima=dense_maxima,
-        scales=dense_scales,
-        out=out,
-    )
-    # The kept entries: written over whatever the tail's exponent gave there.
-    gradient = (kept.logits - maxima[0, :, None]).exp() * scales[0, :, None]
-    coefficients = kernel_coefficients(residuals, kept.logits.dtype)
-    for (a, b), maximum, mass in zip(coefficients, maxima[1:], scales[2:], strict=True):
-        u = reference.residual_logits(kept.logits, kept.log_p, a, b)
-        weight = (u - maximum[:, None]).to(gradient.dtype).exp()
-        gradient -= (weight * mass[:, None]).masked_fill(mass[:, None] == 0, 0)
-    gradient -= scales[1, :, None].masked_fill(kept.ids != labels[:, None], 0)
-    active = (labels != shard["ignore_index"]) & (scales != 0).any(0)
-    kept.write(gradient.masked_fill(~active[:, None], 0), out)
+    def logit_gradient(
+        self,
+        kernel: Backend,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        residuals: Residuals,
+        shift: Tensor | None,
+        shard: VocabularyShard,
+        maxima: Tensor,
+        scales: Tensor,
+        out: Tensor,
+    ) -> None:
+        assert shift is not None  # merge returned it
+        kept = _Kept.of(logits, self.teacher, shard)
+        dense_maxima, dense_scales = maxima.clone(), scales.clone()
+        centre = maxima[1:].double() - shift
+        dense_maxima[1:] = centre
+        dense_scales[2:] = _moved(scales[2:], dense_maxima[1:].double() - centre)
+        if self.teacher.rule == "drop":
+            for index, (_, b) in enumerate(residuals):
+                if b != 0:
+                    dense_scales[2 + index] = 0
+        kernel.logit_gradient(
+            logits,
+            None,
+            labels,
+            residuals=_dense_residuals(residuals, self.teacher.rule),
+            shard=shard,
+            maxima=dense_maxima,
+            scales=dense_scales,
+            out=out,
+        )
+        # The kept entries: written over whatever the tail's exponent gave there.
+        gradient = (kept.logits - maxima[0, :, None]).exp() * scales[0, :, None]
+        coefficients = kernel_coefficients(residuals, kept.logits.dtype)
+        for (a, b), maximum, mass in zip(coefficients, maxima[1:], scales[2:], strict=True):
+            u = reference.residual_logits(kept.logits, kept.log_p, a, b)
+            weight = (u - maximum[:, None]).to(gradient.dtype).exp()
+            gradient -= (weight * mass[:, None]).masked_fill(mass[:, None] == 0, 0)
+        gradient -= scales[1, :, None].masked_fill(kept.ids != labels[:, None], 0)
+        active = (labels != shard.ignore_index) & (scales != 0).any(0)
+        kept.write(gradient.masked_fill(~active[:, None], 0), out)
 
 
 @dataclass(frozen=True)
@@ -244,9 +256,9 @@ class _Kept:
     log_p: Tensor
 
     @classmethod
-    def of(cls, logits: Tensor, teacher: SparseTeacher, shard: Mapping[str, int]) -> _Kept:
-        local = teacher.ids - shard["vocab_start"]
-        here = (teacher.ids >= 0) & (local >= 0) & (local < shard["valid_columns"])
+    def of(cls, logits: Tensor, teacher: SparseTeacher, shard: VocabularyShard) -> _Kept:
+        local = teacher.ids - shard.start
+        here = (teacher.ids >= 0) & (local >= 0) & (local < shard.valid_columns)
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
         if here.shape[1] == 0:
             first = here.new_zeros(len(here), 0, dtype=torch.int64)
@@ -280,8 +292,11 @@ class _Kept:
 
 def _dense_residuals(residuals: Residuals, rule: str) -> Residuals:
     """The exponents outside of the kept entries, up to a constant."""
-    dense = {"uniform": lambda a, b: (a, 0.0), "student": lambda a, b: (a + b, 0.0), "drop": lambda a, b: (0.0, 0.0)}
-    return tuple((a, b) if b == 0 else dense[rule](a, b) for a, b in residuals)
+
+    def dense(a: float, b: float) -> tuple[float, float]:
+        return {"uniform": (a, 0.0), "student": (a + b, 0.0), "drop": (0.0, 0.0)}[rule]
+
+    return tuple((a, b) if b == 0 else dense(a, b) for a, b in residuals)
 
 
 def _reading_teacher(request: StatisticsRequest) -> list[tuple[int, ResidualColumns]]:
@@ -322,9 +337,7 @@ def _kept_statistics(
         kept.log_p,
         position,
         request=request,
-        vocab_start=0,
-        valid_columns=slots,
-        ignore_index=-1,
+        shard=VocabularyShard(0, slots, ignore_index=-1),
     )
     columns = request.columns
     top[:, columns.label_logit] = 0  # the other part has the label's logit

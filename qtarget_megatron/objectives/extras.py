@@ -7,7 +7,8 @@ import math
 import torch
 
 from qtarget_megatron.objectives.published import deformed_log, kept_or_all, label_and_rest
-from qtarget_megatron.objectives.registry import Objective, in_range, refuse, register
+from qtarget_megatron.objectives.registry import LossAndMasses, Objective, TokenInputs, in_range, refuse, register
+from qtarget_megatron.statistics import TokenStatistics
 
 
 @register("deft")
@@ -17,7 +18,8 @@ def deft() -> Objective:
     loss = (1 - p(y)^a) / a, a = sg(sum_k p_k^2);  c_y = p(y)^a.  Source: arXiv 2602.11424.
     """
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
+        assert stats.collision is not None  # requested
         # A token that is not supervised has collision 0, for which the loss has no value.
         return deformed_log(stats, torch.where(stats.supervised, stats.collision, torch.ones_like(stats.p)))
 
@@ -33,7 +35,7 @@ def focal(gamma: float = 2.0) -> Objective:
     """
     gamma = in_range("gamma", gamma, 0, math.inf)
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         rest = -torch.expm1(stats.log_p)
         # log(p) / (1 - p) tends to -1 as p tends to 1, and p log(p) to 0 as p tends to 0.
         slope = torch.where(rest == 0, torch.ones_like(rest), stats.weighted_nll(stats.p) / rest)
@@ -52,7 +54,7 @@ def talr(tau: float = 1.0) -> Objective:
     """
     tau = in_range("tau", tau, 0, math.inf, open_low=True)
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, (stats.log_p / tau).exp(), ()
 
     return Objective(evaluate)
@@ -66,7 +68,7 @@ def poly1(epsilon: float = 1.0) -> Objective:
     """
     epsilon = in_range("epsilon", epsilon, -1, math.inf)
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         loss = stats.weighted_nll(torch.ones_like(stats.p)) - epsilon * torch.expm1(stats.log_p)
         return loss, 1 + epsilon * stats.p, ()
 
@@ -85,9 +87,10 @@ def gift(beta: float) -> Objective:
     # log(exp(beta) - 1), so written that a large beta does not overflow.
     log_tilt = beta + math.log(-math.expm1(-beta)) if beta else -math.inf
 
-    def evaluate(stats, inputs):
-        log_c = stats.residuals[0].log_p + log_tilt
-        return None, *label_and_rest(torch.nn.functional.logsigmoid(log_c))
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
+        base_log_p = stats.residuals[0].log_p
+        assert base_log_p is not None  # requested
+        return None, *label_and_rest(torch.nn.functional.logsigmoid(base_log_p + log_tilt))
 
     return Objective(evaluate, residuals=((0.0, 1.0),), residual_label=True)
 
@@ -104,7 +107,7 @@ def entropy_mask(threshold: float, keep: str = "high", denominator: str = "all")
     if keep not in ("high", "low"):
         raise ValueError(f"keep must be 'high' or 'low', got {keep!r}")
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         high = stats.entropy >= threshold
         return None, (high if keep == "high" else ~high).to(stats.p.dtype), ()
 

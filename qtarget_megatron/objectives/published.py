@@ -7,11 +7,12 @@ the model's probability of the label, p_k that of token k, KL and CE are over th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from qtarget_megatron.objectives.registry import Objective, in_range, register
+from qtarget_megatron.objectives.registry import LossAndMasses, Objective, TokenInputs, in_range, register
 from qtarget_megatron.statistics import TokenStatistics
 
 _TEACHER = (0.0, 1.0)  # r = softmax(t): teacher, reference or base model
@@ -26,7 +27,7 @@ def sft() -> Objective:
     loss = -log p(y);  c_y = 1.  All trust in the observed token.
     """
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, 1.0, ()
 
     return Objective(evaluate)
@@ -40,7 +41,7 @@ def dft() -> Objective:
     p(y) = 1/e.  Source: arXiv 2508.05629.
     """
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, stats.p, ()
 
     return Objective(evaluate)
@@ -58,7 +59,7 @@ def beyond_log(alpha: float) -> Objective:
     if alpha == 0:
         return sft()
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return deformed_log(stats, torch.full_like(stats.p, alpha))
 
     return Objective(evaluate)
@@ -74,7 +75,7 @@ def profit(tau: float = 0.1, denominator: str = "all") -> Objective:
     """
     tau = in_range("tau", tau, 0, 1)
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, (stats.p >= tau).to(stats.p.dtype), ()
 
     return Objective(evaluate, denominator=kept_or_all(denominator))
@@ -94,7 +95,7 @@ def eaft(k: int = 20, normalizer: float | None = None, exponent: float = 1.0) ->
     normalizer = math.log(k) if normalizer is None else in_range("normalizer", normalizer, 0, math.inf, open_low=True)
     exponent = in_range("exponent", exponent, 0, math.inf)
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, (stats.top_k_entropy() / normalizer) ** exponent, ()
 
     return Objective(evaluate, top_k=k)
@@ -112,7 +113,7 @@ def iw_sft() -> Objective:
     every weight is 1, which is sft.
     """
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, inputs["weight"], ()
 
     return Objective(
@@ -133,7 +134,7 @@ def cft(denominator: str = "all") -> Objective:
     if denominator not in ("all", "critical"):
         raise ValueError(f"denominator must be 'all' or 'critical', got {denominator!r}")
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, inputs["critical"], ()
 
     counted = "critical" if denominator == "critical" else None
@@ -151,7 +152,7 @@ def label_smoothing(lam: float = 0.1) -> Objective:
     if lam == 0:
         return sft()
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, 1 - lam, (lam,)
 
     return Objective(evaluate, residuals=(_UNIFORM,))
@@ -196,7 +197,7 @@ def psft(epsilon_low: float = 0.2, epsilon_high: float = 0.28) -> Objective:
     epsilon_low = in_range("epsilon_low", epsilon_low, 0, 1)
     epsilon_high = in_range("epsilon_high", epsilon_high, 0, math.inf)
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         log_ratio = stats.log_p - inputs["old_log_prob"]
         ratio = log_ratio.clamp(-_SATURATED, _SATURATED).exp()
         loss = -torch.minimum(ratio, ratio.clamp(1 - epsilon_low, 1 + epsilon_high))
@@ -231,7 +232,7 @@ def gem(beta: float = 0.7, h: str = "linear") -> Objective:
         )
         raise ValueError(f"gem(h={h!r}) is not available: {reason}")
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, 1.0, (-1.0,)
 
     return Objective(evaluate, residuals=((1 / beta, 0.0),))
@@ -249,8 +250,9 @@ def kd(temperature: float = 1.0) -> Objective:
     if temperature == 1:
         return _with_divergence(1.0, torch.zeros_like)
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         student, teacher = stats.residuals
+        assert teacher.entropy is not None  # requested
         cross_entropy = student.lse - teacher.mean_logit / temperature
         loss = temperature**2 * (cross_entropy - teacher.entropy)
         return loss, torch.zeros_like(stats.p), (-temperature, temperature)
@@ -279,7 +281,7 @@ def target_sft(eta: float = 0.5) -> Objective:
     """
     eta = in_range("eta", eta, 0, 1)
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, *label_and_rest(stats.log_p)
 
     return Objective(evaluate, residuals=((1 - eta, eta),))
@@ -292,7 +294,7 @@ def kept_or_all(denominator: str) -> str | None:
     return "label_mass" if denominator == "kept" else None
 
 
-def deformed_log(stats: TokenStatistics, alpha: Tensor) -> tuple[Tensor, Tensor, tuple]:
+def deformed_log(stats: TokenStatistics, alpha: Tensor) -> LossAndMasses:
     """loss = (1 - p(y)^alpha) / alpha with alpha [N] detached, none of it 0;  c_y = p(y)^alpha."""
     return -torch.expm1(alpha * stats.log_p) / alpha, (alpha * stats.log_p).exp(), ()
 
@@ -302,10 +304,10 @@ def label_and_rest(log_trust: Tensor) -> tuple[Tensor, tuple[Tensor]]:
     return log_trust.exp(), (-torch.expm1(log_trust),)
 
 
-def _with_divergence(lam: float, label_mass) -> Objective:
+def _with_divergence(lam: float, label_mass: Callable[[Tensor], Tensor]) -> Objective:
     """loss = -sg(c) log p(y) + lam KL(r || p), c = label_mass(p(y)), r = softmax(t);  c_y = c, c_r = lam."""
 
-    def evaluate(stats, inputs):
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         mass = label_mass(stats.p)
         return stats.weighted_nll(mass) + lam * stats.kl_divergence(), mass, (lam,)
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics
 
-Evaluate = Callable[
-    [TokenStatistics, Mapping[str, Tensor]], tuple[Tensor | None, Tensor | float, Sequence[Tensor | float]]
-]
+TokenInputs = Mapping[str, Tensor]
+# Loss, label mass, residual masses.
+LossAndMasses = tuple[Tensor | None, Tensor | float, Sequence[Tensor | float]]
+Evaluate = Callable[[TokenStatistics, TokenInputs], LossAndMasses]
 
 _LABEL_MASS = "label_mass"
 # What a token input may hold, besides being finite. The slack above 0 is the rounding of whoever computed the value.
@@ -118,16 +119,12 @@ def register(
             raise ValueError(f"an objective named {key!r} is registered already: choose another name")
         signature = inspect.signature(factory)
 
-        def build(*args, **kwargs) -> Objective:
+        @functools.wraps(factory)
+        def build(*args: Any, **kwargs: Any) -> Objective:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             return replace(factory(*args, **kwargs), name=key, parameters=tuple(bound.arguments.items()))
 
-        build.__name__, build.__doc__, build.__signature__ = (
-            factory.__name__,
-            factory.__doc__,
-            signature,
-        )
         _REGISTRY[key], _EXAMPLES[key] = build, dict(example or {})
         return build
 
@@ -150,7 +147,7 @@ def example(name: str) -> Objective | None:
     key = _key(name)
     if key not in _REGISTRY:
         return None
-    parameters, known = _EXAMPLES[key], _REGISTRY[key].__signature__.parameters.values()
+    parameters, known = _EXAMPLES[key], inspect.signature(_REGISTRY[key]).parameters.values()
     complete = all(p.default is not inspect.Parameter.empty or p.name in parameters for p in known)
     return _REGISTRY[key](**parameters) if complete else None
 
@@ -162,7 +159,7 @@ def describe() -> str:
         factory = _REGISTRY[name]
         parameters = " ".join(
             f"{key}={'...' if parameter.default is inspect.Parameter.empty else parameter.default}"
-            for key, parameter in factory.__signature__.parameters.items()
+            for key, parameter in inspect.signature(factory).parameters.items()
         )
         texts.append(f"{name} {parameters}\n" + textwrap.indent(inspect.cleandoc(factory.__doc__ or ""), "    "))
     return "\n\n".join(texts)
@@ -178,7 +175,7 @@ def get(name: str, **parameters: Any) -> Objective:
         raise ValueError(f"objective {_key(name)!r} is not available: {_REFUSED[_key(name)]}")
     if factory is None:
         raise ValueError(f"unknown objective {name!r}: expected one of {', '.join(names())}")
-    accepted = factory.__signature__.parameters
+    accepted = inspect.signature(factory).parameters
     for key in parameters:
         if key not in accepted:
             known = ", ".join(str(p) for p in accepted.values()) or "none"
@@ -189,14 +186,14 @@ def get(name: str, **parameters: Any) -> Objective:
     return factory(**parameters)
 
 
-def register_from_file(path: str | os.PathLike) -> None:
+def register_from_file(path: str | os.PathLike[str]) -> None:
     """Run a Python file that registers objectives. The file is the user's own program, not data: it is executed.
 
     Raises ValueError for a file that is missing, fails, or registers nothing.
     """
     known = set(_REGISTRY)
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or not Path(path).is_file():
+    if spec is None or spec.loader is None or not Path(path).is_file():
         raise ValueError(f"{path}: expected a Python file that registers objectives (NAME.py), found none")
     try:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
@@ -206,7 +203,7 @@ def register_from_file(path: str | os.PathLike) -> None:
         raise ValueError(f"{path} registers no objective: decorate a function with @objectives.register(NAME)")
 
 
-def failure(error: BaseException, path: str | os.PathLike) -> str:
+def failure(error: BaseException, path: str | os.PathLike[str]) -> str:
     """One line about an error that a user's Python file raised: "FILE:LINE: what", and the place in another file where
     it arose, if it did."""
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]

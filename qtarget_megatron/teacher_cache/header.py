@@ -82,8 +82,7 @@ class CacheHeader:
         known = {name: getattr(self, name) for name in _MADE_FROM}
         if self.date is None:  # as in caches that are older than this field
             del known["date"]
-        known = json.dumps(known, sort_keys=True)
-        return hashlib.sha256(known.encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
 
     @property
     def entry_dtypes(self) -> dict[str, np.dtype]:
@@ -94,7 +93,7 @@ class CacheHeader:
     @property
     def token_dtypes(self) -> dict[str, np.dtype]:
         """Names and dtypes of the tensors that hold something for each token."""
-        dtypes = {"tail": np.dtype("<f4"), "context": np.dtype("<u4")}
+        dtypes: dict[str, np.dtype] = {"tail": np.dtype("<f4"), "context": np.dtype("<u4")}
         if self.dtype == "float16":
             dtypes["top_log_p"] = np.dtype("<f4")
         if self.top_p is not None:
@@ -144,7 +143,8 @@ def last_context_digest(input_ids: np.ndarray, supervised: np.ndarray) -> int:
 
 
 def _words(input_ids: np.ndarray, supervised: np.ndarray) -> np.ndarray:
-    return (np.asarray(input_ids, dtype=np.int64) * 2 + supervised).astype("<u4")
+    words: np.ndarray = np.asarray(input_ids, dtype=np.int64) * 2 + supervised
+    return words.astype("<u4")
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

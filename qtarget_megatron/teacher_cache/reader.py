@@ -28,7 +28,7 @@ class TeacherCache:
     where they are not. Can be pickled: each process maps the files by itself.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
         index = read_index(self.directory)
         self.header, self._parts = index.header, index.parts
@@ -152,7 +152,7 @@ class TeacherCache:
         contents, row = self._locate(index)
         arrays = contents.sample(row, self.header)
         n = len(arrays["tail"])
-        if input_ids is not None:
+        if input_ids is not None and supervised is not None:
             self._check_context(index, arrays["context"], input_ids, supervised)
             n = int(np.count_nonzero(supervised))
         cut = {name: array[:n] for name, array in arrays.items()}

@@ -16,7 +16,7 @@ from small_tokenizers import CHATML, byte_tokenizer, chat
 from torch.utils.data import DataLoader, default_collate
 
 from qtarget_megatron import objectives
-from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples
+from qtarget_megatron.data import Batch, JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples
 from qtarget_megatron.data.side_inputs import batch_key, importance_weight
 from qtarget_megatron.teacher_cache import CacheHeader, CacheWriter, SampleEntries, TeacherCache, context_digests
 
@@ -227,6 +227,14 @@ def test_a_side_input_may_be_named_as_a_part_of_the_batch_is(tmp_path):
         assert (values == 100.0 + number).all() and len(values) == supervised, name
         if name != "teacher_ms":
             assert np.array_equal(mixed[name], own[name]), name
+    batch = Batch.of({key: torch.from_numpy(np.asarray(value)) for key, value in mixed.items()})
+    for name in names:
+        assert np.array_equal(batch.inputs[name], mixed[batch_key(name)]), name
+    found = {name: getattr(batch, name) for name in ("tokens", "labels", "position_ids", "padding", "sample")}
+    found |= {f"teacher_{name}": getattr(batch.teacher, name) for name in ("ids", "log_p", "tail")}
+    assert found.keys() == set(names) - {"teacher_ms"}
+    for name, value in found.items():
+        assert np.array_equal(value, own[name]), name
 
 
 # ---- importance weight
@@ -282,8 +290,9 @@ def slices(path):
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
     data = dataset(JsonlFile(path), byte_tokenizer(CHATML), 32, ("weight", "mine"))
-    found = on_this_rank(default_collate([data[0], data[1]]))
-    return {name: tensor.numpy() for name, tensor in found.items()}
+    found = on_this_rank(Batch.of(default_collate([data[0], data[1]])))
+    own = {name: getattr(found, name) for name in ("tokens", "labels", "position_ids", "padding")}
+    return {name: tensor.numpy() for name, tensor in {**own, **found.inputs}.items()}
 
 
 @pytest.mark.distributed
@@ -299,7 +308,8 @@ def test_context_parallel_ranks_cut_side_inputs_where_they_cut_labels(tmp_path):
     whole = {name: value.numpy() for name, value in default_collate([data[0], data[1]]).items()}
     parts = run_ranks(2, slices, (str(path),), timeout=120)
     assert sorted(np.concatenate([part["position_ids"][0] for part in parts])) == list(range(32))
-    for name in ("tokens", "labels", "padding", batch_key("weight"), batch_key("mine")):
+    whole |= {name: whole[batch_key(name)] for name in ("weight", "mine")}
+    for name in ("tokens", "labels", "padding", "weight", "mine"):
         assert [part[name].shape for part in parts] == [(2, 16), (2, 16)]
         for part in parts:
             assert part[name].dtype == whole[name].dtype

@@ -122,7 +122,7 @@ def test_what_is_in_the_packages(built):
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         text = archive.read(metadata).decode()
     assert {f"qtarget_megatron/{Path(native.extension().__file__).name}", "qtarget_megatron/commands/plan.py"} <= names
-    assert "qtarget_megatron/commands/targets_page.html" in names
+    assert {"qtarget_megatron/commands/targets_page.html", "qtarget_megatron/py.typed"} <= names
     assert {name.split("/")[0] for name in names} == {"qtarget_megatron", metadata.split("/")[0]}
     assert {name for name in names if name.endswith(".py")} == files(REPOSITORY, "qtarget_megatron", ".py")
     assert files(tree, "csrc") == files(REPOSITORY, "csrc")

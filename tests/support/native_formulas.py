@@ -11,7 +11,7 @@ import torch
 
 from qtarget_megatron import _C
 from qtarget_megatron.kernels import native
-from qtarget_megatron.statistics import StatisticsRequest
+from qtarget_megatron.statistics import StatisticsRequest, VocabularyShard
 
 INF, NAN = math.inf, math.nan
 IGNORE = -100
@@ -156,9 +156,7 @@ def statistics(z, t, labels, residuals, vocab_start=0, valid=None, **wanted):
         t,
         labels,
         request=request_of(residuals, **wanted),
-        vocab_start=vocab_start,
-        valid_columns=valid,
-        ignore_index=IGNORE,
+        shard=VocabularyShard(vocab_start, valid, IGNORE),
     )
 
 

@@ -30,7 +30,7 @@ from native_formulas import (
 )
 
 from qtarget_megatron.kernels import native
-from qtarget_megatron.statistics import kernel_coefficients
+from qtarget_megatron.statistics import VocabularyShard, kernel_coefficients
 
 pytestmark = pytest.mark.slow
 
@@ -148,9 +148,7 @@ def check(seed, memory):
         t,
         labels,
         residuals=residuals,
-        vocab_start=start,
-        valid_columns=valid,
-        ignore_index=IGNORE,
+        shard=VocabularyShard(start, valid, IGNORE),
         **as_rows(**scales),
         out=out,
     )

@@ -11,8 +11,9 @@ import pytest
 import torch
 from native_formulas import IGNORE, ISAS
 
-from qtarget_megatron import _C
-from qtarget_megatron.kernels import native
+from qtarget_megatron import _C, kernels
+from qtarget_megatron.kernels import native, reference
+from qtarget_megatron.statistics import StatisticsRequest, VocabularyShard
 
 MIXED = (0.5, 0.5)
 
@@ -38,7 +39,7 @@ def run_with(isa, *arguments):
 
 
 def call(**changes):
-    arguments = dict(residuals=(MIXED,), vocab_start=0, valid_columns=8, ignore_index=IGNORE)
+    arguments = dict(residuals=(MIXED,), shard=VocabularyShard(0, 8, IGNORE))
     arguments |= dict(logits=torch.zeros(2, 8), teacher_logits=torch.zeros(2, 8), labels=torch.zeros(2).long())
     arguments |= dict(maxima=torch.zeros(2, 2), scales=torch.ones(3, 2), out=torch.zeros(2, 8))
     native.logit_gradient(**(arguments | changes))
@@ -60,7 +61,7 @@ def call(**changes):
         (dict(labels=torch.zeros(2).int()), r"labels must be torch\.int64"),
         (dict(labels=torch.zeros(3).long()), r"shape \(2,\)"),
         (dict(labels=torch.zeros(4).long()[::2]), "labels must be contiguous"),
-        (dict(valid_columns=9), r"valid_columns must be in 0\.\.8"),
+        (dict(shard=VocabularyShard(0, 9)), r"valid_columns must be in 0\.\.8"),
         (dict(residuals=(MIXED,) * 3), "at most 2 residuals, got 3"),
         (dict(scales=torch.ones(3, 2).double()), r"scales must be torch\.float32"),
         (dict(maxima=torch.ones(2, 4)[:, ::2]), "maxima must be contiguous"),
@@ -74,6 +75,38 @@ def test_wrong_arguments_are_one_clear_line(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         call(**changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kernel", [native, reference])
+def test_a_teacher_that_is_read_must_be_there(kernel):
+    z, labels, shard = torch.zeros(2, 8), torch.zeros(2).long(), VocabularyShard(0, 8)
+    with pytest.raises(ValueError, match="teacher_logits: expected a tensor, got None"):
+        kernel.partial_statistics(z, None, labels, request=StatisticsRequest((MIXED,)), shard=shard)
+    rows = dict(maxima=torch.zeros(2, 2), scales=torch.ones(3, 2))
+    with pytest.raises(ValueError, match="teacher_logits: expected a tensor, got None"):
+        kernel.logit_gradient(z, None, labels, residuals=(MIXED,), shard=shard, **rows, out=torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "name"),
+    [
+        ("auto", torch.bfloat16, "cpp"),
+        ("cpp", torch.float32, "cpp"),
+        ("auto", torch.float64, "reference"),
+        ("reference", torch.float32, "reference"),
+    ],
+)
+def test_a_backend_is_called_what_it_is_asked_for_by(asked, dtype, name):
+    assert kernels.name(kernels.choose(asked, "cpu", dtype), "cpu") == name
+
+
+@pytest.mark.parametrize(
+    ("rank", "vocab_size", "shard"),
+    [(0, 10, (0, 4)), (2, 10, (8, 2)), (2, 12, (8, 4)), (3, 12, (12, 0)), (3, 10, (12, 0))],
+)
+def test_padding_is_behind_the_true_vocabulary(rank, vocab_size, shard):
+    """Four columns on each rank."""
+    assert VocabularyShard.of_rank(rank, 4, vocab_size, ignore_index=7) == (*shard, 7)
 
 
 def test_in_place_with_another_row_stride_is_refused():

@@ -33,6 +33,7 @@ from native_formulas import (
 
 from qtarget_megatron import _C
 from qtarget_megatron.kernels import native
+from qtarget_megatron.statistics import VocabularyShard
 
 # Relative: rounding of the result, and float32's part of it.
 RELATIVE = {dtype: torch.finfo(dtype).eps / 2 + 5e-7 for dtype in DTYPES}
@@ -51,8 +52,8 @@ def device(request):
 def gradient(z, t, labels, residuals, scales, out=None, vocab_start=0, valid=None):
     out = torch.full_like(z, 7.0) if out is None else out
     valid = z.shape[1] if valid is None else valid
-    shard = dict(vocab_start=vocab_start, valid_columns=valid, ignore_index=IGNORE)
-    native.logit_gradient(z, t, labels, residuals=residuals, **shard, **as_rows(**scales), out=out)
+    shard = VocabularyShard(vocab_start, valid, IGNORE)
+    native.logit_gradient(z, t, labels, residuals=residuals, shard=shard, **as_rows(**scales), out=out)
     return out
 
 

@@ -34,6 +34,7 @@ from native_formulas import (
 
 from qtarget_megatron import _C
 from qtarget_megatron.kernels import native, reference
+from qtarget_megatron.statistics import VocabularyShard
 
 ALL = dict(collision=True, top_k=20, residual_entropy=True, residual_label=True)
 PAIRS = ((MIXED, UNIFORM), (TEMPERED, TEACHER))
@@ -101,7 +102,7 @@ def test_every_layout_is_the_reference_s(device, dtype):
         request = request_of(
             residuals, collision=bool(collision), top_k=k, residual_entropy=bool(entropy), residual_label=bool(label)
         )
-        arguments = dict(request=request, vocab_start=0, valid_columns=490, ignore_index=IGNORE)
+        arguments = dict(request=request, shard=VocabularyShard(0, 490, IGNORE))
         ours, theirs = (module.partial_statistics(z, t, labels, **arguments) for module in (native, reference))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

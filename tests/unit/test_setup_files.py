@@ -138,6 +138,12 @@ def test_package_is_built_once_and_again_when_a_header_changes(checkout):
     assert builds(checkout) == 2
 
 
+def test_lint_is_style_and_types(checkout):
+    assert make(checkout, "lint").returncode == 0
+    calls = (checkout / "calls").read_text().splitlines()
+    assert calls[-3:] == ["-m ruff check .", "-m ruff format --check .", "-m mypy"]
+
+
 def test_failed_build_is_not_taken_for_a_finished_one(checkout):
     (checkout / "fail").touch()
     failed = make(checkout, "install")

@@ -9,7 +9,8 @@ import torch
 from native_formulas import DEVICES, IGNORE, INF, MIXED, NAN, TEACHER, TEMPERED, UNIFORM, device_of
 
 from qtarget_megatron.kernels import native, reference
-from qtarget_megatron.statistics import MAX_RESIDUALS, StatisticsRequest, merge
+from qtarget_megatron.loss.per_token import merge
+from qtarget_megatron.statistics import MAX_RESIDUALS, StatisticsRequest, VocabularyShard
 
 # More than the tokens that one CPU thread takes, and no multiple of a CUDA block's.
 TOKENS, COLUMNS = 700, 5
@@ -59,15 +60,21 @@ def partials_of(ranks, request, dtype):
             t[rank],
             labels,
             request=request,
-            vocab_start=rank * COLUMNS,
-            valid_columns=COLUMNS,
-            ignore_index=IGNORE,
+            shard=VocabularyShard(rank * COLUMNS, COLUMNS, IGNORE),
         )
         for rank in range(ranks)
     ]
     partials = torch.stack(parts)
     partials[-1, 12, 1] = NAN  # as the kernels show one: the maximum is finite
     return partials, labels != IGNORE
+
+
+def test_masses_are_asked_for_once_they_are_known():
+    request = StatisticsRequest()
+    stats = merge(reference, *partials_of(1, request, torch.float64), request)
+    assert stats.label_mass is None and stats.residual_mass is None and stats.trust is None
+    with pytest.raises(ValueError, match="once the objective is evaluated"):
+        _ = stats.total_mass
 
 
 @pytest.mark.parametrize("residuals", RESIDUALS, ids=str)

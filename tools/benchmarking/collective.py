@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qtarget_megatron import collectives, kernels, objectives, qtarget_cross_entropy
-from qtarget_megatron.statistics import merge
+from qtarget_megatron.loss.per_token import merge
 from tools.benchmarking import peers
 from tools.benchmarking.kernels import ETA
 

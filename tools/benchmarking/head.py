@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qtarget_megatron import objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
+from qtarget_megatron.statistics import IGNORE_INDEX
 from tools.benchmarking import figures, peers
 from tools.benchmarking.kernels import ETA, left_out
 from tools.benchmarking.measure import Subject, alternate, memory
 
-IGNORED = -100
 FUSED, MAIN_GRAD, FROZEN = "fused head", "fused head, main_grad", "fused head, frozen weight"
 WHOLE, TORCH, EAGER = "whole logits, in place", "whole logits, torch", "whole logits, eager"
 # Gradients of float32 and of bfloat16 products that are summed in another order, as a share of the largest entry.
@@ -150,7 +150,7 @@ def _torch(head: Head) -> Tensor:
 
 def _eager(head: Head) -> Tensor:
     loss = peers.eager_target_sft(head.hidden @ head.weight.t(), _teacher_logits(head), head.labels.clamp(min=0), ETA)
-    return loss.masked_fill(head.labels == IGNORED, 0)
+    return loss.masked_fill(head.labels == IGNORE_INDEX, 0)
 
 
 def _teacher_logits(head: Head) -> Tensor:
@@ -168,7 +168,7 @@ def draw(case: Case, share: float) -> Head:
         return torch.randn(rows, case.hidden, **draw_with).mul_(scale).to(dtype)
 
     labels = torch.randint(case.vocabulary, (case.tokens,), **draw_with)
-    labels[torch.randperm(case.tokens, **draw_with)[round(share * case.tokens) :]] = IGNORED
+    labels[torch.randperm(case.tokens, **draw_with)[round(share * case.tokens) :]] = IGNORE_INDEX
     scale = 3 / case.hidden**0.5
     rows = case.vocabulary if case.teacher else 0
     return Head(

@@ -210,7 +210,7 @@ def _limits(*values: torch.Tensor) -> tuple[float, float]:
 
 
 def _targets(objective: Objective, p: torch.Tensor):
-    """Of a token with each of these probabilities, which is the first of the vocabulary."""
+    """Target distributions of labels with each of these probabilities; the label is token 0 of the vocabulary."""
     others = _others().expand(len(p), -1)
     label = p.logit() + others.logsumexp(-1)
     return target_distribution(

@@ -92,8 +92,8 @@ class Agreement:
                     at,
                     tokens[at],
                     tokens[at + 1] if at + 1 < len(tokens) else None,
-                    tops[0][at].item(),
-                    tops[1][at].item(),
+                    int(tops[0][at]),
+                    int(tops[1][at]),
                     difference[at].item(),
                     kl[at].item(),
                 )
@@ -118,13 +118,16 @@ class Agreement:
 
 
 def _compare_states(
-    expected: Mapping[Place, Tensor], actual: Mapping[Place, Tensor], *logits: Tensor
+    expected: Mapping[Place, Tensor],
+    actual: Mapping[Place, Tensor],
+    expected_logits: Tensor,
+    actual_logits: Tensor,
 ) -> tuple[StateAgreement, ...]:
     """Where both have states of one shape; behind them the logits. Nothing where there are none."""
     places = [p for p in sorted(expected.keys() & actual.keys()) if expected[p].shape == actual[p].shape]
     pairs = [(place, expected[place], actual[place]) for place in places]
     if places:
-        pairs.append((Place.logits(max(places[-1].layer, 0)), *logits))
+        pairs.append((Place.logits(max(places[-1].layer, 0)), expected_logits, actual_logits))
     found = []
     for place, a, b in pairs:
         norm = a.double().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)

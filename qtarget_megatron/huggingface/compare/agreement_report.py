@@ -67,7 +67,7 @@ def _states(states: Sequence[StateAgreement], first: StateAgreement | None) -> l
     outer = [state for state in states if state.place.layer not in layers]
     at = first.place.layer if first is not None and first.place.layer in layers else layers[-1] if layers else 0
     near = [layer for layer in layers if abs(layer - at) <= _AROUND or len(layers) <= _ALL_LAYERS]
-    rows = [("", "attention", "MLP", "output")]
+    rows: list[tuple[str, ...]] = [("", "attention", "MLP", "output")]
     for state in outer:
         if state.place.layer < 0:
             rows.append((str(state.place), "", "", f"{state.difference:.2g}"))

@@ -36,7 +36,7 @@ def read_latent(config: Mapping[str, Any]) -> LatentAttention:
         )
     if boolean(config, "attention_bias"):
         raise ValueError("config.json: expected attention_bias false: Megatron's latent attention has no biases")
-    if not boolean({"rope_interleave": True} | config, "rope_interleave"):
+    if not boolean({"rope_interleave": True, **config}, "rope_interleave"):
         raise ValueError("config.json: expected rope_interleave true: Megatron's latent attention rotates pairs")
     if (epsilon := positive_number(config, "rms_norm_eps", default=1e-6)) != _NORM_EPSILON:
         raise ValueError(

@@ -62,9 +62,9 @@ def read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeSca
         raise ValueError(f"config.json: expected rope_type to be one of {tuple(_FIELDS)}, got {shown(kind)}")
     if kind == "default":
         return base, None
-    values = {name: positive_number(rope, name) for name in _FIELDS[kind]}
+    values: dict[str, Any] = {name: positive_number(rope, name) for name in _FIELDS[kind]}
     if kind in ("llama3", "yarn"):
-        lengths = {"original_max_position_embeddings": positions}
+        lengths: Mapping[str, Any] = {"original_max_position_embeddings": positions}
         for source in (rope, config):  # like transformers, the outer field wins where both exist
             if source.get("original_max_position_embeddings") is not None:
                 lengths = source
@@ -112,7 +112,7 @@ def yarn_scale(factor: float, scale: float = 1.0) -> float:
 def check_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> None:
     """ValueError where the parameters of the rotary embedding give frequencies that are not finite numbers."""
     try:
-        finite = torch.isfinite(inverse_frequencies(dim, base, scaling)).all()
+        finite = bool(torch.isfinite(inverse_frequencies(dim, base, scaling)).all())
     except (ArithmeticError, ValueError):
         finite = False
     if not finite:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +107,8 @@ def shard_numbers(arch: Architecture, layer: int, *, tp_size: int, whole_latents
 
     whole_latents: the projections to latents are not cut (Transformer Engine's layers).
     """
-    shapes, counted, total = hf_tensor_shapes(arch), set(), 0
+    counted: set[str] = set()
+    shapes, total = hf_tensor_shapes(arch), 0
     for name, (kind, roles) in _LAYER.items():
         sources = set(_source_names(arch, f"decoder.layers.{layer}.{name}", 0, 0))
         # Both implementations' names of a norm are there; a correction of scores is no parameter.
@@ -250,6 +251,7 @@ def merge_rows(
         return {}
     kind = _rule(name).kind
     sources = _sources(arch, name, layer_offset, expert_offset)
+    merged: list[Iterable[torch.Tensor]]
     if kind == _REPLICATED:
         merged = [[shards[0]]]
     elif kind == _COLUMNS:
@@ -279,8 +281,8 @@ def merge_rows(
 
 
 def _joined(pieces: Iterator[torch.Tensor]) -> torch.Tensor:
-    pieces = list(pieces)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    found = list(pieces)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _cut(shards: Sequence[torch.Tensor], lengths: Sequence[int]) -> list[list[torch.Tensor]]:

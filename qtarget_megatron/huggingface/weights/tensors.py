@@ -26,7 +26,7 @@ def hf_tensor_shapes(arch: Architecture) -> Mapping[str, Shape]:
     """
     family = families.by_name(arch.family)
     matrix = (arch.vocab_size, arch.hidden_size)
-    shapes = {family.tensor("embedding"): matrix}
+    shapes: dict[str, Shape] = {family.tensor("embedding"): matrix}
     for layer in range(arch.num_layers):
         shapes |= dict(_layer(arch, family, layer))
     shapes[family.tensor("final_norm")] = (arch.hidden_size,)
@@ -44,7 +44,7 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
     hidden = arch.hidden_size
 
     def linear(role: str, rows: int, columns: int, bias: bool = False, **expert: int) -> Iterator[tuple[str, Shape]]:
-        yield family.tensor(role, layer=layer, **expert), (rows, columns)
+        yield family.tensor(role, "weight", layer=layer, **expert), (rows, columns)
         if bias:
             yield family.tensor(role, "bias", layer=layer, **expert), (rows,)
 

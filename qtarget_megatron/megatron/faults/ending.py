@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 import psutil
@@ -200,7 +201,7 @@ def _end_on_interrupt(name: str) -> None:
     os.set_blocking(writing, False)
     first = threading.Lock()
 
-    def end(number: int, *_) -> None:
+    def end(number: int, frame: FrameType | None = None) -> None:
         if first.acquire(blocking=False):
             _interrupted.set()
             threading.Thread(target=_end_interrupted, args=(name, number), daemon=True).start()

@@ -49,7 +49,7 @@ def _of(error: BaseException) -> str | None:
     if number in (errno.EMFILE, errno.ENFILE) or (_is_general(error) and _FILES.search(text)):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"there are too many open files (the limit is {soft} a process): raise it: ulimit -n {max(hard, 65536)}"
-    if number in _NO_SPACE:
+    if isinstance(error, OSError) and number in _NO_SPACE:
         return f"{error.filename or 'a file'} could not be written: {error.strerror}"
     if _is_general(error) and _SHARED_MEMORY.search(text):
         return (
@@ -64,7 +64,7 @@ def _of(error: BaseException) -> str | None:
         )
     if number == errno.EAGAIN or (_is_general(error) and _PROCESSES.search(text)):
         return f"no process or thread could be started ({_first_line(text)}): raise the limit: ulimit -u"
-    if number in _UNUSABLE:
+    if isinstance(error, OSError) and number in _UNUSABLE:
         return f"{error.filename or 'a file'} could not be opened or written: {error.strerror}"
     return None
 

@@ -126,7 +126,7 @@ def agree(store: dist.Store, rank: int, world_size: int, mine: Mapping[str, str]
     try:
         verdict = json.loads(store.get("verdict"))
     except dist.DistStoreError as error:
-        seconds = store.timeout.total_seconds()
+        seconds = store.timeout.total_seconds()  # type: ignore[attr-defined]  # not in torch's stubs
         raise ValueError(f"rank 0 has not answered within {seconds:g} s: see the output there") from error
     store.set(f"told-{rank}", "")
     if rank == 0:
@@ -144,6 +144,6 @@ def _compare(store: dist.Store, keys: list[str]) -> str | None:
         store.wait(keys)
     except dist.DistStoreError:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        seconds = store.timeout.total_seconds()
+        seconds = store.timeout.total_seconds()  # type: ignore[attr-defined]  # not in torch's stubs
         return f"{_ranks(missing)} not started within {seconds:g} s: see the output there"
     return difference([json.loads(value) for value in store.multi_get(keys)])

@@ -56,7 +56,7 @@ class Watchdog:
         self._host = socket.gethostname()
         self._thread: threading.Thread | None = None
         # A connection of its own: the main thread may wait in the other.
-        self._store = None if store is None else store.clone()
+        self._store = None if store is None else store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
 
     def watched(self, forward_step):
         """The forward step, counted."""

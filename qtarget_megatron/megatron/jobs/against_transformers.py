@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,9 +74,9 @@ def _gathered_states(model: OpenModel, found: dict[Place, Tensor], *, here: bool
             state = gather_sequence(state.contiguous(), group)
         mine[place] = state[:, 0].float().cpu().numpy()
     first = group.rank() == 0 and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    places = [None] * dist.get_world_size()
+    places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, here)
-    everyone = [None] * dist.get_world_size() if here else None
+    everyone: list[Any] | None = [None] * dist.get_world_size() if here else None
     dist.gather_object(mine if first else {}, everyone, dst=places.index(True))
     return {place: torch.from_numpy(state) for part in everyone or () for place, state in part.items()}
 

@@ -147,13 +147,13 @@ class _Caching:
         return TopTokens(found.ids.int().cpu(), found.log_p.float().cpu(), found.counts.cpu(), found.tail.float().cpu())
 
     def split(self, samples: list[EncodedSample], result: TopTokens) -> list[SampleEntries]:
-        arrays = [values.numpy() for values in (result.ids, result.log_p, result.counts, result.tail)]
+        ids, log_p, counts, tail = (values.numpy() for values in (result.ids, result.log_p, result.counts, result.tail))
         entries, begin = [], 0
         for sample in samples:
             context = context_digests(sample.input_ids, sample.supervised)
-            end = begin + len(context)
-            entries.append(SampleEntries(*(array[begin:end] for array in arrays), context))
-            begin = end
+            rows = slice(begin, begin + len(context))
+            entries.append(SampleEntries(ids[rows], log_p[rows], counts[rows], tail[rows], context))
+            begin = rows.stop
         return entries
 
     def open(self) -> int:

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from qtarget_megatron import kernels
-from qtarget_megatron.data import EncodedSample, JsonlFile, encode_at, training_item
+from qtarget_megatron.data import Batch, EncodedSample, JsonlFile, encode_at, training_item
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.megatron.jobs.open_model import OpenModel, open_model
+from qtarget_megatron.megatron.model.output_context import OutputContext
 from qtarget_megatron.megatron.runtime import cpu_platform, logs
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
@@ -238,7 +239,7 @@ class DatasetRun:
         outputs = forward(self.model, batches, length, task.compute)
         if not self._is_source:
             return None
-        found = {}
+        found: dict[int, Any] = {}
         for share, of_share, output in zip(shares, samples, outputs, strict=True):
             found |= zip(share.tolist(), task.split(of_share, output), strict=True)
         return found
@@ -250,19 +251,19 @@ class DatasetRun:
         longest = int(self._lengths[indices].max()) - 1
         return min(-(-longest // step) * step, self.options.seq_length)
 
-    def _batch(self, samples: list[EncodedSample], length: int) -> dict[str, Tensor]:
+    def _batch(self, samples: list[EncodedSample], length: int) -> Batch:
         """A micro-batch of these samples; where they are too few, of samples without tokens as well."""
         empty = EncodedSample(np.empty(0, np.int64), np.empty(0, bool), truncated=False)
         samples = samples + [empty] * (self.model.args.micro_batch_size - len(samples))
-        batch = default_collate([training_item(sample, length, self._pad_id) for sample in samples])
-        return {name: tensor.cuda(non_blocking=True) for name, tensor in batch.items()}
+        batch = Batch.of(default_collate([training_item(sample, length, self._pad_id) for sample in samples]))
+        return batch.map(lambda tensor: tensor.cuda(non_blocking=True))
 
     def _gathered(self, found: dict[int, Any] | None) -> dict[int, Any]:
         """The results of all data-parallel ranks, on the first rank; nothing elsewhere."""
         rank = dist.get_rank()
         if rank not in self._members:
             return {}
-        everyone = [None] * len(self._members) if rank == 0 else None
+        everyone: list[Any] | None = [None] * len(self._members) if rank == 0 else None
         dist.gather_object(found, everyone, dst=0, group=self._group)
         return {index: result for part in everyone or () for index, result in (part or {}).items()}
 
@@ -280,28 +281,29 @@ def _check_layout(options: RunOptions, args: argparse.Namespace) -> None:
 @torch.no_grad()
 def forward(
     model: OpenModel,
-    batches: list[dict[str, Tensor] | None],
+    batches: list[Batch | None],
     length: int,
     compute: Callable[[list[OutputHead], Tensor], Any],
 ) -> list[Any]:
     """What compute makes of each micro-batch, on ranks of the last stage; nothing on other stages.
 
-    batches: tokens, labels, position_ids and padding, all [b, length]; None on stages that need none. Runs Megatron's
-    forward-only schedule for the layout.
+    batches: of sequences of this length; None on stages that need none. Runs Megatron's forward-only schedule for the
+    layout.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_attr_wrapped_model
 
-    results = []
+    results: list[Any] = []
 
     def forward_step(data_iterator, chunk):
-        batch = next(data_iterator) or dict.fromkeys(("tokens", "position_ids", "labels", "padding"))
-        extra = {"padding_mask": batch["padding"]} if get_attr_wrapped_model(chunk, "routers") else {}
+        batch: Batch | None = next(data_iterator)
+        extra: dict[str, Any] = {"padding_mask": batch.padding} if get_attr_wrapped_model(chunk, "routers") else {}
         if get_attr_wrapped_model(chunk, "post_process"):
             context = _Context(compute, results)
-            extra |= dict(labels=batch["labels"], output_processor=_process, output_processor_context=context)
+            extra |= dict(labels=batch.labels, output_processor=_process, output_processor_context=context)
         # No loss function: the schedule keeps the last stage's output, which says nothing.
-        return chunk(batch["tokens"], batch["position_ids"], None, **extra), None
+        tokens, position_ids = (None, None) if batch is None else (batch.tokens, batch.position_ids)
+        return chunk(tokens, position_ids, None, **extra), None
 
     for chunk in model.wrapped:
         chunk.eval()
@@ -319,7 +321,7 @@ def forward(
 
 
 @dataclass
-class _Context:
+class _Context(OutputContext):
     """Travels to the output processor; StackedGPTModel puts the reference's output head in."""
 
     compute: Callable[[list[OutputHead], Tensor], Any]

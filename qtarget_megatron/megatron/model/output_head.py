@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -16,10 +17,13 @@ _INSTEAD = "let Megatron's own output layer make the logits (chunk_size=None, --
 @dataclass
 class OutputHead:
     """What a last stage makes logits from: hidden states [s, b, h] (sequence-sharded under sequence parallelism), the
-    output layer, and the weight it takes where embeddings are tied (else None)."""
+    output layer, and the weight it takes where embeddings are tied (else None).
+
+    layer: Megatron's ColumnParallelLinear, or what stands in its place.
+    """
 
     hidden: Tensor
-    layer: torch.nn.Module
+    layer: Any
     weight: Tensor | None
 
     def logits(self) -> Tensor:
@@ -62,7 +66,7 @@ def logit_scale(scale_logits: Callable[[Tensor], Tensor]) -> float | None:
     return scale if not ratios and 0 < scale < float("inf") else None
 
 
-def check_head(config, scale: float | None, chunk_size: int | None) -> None:
+def check_head(config, scale: float | None, chunk_size: int | Literal["auto"] | None) -> None:
     """Refuse what an objective in the place of the cross-entropy would silently change. Raises ValueError.
 
     config: the model's. scale: see logit_scale.

@@ -39,6 +39,8 @@ class Router(TopKRouter):
     Collectives: Megatron's own, of the counts of tokens.
     """
 
+    expert_bias: Tensor | None
+
     def __init__(self, config: TransformerConfig, *args, **kwargs):
         self._capacity_factor = config.moe_expert_capacity_factor
         if self._capacity_factor is not None:

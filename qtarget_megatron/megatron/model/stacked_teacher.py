@@ -19,7 +19,9 @@ import copy
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
 
+from qtarget_megatron.megatron.model.output_context import OutputContext
 from qtarget_megatron.megatron.model.output_head import OutputHead
 from qtarget_megatron.megatron.model.router import Router
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
@@ -27,6 +29,8 @@ from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 
 class StackedGPTModel(GPTModel):
     """GPTModel that carries a frozen teacher stage along; without a teacher it is a GPTModel."""
+
+    config: TransformerConfig
 
     def __init__(self, *args, teacher: GPTModel | None = None, teacher_cost: TeacherCost | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -53,7 +57,14 @@ class StackedGPTModel(GPTModel):
         self.teacher.set_input_tensor(teacher.detach().contiguous())
 
     def forward(
-        self, input_ids, position_ids, attention_mask, *, padding_mask=None, output_processor_context=None, **kwargs
+        self,
+        input_ids,
+        position_ids,
+        attention_mask,
+        *,
+        padding_mask=None,
+        output_processor_context: OutputContext | None = None,
+        **kwargs,
     ):
         """padding_mask: bool [b, s] of the whole sequence on every stage, True where there is padding."""
         kwargs["padding_mask"] = self._own_part(padding_mask)

@@ -9,6 +9,7 @@ import itertools
 import math
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qtarget_megatron.huggingface import CORRECTION, Architecture, hf_tensor_shapes
 from qtarget_megatron.loss.linear_cross_entropy import tokens_at_a_time
@@ -226,7 +227,9 @@ def _fill(plan: Plan, sizes: Sizes, objective, entries: int | None, options: Pla
 
 
 def _disk_bytes(args: argparse.Namespace, student: Architecture, entries: int) -> int:
-    unknown = dict.fromkeys(("data", "tokenizer", "chat_template", "teacher", "teacher_files", "precision"), "")
+    unknown: dict[str, Any] = dict.fromkeys(
+        ("data", "tokenizer", "chat_template", "teacher", "teacher_files", "precision"), ""
+    )
     header = CacheHeader(**unknown, num_samples=0, vocab_size=student.vocab_size, seq_length=args.seq_length, k=entries)
     return header.bytes_per_token
 

@@ -148,7 +148,7 @@ def _latent_arguments(arch: Architecture) -> dict[str, object]:
     latent, scaling = arch.latent, arch.rope_scaling
     if latent is None:
         return {}
-    found = {
+    found: dict[str, object] = {
         "multi_latent_attention": True,
         "q_lora_rank": latent.query_rank,
         "kv_lora_rank": latent.key_value_rank,

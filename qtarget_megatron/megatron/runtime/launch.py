@@ -75,7 +75,8 @@ def parse_arguments(argv: list[str], add_arguments: Callable) -> argparse.Namesp
 
     def extended(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_arguments(parser)
-        parser.error = lambda message: refuse(message, parser._option_string_actions)
+        # argparse calls it through the instance.
+        parser.error = lambda message: refuse(message, parser._option_string_actions)  # type: ignore[method-assign]
         return parser
 
     saved = sys.argv

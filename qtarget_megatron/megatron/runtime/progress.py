@@ -30,7 +30,8 @@ class Progress:
         self._terminal = sys.stdout.isatty()
         self._start = time.monotonic()
         self._interval = _BAR_SECONDS if self._terminal else _LINE_SECONDS
-        self._last, self._printed = self._start - self._interval, None
+        self._last = self._start - self._interval
+        self._printed: int | None = None
 
     def add(self, count: int) -> None:
         """As much more is done."""

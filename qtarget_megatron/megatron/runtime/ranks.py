@@ -13,7 +13,7 @@ from qtarget_megatron.megatron.runtime.logs import is_first_rank
 
 def on_first_rank(function: Callable[[], Any]) -> Any:
     """What function() returns on the first rank; every rank gets it, or the ValueError of bad input. Collective."""
-    outcome = None
+    outcome: tuple[Any, str | None] | None = None
     if dist.get_rank() == 0:
         try:
             outcome = (function(), None)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def _keeping_padding(sharded_state):
 
     @functools.wraps(sharded_state)
     def replacement(self, *args, **kwargs):
-        lengths = {}
+        lengths: dict[Any, int] = {}
         for buffer in self.buffers:
             padded = [bucket.grad_data.numel() for bucket in buffer.buckets]
             lengths |= dict(zip(buffer.buckets, padded, strict=True)) | {buffer: sum(padded)}

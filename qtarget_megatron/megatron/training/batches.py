@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -12,12 +13,9 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from qtarget_megatron.data import IGNORE_INDEX
-from qtarget_megatron.data.side_inputs import batch_key
+from qtarget_megatron.data import IGNORE_INDEX, Batch
 from qtarget_megatron.megatron.model.router import Router
 from qtarget_megatron.objectives import Objective
-
-_OF_EVERY_STAGE = {"tokens", "labels", "position_ids", "padding"}
 
 
 class Batches:
@@ -28,7 +26,7 @@ class Batches:
 
     def __init__(self):
         # By the iterator of the chunk: its micro-batches that are read already, all of one step; its share.
-        self._ahead: dict[int, deque] = {}
+        self._ahead: dict[int, deque[Batch]] = {}
         self._shares: dict[int, Tensor] = {}
 
     def take(
@@ -39,19 +37,21 @@ class Batches:
         objective: Objective,
         *,
         is_last: bool,
-    ) -> dict[str, Tensor]:
-        """The next micro-batch of this data-parallel rank, see on_this_rank. "sample" stays on the CPU; before the
-        last stage side inputs and a cached teacher are left out.
+    ) -> Batch:
+        """The next micro-batch of this data-parallel rank, see on_this_rank; before the last stage without what only
+        the loss reads.
 
         Where routers add to the loss of a training, a step's micro-batches are read at its first one: the step's
         number of supervised tokens, which is to divide all gradients, scales what they add. Collective, there alone:
         one all-reduce of 8 bytes over the data-parallel group.
         """
 
-        def read() -> dict[str, Tensor]:
-            batch = next_batch(data_iterator)
-            counted = {batch_key(objective.denominator)} if objective.denominator is not None else set()
-            return batch if is_last else {name: batch[name] for name in batch.keys() & (_OF_EVERY_STAGE | counted)}
+        def read() -> Batch:
+            batch = Batch.of(next_batch(data_iterator))
+            if is_last:
+                return batch
+            counted = {name: value for name, value in batch.inputs.items() if name == objective.denominator}
+            return replace(batch, sample=None, inputs=counted, teacher=None)
 
         adding = [router for router in routers if router.training and router.has_loss] if model.training else []
         if not adding:
@@ -73,32 +73,34 @@ def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
     return next(data_iterator)
 
 
-def on_this_rank(read: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A micro-batch as the loader has it, on this rank's device and cut for context parallelism.
-
-    "num_supervised" is added, [] on the CPU: of the labels, where the host knows it, which are not cut then.
-    """
-    batch = {key: value if key == "sample" else value.cuda(non_blocking=True) for key, value in read.items()}
+def on_this_rank(read: Batch) -> Batch:
+    """A micro-batch as the loader has it, on this rank's device and cut for context parallelism; with the number of
+    supervised tokens where the host knows it and the labels are not cut."""
+    batch = read.map(lambda tensor: tensor.cuda(non_blocking=True))
     cp_group = parallel_state.get_context_parallel_group()
     if cp_group.size() > 1:
-        per_token = {key: value for key, value in batch.items() if value.dim() > 1}
-        batch |= get_batch_on_this_cp_rank(per_token, is_hybrid_cp=False, cp_group=cp_group)
-    elif not read["labels"].is_cuda:
-        batch["num_supervised"] = (read["labels"] != IGNORE_INDEX).sum()
-    return batch
+
+        def cut(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 1:  # of samples, not of tokens
+                return tensor
+            return get_batch_on_this_cp_rank({"part": tensor}, is_hybrid_cp=False, cp_group=cp_group)["part"]
+
+        return batch.map(cut)
+    if read.labels.is_cuda:
+        return batch
+    return replace(batch, num_supervised=int((read.labels != IGNORE_INDEX).sum()))
 
 
-def _supervised_share(batches: Sequence[dict[str, Tensor]], objective: Objective) -> Tensor:
+def _supervised_share(batches: Sequence[Batch], objective: Objective) -> Tensor:
     """What gradients of this step are divided by, per micro-batch of the global batch; float32 [].
 
     objective: one whose denominator the data know, see arguments.check_balance.
     """
     counts = []
     for batch in batches:
-        supervised = batch["labels"] != IGNORE_INDEX
-        inputs = {name: batch[batch_key(name)] for name in [objective.denominator] if name is not None}
+        supervised = batch.labels != IGNORE_INDEX
         # The last argument is the label mass, which is not asked for.
-        counts.append(objective.num_tokens(supervised, inputs, supervised))
+        counts.append(objective.num_tokens(supervised, batch.inputs, supervised))
     total = torch.stack(counts).sum().to(torch.int64).cuda(non_blocking=True)
     group = parallel_state.get_data_parallel_group()
     dist.all_reduce(total, group=group)

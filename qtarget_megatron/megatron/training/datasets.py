@@ -110,7 +110,7 @@ class DatasetProvider:
                 _log.info("%s has %d usable samples, an evaluation of %d repeats some", path, len(kept), first)
         if num_samples is None:  # --full-validation
             num_samples = int((status != SampleStatus.SKIPPED).sum())
-        dataset = SupervisedDataset(
+        dataset: Any = SupervisedDataset(
             file,
             self.tokenizer,
             self.args.seq_length,
@@ -199,7 +199,7 @@ class Inspection:
 
     def notes_of_all(self) -> SampleNotes:
         """The notes of all ranks; one object gather over all of them."""
-        everyone = [None] * dist.get_world_size()
+        everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, self._notes)
         return sum(everyone[1:], start=everyone[0])
 
@@ -257,7 +257,7 @@ class InputRanges:
     def merge(self) -> None:
         """Take in the ranges of all ranks' samples. Collective, an object gather, where there are side inputs."""
         if self._ranges:
-            gathered = [None] * dist.get_world_size()
+            gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, self._ranges)
             for name in self._ranges:
                 lows, highs = zip(*(ranges[name] for ranges in gathered), strict=True)
@@ -287,7 +287,7 @@ def for_each_record(file: JsonlFile, inspect: Callable[[np.ndarray], np.ndarray]
         found = inspect(np.arange(rank, len(file), world_size))
     except ValueError as error:
         found = str(error)
-    gathered = [None] * world_size
+    gathered: list[Any] = [None] * world_size
     dist.all_gather_object(gathered, found)
     for found in gathered:
         if isinstance(found, str):

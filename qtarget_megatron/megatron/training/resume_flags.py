@@ -119,8 +119,8 @@ class ResumedFlags:
         adam = [_change(key, getattr(saved, key), getattr(args, key)) for key in self._changed(_ADAM)]
         if adam:
             self.lines.append(f"going on with {', '.join(adam)}")
-        data = self._changed(("seed", "sft_train"))
-        data = [_change(key, getattr(saved, key), getattr(args, key)) for key in data]
+        changed = self._changed(("seed", "sft_train"))
+        data = [_change(key, getattr(saved, key), getattr(args, key)) for key in changed]
         if data:
             self.lines.append(
                 f"going on with {', '.join(data)}: the data come in another order from here on, so that some samples "

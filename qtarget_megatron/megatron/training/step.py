@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -14,11 +14,11 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from qtarget_megatron.data import IGNORE_INDEX
-from qtarget_megatron.data.side_inputs import batch_key
 from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
 from qtarget_megatron.loss.linear_cross_entropy import AUTO, qtarget_linear_cross_entropy
 from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.megatron.faults.loss_check import LossCheck
+from qtarget_megatron.megatron.model.output_context import OutputContext
 from qtarget_megatron.megatron.model.output_head import OutputHead, check_head, logit_scale
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 from qtarget_megatron.megatron.training.batches import Batches
@@ -49,7 +49,7 @@ class LossSettings:
 
 
 @dataclass
-class LossContext:
+class LossContext(OutputContext):
     """Travels through GPTModel.forward to the output processor and brings the statistics back.
 
     token_inputs: the objective's side inputs by name, each [b, s] like the labels. sparse_teacher: a cached second
@@ -58,7 +58,7 @@ class LossContext:
     """
 
     settings: LossSettings
-    token_inputs: dict[str, Tensor] = field(default_factory=dict)
+    token_inputs: Mapping[str, Tensor] = field(default_factory=dict)
     sparse_teacher: SparseTeacher | None = None
     reading_ms: Tensor | None = None
     samples: Tensor | None = None
@@ -98,7 +98,9 @@ def output_processor(
 
     cached = context.sparse_teacher
     if cached is not None:
-        cached = SparseTeacher(*map(like_hidden, (cached.ids, cached.log_p, cached.tail)), cached.rule)
+        cached = SparseTeacher(
+            like_hidden(cached.ids), like_hidden(cached.log_p), like_hidden(cached.tail), cached.rule
+        )
     shared = dict(
         objective=settings.objective,
         sparse_teacher=cached,
@@ -154,26 +156,26 @@ def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iter
     if is_last or routers or get_attr_wrapped_model(model, "pre_process"):
         batch = settings.batches.take(data_iterator, model, routers, settings.objective, is_last=is_last)
     else:
-        batch = dict.fromkeys(("tokens", "labels", "position_ids"))
+        batch = None  # a stage that reads nothing but its input
     context = LossContext(settings)
     if is_last:
-        context.samples = batch["sample"]
-        context.num_supervised = batch["num_supervised"].item() if "num_supervised" in batch else None
-        context.token_inputs = {name: batch[batch_key(name)] for name in settings.objective.token_inputs}
-        if "teacher_ids" in batch:
-            kept = (batch[name] for name in ("teacher_ids", "teacher_log_p", "teacher_tail"))
-            context.sparse_teacher = SparseTeacher(*kept, settings.teacher_tail)
-            context.reading_ms = batch["teacher_ms"]
+        context.samples, context.num_supervised = batch.sample, batch.num_supervised
+        context.token_inputs = batch.inputs
+        if (kept := batch.teacher) is not None:
+            context.sparse_teacher = SparseTeacher(kept.ids, kept.log_p, kept.tail, settings.teacher_tail)
+            context.reading_ms = kept.reading_ms
     output = model(
-        batch["tokens"],
-        batch["position_ids"],
+        None if batch is None else batch.tokens,
+        None if batch is None else batch.position_ids,
         None,
-        labels=batch["labels"] if is_last else None,
-        padding_mask=batch["padding"] if routers else None,
+        labels=batch.labels if is_last else None,
+        padding_mask=batch.padding if routers else None,
         output_processor=output_processor if is_last else None,
         output_processor_context=context if is_last else None,
     )
-    return output, partial(sum_loss, context, batch["labels"], on_nan, in_training=model.training)
+    # Megatron calls it on the last stage.
+    labels = None if batch is None else batch.labels
+    return output, partial(sum_loss, context, labels, on_nan, in_training=model.training)
 
 
 def sum_loss(

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -276,8 +277,7 @@ def _device() -> torch.device:
 
 def _backend_name(options: VerifyOptions, device: torch.device) -> str:
     """The backend that serves; ValueError where the one that was asked for cannot."""
-    module = kernels.select(options.backend, torch.empty(0, dtype=options.dtype, device=device))
-    return "reference" if module is kernels.reference else {"cpu": "cpp", "cuda": "cuda"}[device.type]
+    return kernels.name(kernels.choose(options.backend, device.type, options.dtype), device.type)
 
 
 def _join(device: torch.device, timeout: float) -> None:
@@ -285,7 +285,7 @@ def _join(device: torch.device, timeout: float) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     lone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if lone else {}
+    alone: dict[str, Any] = dict(store=dist.HashStore(), rank=0, world_size=1) if lone else {}
     dist.init_process_group(
         backend,
         timeout=timedelta(seconds=timeout),

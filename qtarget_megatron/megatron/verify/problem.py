@@ -22,6 +22,7 @@ from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
 from qtarget_megatron.loss.linear_cross_entropy import qtarget_linear_cross_entropy
 from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.objectives import Objective
+from qtarget_megatron.statistics import IGNORE_INDEX
 
 KEPT = 16  # entries of the sparse teacher
 # |logit| / scale <= hidden, which bfloat16 holds exactly up to 2^8.
@@ -29,7 +30,6 @@ MAX_HIDDEN = 256
 # Bounds of a loss's and of a gradient norm's error. Rounding of float32 sums reached 7e-6 and 8e-6, with V = 151,936
 # and labels with p near 1, where masses are made of 1 - p.
 LOSS_BOUND = 5e-5
-_IGNORED = -100
 _EXTREME = 64.0
 # Megatron's default for the rows of a rank's vocabulary shard.
 _DIVISIBLE_BY = 128
@@ -150,13 +150,16 @@ class Problem:
             upstream[token] /= _EXTREME
         teachers[0] *= _EXTREME
         drawn = uniform(tokens).double()
-        labels[4::5] = _IGNORED
+        labels[4::5] = IGNORE_INDEX
 
         def product(left: Tensor, right: Tensor) -> Tensor:
             return left.to(device).double() @ right.to(device).double().t()
 
         return cls(
-            *(matrix.to(device, dtype) for matrix in (students, weight, teachers, teacher_weight)),
+            hidden=students.to(device, dtype),
+            weight=weight.to(device, dtype),
+            teacher_hidden=teachers.to(device, dtype),
+            teacher_weight=teacher_weight.to(device, dtype),
             labels=labels.to(device),
             upstream=upstream.to(device),
             uniform=drawn.to(device),
@@ -167,7 +170,7 @@ class Problem:
 
     @property
     def supervised(self) -> Tensor:
-        return self.labels != _IGNORED
+        return self.labels != IGNORE_INDEX
 
     def token_inputs(self, objective: Objective) -> dict[str, Tensor]:
         """Side inputs [T] that the objective asks for; of a name that is not known, numbers in [0, 1)."""
@@ -344,7 +347,8 @@ def _fused(problem, objective, setting, sparse_teacher, labels, upstream) -> tup
         backend=setting.backend,
         return_statistics=True,
     )
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight), upstream), statistics.label_mass
+    hidden_gradient, weight_gradient = torch.autograd.grad(loss, (hidden, weight), upstream)
+    return loss.detach(), hidden_gradient, weight_gradient, statistics.label_mass
 
 
 def _measure_fused(problem, objective, setting, sparse_teacher, expected) -> Errors:
@@ -362,11 +366,11 @@ def _measure_fused(problem, objective, setting, sparse_teacher, expected) -> Err
 
 def _measure_split(problem, objective, setting, expected) -> Errors:
     share = torch.arange(len(problem.labels), device=problem.labels.device) % collectives.size(setting.data_group)
-    labels = problem.labels.masked_fill(share != collectives.rank(setting.data_group), _IGNORED)
+    labels = problem.labels.masked_fill(share != collectives.rank(setting.data_group), IGNORE_INDEX)
     upstream = torch.ones_like(problem.upstream)
     loss, _, weight_gradient, label_mass = _fused(problem, objective, setting, None, labels, upstream)
     inputs = problem.token_inputs(objective)
-    count = objective.num_tokens(labels != _IGNORED, inputs, label_mass)
+    count = objective.num_tokens(labels != IGNORE_INDEX, inputs, label_mass)
     total = collectives.sum_in_place(torch.stack([loss.double().sum(), count.double()]), setting.data_group)
     weight_gradient = collectives.sum_in_place(weight_gradient.float(), setting.data_group) / total[1]
 

@@ -320,7 +320,7 @@ def _everyone(value) -> list:
     groups = (parallel_state.get_expert_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group())
     values = [value]
     for group in groups:
-        gathered = [None] * group.size()
+        gathered: list[Any] = [None] * group.size()
         dist.all_gather_object(gathered, values, group=group)
         values = [one for found in gathered for one in found]
     return values

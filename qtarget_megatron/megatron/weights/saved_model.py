@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -150,7 +150,7 @@ class SavedModel:
     def _wanted(self, chunks: list[GPTModel]) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that all ranks together would load, by their name in the checkpoint."""
         mine = {t.key: tuple(t.global_shape) for chunk in chunks for t in self._tensors(chunk)}
-        everyone = [None] * dist.get_world_size()
+        everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         return {key: shape for shapes in everyone for key, shape in shapes.items()}
 

@@ -1,0 +1,90 @@
+"""A micro-batch by its parts, whatever the loader calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from qtarget_megatron.data.side_inputs import input_name
+
+
+@dataclass(frozen=True)
+class CachedEntries:
+    """What a teacher cache keeps of the tokens of a micro-batch, aligned with its labels.
+
+    ids:        int64 [b, s, k], -1 for an entry that is not used.
+    log_p:      float32 [b, s, k], in nats.
+    tail:       float32 [b, s], the mass of all other tokens.
+    reading_ms: float32 [b], milliseconds that reading them took.
+    """
+
+    ids: Tensor
+    log_p: Tensor
+    tail: Tensor
+    reading_ms: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model and its loss read of b samples of s tokens; see training_item.
+
+    tokens, labels, position_ids: int64 [b, s].
+    padding:        bool [b, s], True where there is no token.
+    sample:         int64 [b], records in the data, counted from 0; None where nobody asks.
+    inputs:         side inputs of the objective by their own names, float64 [b, s].
+    teacher:        a cached second model.
+    num_supervised: number of supervised tokens, where the host knows it without waiting for a GPU.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    padding: Tensor
+    sample: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher: CachedEntries | None = None
+    num_supervised: int | None = None
+
+    @classmethod
+    def of(cls, collated: Mapping[str, Tensor]) -> Batch:
+        """The parts of a loader's flat dict: of training_item, and of TaughtDataset where a teacher is cached."""
+        inputs = {name: value for key, value in collated.items() if (name := input_name(key)) is not None}
+        teacher = None
+        if "teacher_ids" in collated:
+            teacher = CachedEntries(
+                ids=collated["teacher_ids"],
+                log_p=collated["teacher_log_p"],
+                tail=collated["teacher_tail"],
+                reading_ms=collated["teacher_ms"],
+            )
+        return cls(
+            tokens=collated["tokens"],
+            labels=collated["labels"],
+            position_ids=collated["position_ids"],
+            padding=collated["padding"],
+            sample=collated.get("sample"),
+            inputs=inputs,
+            teacher=teacher,
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same of every tensor but ``sample``, which stays on the CPU."""
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = CachedEntries(
+                ids=function(teacher.ids),
+                log_p=function(teacher.log_p),
+                tail=function(teacher.tail),
+                reading_ms=function(teacher.reading_ms),
+            )
+        return replace(
+            self,
+            tokens=function(self.tokens),
+            labels=function(self.labels),
+            position_ids=function(self.position_ids),
+            padding=function(self.padding),
+            inputs={name: function(value) for name, value in self.inputs.items()},
+            teacher=teacher,
+        )
