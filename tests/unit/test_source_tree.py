@@ -80,7 +80,7 @@ def test_without_a_compiled_module(tree):
     """The package is imported and the reference kernels compute; every native one says in a line what to do."""
     program = f"""
 import torch
-import {PACKAGE}, {PACKAGE}.checkpoint, {PACKAGE}.data
+import {PACKAGE}, {PACKAGE}.huggingface, {PACKAGE}.data
 logits, labels = torch.randn(3, 5, requires_grad=True), torch.tensor([1, 2, 4])
 loss = {PACKAGE}.qtarget_cross_entropy(logits, labels, objective={PACKAGE}.objectives.sft(), backend="reference")
 loss.sum().backward()
