@@ -136,7 +136,7 @@ def qtarget_cross_entropy(
     rows, row_labels = logits, labels
     if logits.dim() != 2:  # else autograd's nodes of the two views would be for nothing
         rows, row_labels = logits.reshape(-1, local_vocab), labels.reshape(-1)
-    loss: Tensor = _QTargetCrossEntropy.apply(rows, row_labels, spec)  # type: ignore[no-untyped-call]  # torch's
+    loss: Tensor = _QTargetCrossEntropy.apply(rows, row_labels, spec)  # type: ignore[no-untyped-call]  # in torch
     if logits.dim() != 2:
         loss = loss.reshape(labels.shape)
     if not return_statistics:

@@ -187,7 +187,7 @@ def qtarget_linear_cross_entropy(
     )
     if teacher_hidden is not None and teacher_weight is not None:
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
-    loss: Tensor = _QTargetLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's
+    loss: Tensor = _QTargetLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]  # in torch
         hidden, weight, teacher_hidden, teacher_weight, labels.reshape(-1)[rows].contiguous(), spec
     )
     loss = loss.reshape(labels.shape)
