@@ -51,6 +51,7 @@ from qtarget_megatron.megatron.training.arguments import (
     check_data_flags,
     check_head,
     check_numbers,
+    check_packing,
     check_trained,
     fill_in,
 )
@@ -198,6 +199,7 @@ def _check(run: Run) -> None:
     check_whole_stages(args, student, "student")
     check_head(args)
     check_data_flags(args)
+    check_packing(args)
     check_schedule(args)
     if args.sft_train is None and not args.skip_train:
         raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
@@ -317,6 +319,7 @@ def _train(
         teacher_vocab_size=teacher.vocab_size if smaller else None,
         teacher_tail=args.teacher_tail,
         teacher_cost=teacher_cost,
+        packed=args.pack,
     )
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint)

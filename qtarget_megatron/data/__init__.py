@@ -17,6 +17,8 @@ from qtarget_megatron.data.dataset import (
 )
 from qtarget_megatron.data.jsonl import JsonlFile
 from qtarget_megatron.data.messages import ROLES
+from qtarget_megatron.data.packed import PackedDataset
+from qtarget_megatron.data.rows import alignment
 from qtarget_megatron.data.supervision import EncodedSample, encode, encode_at
 from qtarget_megatron.data.template import writes_date
 from qtarget_megatron.data.tokenizer import compare_tokenizers, load_tokenizer
@@ -28,9 +30,11 @@ __all__ = [
     "Batch",
     "EncodedSample",
     "JsonlFile",
+    "PackedDataset",
     "SampleNotes",
     "SampleStatus",
     "SupervisedDataset",
+    "alignment",
     "compare_tokenizers",
     "encode",
     "encode_at",

@@ -32,7 +32,9 @@ class Batch:
 
     tokens, labels, position_ids: int64 [b, s].
     padding:        bool [b, s], True where there is no token.
-    sample:         int64 [b], records in the data, counted from 0; None where nobody asks.
+    sample:         int64 [b], records in the data, counted from 0; of packed rows [b, s], the record of each token,
+                    -1 where there is none. None where nobody asks.
+    packed:         whether several samples stand in a row, each of which begins with position 0.
     inputs:         side inputs of the objective by their own names, float64 [b, s].
     teacher:        a cached second model.
     num_supervised: number of supervised tokens, where the host knows it without waiting for a GPU.
@@ -46,6 +48,15 @@ class Batch:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     teacher: CachedEntries | None = None
     num_supervised: int | None = None
+    packed: bool = False
+
+    @property
+    def records(self) -> Tensor | None:
+        """int64 [n], the records that are in the batch."""
+        if self.sample is None or not self.packed:
+            return self.sample
+        found = self.sample.unique()
+        return found[found >= 0]
 
     @classmethod
     def of(cls, collated: Mapping[str, Tensor]) -> Batch:
@@ -67,6 +78,7 @@ class Batch:
             sample=collated.get("sample"),
             inputs=inputs,
             teacher=teacher,
+            packed=collated["sample"].dim() > 1 if "sample" in collated else False,
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:

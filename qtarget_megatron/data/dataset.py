@@ -137,9 +137,12 @@ class SupervisedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if self._shuffle and epoch != self._epoch:
             generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
             self._epoch, self._order = epoch, generator.permutation(self._kept)
-        index = int(self._order[position])
+        return self.of_record(int(self._order[position]), self._seq_length)
+
+    def of_record(self, index: int, length: int) -> dict[str, torch.Tensor]:
+        """The item of a record, padded to a length that holds it."""
         sample = encode_at(self._file, self._tokenizer, self._seq_length, index, self._token_inputs, self._date)
-        return {**training_item(sample, self._seq_length, self._pad_id), "sample": torch.tensor(index)}
+        return {**training_item(sample, length, self._pad_id), "sample": torch.tensor(index)}
 
 
 def training_item(sample: EncodedSample, length: int, pad_id: int) -> dict[str, torch.Tensor]:

@@ -290,7 +290,7 @@ def slices(path):
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
     data = dataset(JsonlFile(path), byte_tokenizer(CHATML), 32, ("weight", "mine"))
-    found = on_this_rank(Batch.of(default_collate([data[0], data[1]])))
+    found = on_this_rank(Batch.of(default_collate([data[0], data[1]]))).batch
     own = {name: getattr(found, name) for name in ("tokens", "labels", "position_ids", "padding")}
     return {name: tensor.numpy() for name, tensor in {**own, **found.inputs}.items()}
 

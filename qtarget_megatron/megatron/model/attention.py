@@ -23,6 +23,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from qtarget_megatron.megatron.model.context_parallel import Edges, own_tokens, places_in_order
+
 # Queries that share a mask, where a window needs one: torch's kernels know the causal rule alone.
 BLOCK = 512
 
@@ -66,6 +68,7 @@ class LocalAttention(MegatronModule):
                 raise ValueError(f"a causal window has no tokens to the right, got --window-size {left},{right}")
             self._window = left if left >= 0 else None
         self._cp = pg_collection.cp if config.context_parallel_size > 1 else None
+        self._ranks = config.context_parallel_size
 
     def forward(
         self,
@@ -78,28 +81,32 @@ class LocalAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attention of these queries. attention_mask: not read, since what a token sees follows from its position."""
-        if packed_seq_params is not None:
-            parts = [
-                self._row(*(x[begin:end, None] for x in (query, key, value)))
-                for begin, end in sample_edges(packed_seq_params)
-            ]
-            return torch.cat(parts).squeeze(1)
-        return self._row(query, key, value)
+        if packed_seq_params is None:
+            edges = [(0, len(query) * self._ranks)]
+            return self._samples(query, key, value, edges)
+        rows = (x[:, None] for x in (query, key, value))
+        return self._samples(*rows, sample_edges(packed_seq_params)).squeeze(1)
 
-    def _row(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[s, b, heads d_v], of rows that are one sample each."""
+    def _samples(self, query: Tensor, key: Tensor, value: Tensor, edges: Edges) -> Tensor:
+        """[s, b, heads d_v] of rows with a sample between each two edges."""
         if self._cp is None:
-            return self._causal(query, key, value)
+            return self._causal_each(query, key, value, edges)
         # Queries keep their places in the sequence, so that torch's causal kernels know what each one sees. The ranks
         # share all of a layer but the work of this.
-        order = places_in_order(len(query), self._cp.size(), query.device)
+        device = query.device
+        order = places_in_order(edges, self._ranks).to(device)
+        own = own_tokens(edges, self._cp.rank(), self._ranks).to(device)
         key, value = (gather_from_sequence_parallel_region(x, group=self._cp)[order] for x in (key, value))
-        own = order.argsort()[self._cp.rank() * len(query) :][: len(query)]
         # A row of zeros stands for the queries of others. (index_copy would keep this rank's for backward.)
-        places = torch.full((len(key),), len(query), device=query.device)
-        places[own] = torch.arange(len(query), device=query.device)
+        places = torch.full((len(key),), len(query), device=device)
+        places[own] = torch.arange(len(query), device=device)
         whole = torch.cat([query, torch.zeros_like(query[:1])])[places]
-        return self._causal(whole, key, value)[own]
+        return self._causal_each(whole, key, value, edges)[own]
+
+    def _causal_each(self, query: Tensor, key: Tensor, value: Tensor, edges: Edges) -> Tensor:
+        if len(edges) == 1:
+            return self._causal(query, key, value)
+        return torch.cat([self._causal(*(x[begin:end] for x in (query, key, value))) for begin, end in edges])
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         length, batch, heads, _ = query.shape
@@ -134,17 +141,11 @@ class LocalAttention(MegatronModule):
             return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self._scale, **how)
 
 
-def sample_edges(packed: PackedSeqParams) -> list[tuple[int, int]]:
-    """Begin and end of each sample in a packed row. It waits for the device once per row, at the first layer."""
+def sample_edges(packed: PackedSeqParams) -> Edges:
+    """Begin and end of each sample in a packed row, which the host knows where batches.py has made them; else it waits
+    for the device, once per row."""
     edges = getattr(packed, "host_edges", None)
     if edges is None:
         ends = packed.cu_seqlens_q.tolist()
         edges = packed.host_edges = [(begin, end) for begin, end in zip(ends, ends[1:], strict=False) if end > begin]
     return edges
-
-
-def places_in_order(share: int, ranks: int, device: torch.device) -> Tensor:
-    """Where each token of a sequence stands in what the ranks of context parallelism hold of it, share tokens each, one
-    rank after another: of 2 C chunks rank r has chunks r and 2 C - 1 - r."""
-    chunks = torch.arange(share * ranks, device=device).view(2 * ranks, -1)
-    return torch.cat([chunks[::2], chunks[1::2].flip(0)]).flatten()

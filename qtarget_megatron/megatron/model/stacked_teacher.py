@@ -19,7 +19,9 @@ import copy
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
 
 from qtarget_megatron.megatron.model.output_context import OutputContext
 from qtarget_megatron.megatron.model.output_head import OutputHead
@@ -63,31 +65,32 @@ class StackedGPTModel(GPTModel):
         attention_mask,
         *,
         padding_mask=None,
+        packed_seq_params: PackedSeqParams | None = None,
         output_processor_context: OutputContext | None = None,
         **kwargs,
     ):
-        """padding_mask: bool [b, s] of the whole sequence on every stage, True where there is padding."""
+        """padding_mask: bool [b, s] of the whole sequence on every stage, True where there is padding.
+        packed_seq_params: on every stage, where rows are packed: b of them stand one behind another, [1, b s], between
+        the stages as the schedule knows them, [s, b, h]."""
         kwargs["padding_mask"] = self._own_part(padding_mask)
-        if self.teacher is None:
-            return super().forward(
-                input_ids,
-                position_ids,
-                attention_mask,
-                output_processor_context=output_processor_context,
-                **kwargs,
-            )
-        # An evaluation's forwards are not the next step's.
-        measured = self._teacher_cost if self.training else contextlib.nullcontext()
-        with torch.no_grad(), measured:
-            taught = self.teacher(
-                input_ids,
-                position_ids,
-                attention_mask,
-                output_processor=_output_head,
-                padding_mask=kwargs["padding_mask"],
-            )
-        if self.post_process and output_processor_context is not None:
-            output_processor_context.teacher = taught
+        kwargs["packed_seq_params"] = packed_seq_params
+        if packed_seq_params is not None and not self.pre_process:
+            self.decoder.input_tensor = self.decoder.input_tensor.flatten(0, 1).unsqueeze(1)
+        taught = None
+        if self.teacher is not None:
+            # An evaluation's forwards are not the next step's.
+            measured = self._teacher_cost if self.training else contextlib.nullcontext()
+            with torch.no_grad(), measured:
+                taught = self.teacher(
+                    input_ids,
+                    position_ids,
+                    attention_mask,
+                    output_processor=_output_head,
+                    padding_mask=padding_mask,
+                    packed_seq_params=packed_seq_params,
+                )
+            if self.post_process and output_processor_context is not None:
+                output_processor_context.teacher = taught
         hidden = super().forward(
             input_ids,
             position_ids,
@@ -95,7 +98,14 @@ class StackedGPTModel(GPTModel):
             output_processor_context=output_processor_context,
             **kwargs,
         )
-        return hidden if self.post_process else torch.cat([hidden, taught], dim=-1)
+        if self.post_process:
+            return hidden
+        if packed_seq_params is not None and packed_seq_params.rows > 1:
+            hidden = hidden.view(-1, packed_seq_params.rows, hidden.shape[-1])
+            if taught is None:
+                # The schedule frees what it has sent, and takes no view.
+                return make_viewless_tensor(hidden, requires_grad=hidden.requires_grad, keep_graph=True)
+        return hidden if taught is None else torch.cat([hidden, taught], dim=-1)
 
     def _own_part(self, padding_mask):
         """Megatron cuts the mask for sequence parallelism where it embeds tokens, and on no later stage."""

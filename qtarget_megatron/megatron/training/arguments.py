@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from qtarget_megatron import kernels, objectives
-from qtarget_megatron.data import JsonlFile
+from qtarget_megatron.data import JsonlFile, alignment
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.loss.linear_cross_entropy import AUTO
@@ -108,6 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="FILE",
         help="held-out data, same format; evaluated every --eval-interval steps (default: at the end), as a "
         "whole or its first --eval-iters * --global-batch-size samples",
+    )
+    group.add_argument(
+        "--pack",
+        action="store_true",
+        help="fill each row of --seq-length tokens of --sft-train with whole samples, as many as fit; the flags of "
+        "batch sizes then count rows. A sample sees itself alone, and the loss is that of the samples one by one. "
+        "--sft-valid keeps a sample a row",
     )
     group.add_argument(
         "--data-date",
@@ -272,6 +279,23 @@ def check_numbers(args: argparse.Namespace) -> None:
             raise ValueError(f"--{key.replace('_', '-')}: expected 1 or more, got {value}{more}")
     if args.lr is not None and not 0 <= args.lr < math.inf:
         raise ValueError(f"--lr: expected a number of 0 or more, got {args.lr}")
+
+
+def check_packing(args: argparse.Namespace) -> None:
+    """Refuse flags with which rows of several samples do not go. Raises ValueError."""
+    if not args.pack:
+        return
+    balanced = args.moe_router_load_balancing_type
+    if "seq_aux_loss" in ([balanced] if isinstance(balanced, str) else balanced):
+        raise ValueError("--pack: seq_aux_loss balances rows, not the samples in them: use aux_loss, or drop --pack")
+    unit = alignment(args.context_parallel_size)
+    if args.seq_length % unit:
+        raise ValueError(f"--pack needs a multiple of {unit} tokens in a row, got --seq-length {args.seq_length}")
+    for key in ("cuda_graph_impl", "external_cuda_graph", "enable_cuda_graph"):
+        if getattr(args, key, None) not in (None, False, "none"):
+            raise ValueError(
+                f"--pack: a CUDA graph cannot replay rows of other samples: drop --{key.replace('_', '-')} or --pack"
+            )
 
 
 def check_balance(args: argparse.Namespace, arch: Architecture, objective: objectives.Objective) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from qtarget_megatron.data import IGNORE_INDEX, Batch
+from qtarget_megatron.megatron.model.context_parallel import own_tokens
 from qtarget_megatron.megatron.model.router import Router
 from qtarget_megatron.objectives import Objective
 
@@ -37,7 +39,7 @@ class Batches:
         objective: Objective,
         *,
         is_last: bool,
-    ) -> Batch:
+    ) -> OwnBatch:
         """The next micro-batch of this data-parallel rank, see on_this_rank; before the last stage without what only
         the loss reads.
 
@@ -73,22 +75,58 @@ def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
     return next(data_iterator)
 
 
-def on_this_rank(read: Batch) -> Batch:
+@dataclass(frozen=True)
+class OwnBatch:
+    """What this rank reads of a micro-batch. packed: where the samples of packed rows lie, for every stage's layers."""
+
+    batch: Batch
+    packed: PackedSeqParams | None = None
+
+
+def on_this_rank(read: Batch) -> OwnBatch:
     """A micro-batch as the loader has it, on this rank's device and cut for context parallelism; with the number of
-    supervised tokens where the host knows it and the labels are not cut."""
-    batch = read.map(lambda tensor: tensor.cuda(non_blocking=True))
+    supervised tokens where the host knows it and the labels are not cut.
+
+    Packed rows stand one behind another, [1, b s].
+    """
     cp_group = parallel_state.get_context_parallel_group()
-    if cp_group.size() > 1:
+    packed = None
+    if read.packed:
+        edges, rows = _edges(read.position_ids), len(read.tokens)
+        own = own_tokens(edges, cp_group.rank(), cp_group.size()) if cp_group.size() > 1 else slice(None)
+        read = read.map(lambda tensor: tensor if tensor.dim() == 1 else tensor.flatten(0, 1)[None, own])
+        packed = _packed_seq_params(edges, rows)
+    batch = read.map(lambda tensor: tensor.cuda(non_blocking=True))
+    if cp_group.size() == 1:
+        if not read.labels.is_cuda:
+            batch = replace(batch, num_supervised=int((read.labels != IGNORE_INDEX).sum()))
+    elif packed is None:
 
         def cut(tensor: Tensor) -> Tensor:
             if tensor.dim() == 1:  # of samples, not of tokens
                 return tensor
             return get_batch_on_this_cp_rank({"part": tensor}, is_hybrid_cp=False, cp_group=cp_group)["part"]
 
-        return batch.map(cut)
-    if read.labels.is_cuda:
-        return batch
-    return replace(batch, num_supervised=int((read.labels != IGNORE_INDEX).sum()))
+        batch = batch.map(cut)
+    return OwnBatch(batch, packed)
+
+
+def _edges(position_ids: Tensor) -> list[tuple[int, int]]:
+    """Begin and end of each sample, and of the rest of a row, in rows [b, s] one behind another."""
+    flat = position_ids.flatten()
+    begins = (flat == 0).nonzero().squeeze(1).tolist()
+    return list(zip(begins, [*begins[1:], len(flat)], strict=True))
+
+
+def _packed_seq_params(edges: list[tuple[int, int]], rows: int) -> PackedSeqParams:
+    ends = torch.tensor([0, *(end for _, end in edges)], dtype=torch.int32).cuda(non_blocking=True)
+    longest = max(end - begin for begin, end in edges)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+    # What the layers here would have to wait for the device for.
+    packed.host_edges, packed.rows = edges, rows
+    return packed
 
 
 def _supervised_share(batches: Sequence[Batch], objective: Objective) -> Tensor:

@@ -19,9 +19,11 @@ from qtarget_megatron.data import (
     IGNORE_INDEX,
     EncodedSample,
     JsonlFile,
+    PackedDataset,
     SampleNotes,
     SampleStatus,
     SupervisedDataset,
+    alignment,
     inspect_samples,
 )
 from qtarget_megatron.megatron.runtime.progress import Progress
@@ -48,7 +50,13 @@ class TaughtDataset(torch.utils.data.Dataset):
         return len(self._dataset)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        sample = self._dataset[item]
+        return self._taught(self._dataset[item])
+
+    def of_record(self, index: int, length: int) -> dict[str, torch.Tensor]:
+        """The item of a record, padded to a length that holds it."""
+        return self._taught(self._dataset.of_record(index, length))
+
+    def _taught(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         start = time.perf_counter()
         labels = sample["labels"].numpy()
         rows = labels != IGNORE_INDEX
@@ -83,7 +91,7 @@ class DatasetProvider:
         """objective: its side inputs are fields of each record. teacher_caches: by data file."""
         self.args, self.tokenizer, self.objective = args, tokenizer, objective
         self._caches = dict(teacher_caches or {})
-        self._built: dict[Path, tuple[JsonlFile, np.ndarray]] = {}
+        self._built: dict[Path, tuple[JsonlFile, np.ndarray, np.ndarray]] = {}
 
     def __call__(self, num_samples, vp_stage=None):
         args = self.args
@@ -100,7 +108,7 @@ class DatasetProvider:
         return train, valid, None
 
     def _dataset(self, path: Path, num_samples: int | None, split: Split, *, shuffle: bool, first: int | None = None):
-        file, status = self._inspected(path)
+        file, status, lengths = self._inspected(path)
         if first is not None:
             # Every evaluation sees the same samples, so that held-out losses can be compared.
             kept = np.flatnonzero(status != SampleStatus.SKIPPED)
@@ -122,15 +130,39 @@ class DatasetProvider:
             token_inputs=self.objective.token_inputs,
             date=self._date(path),
         )
-        if shuffle:
-            _log.info("%s: %s", path, _epochs(num_samples, status))
         if path in self._caches:
             dataset = TaughtDataset(dataset, self._caches[path])
+        kept = np.flatnonzero(status != SampleStatus.SKIPPED)
+        if shuffle and self.args.pack:
+            dataset = self._packed(path, dataset, kept, lengths[kept], num_samples)
+        elif shuffle:
+            _log.info("%s: %s", path, _epochs(num_samples, len(kept), "samples"))
         dataset.split = split
         return dataset
 
-    def _inspected(self, path: Path) -> tuple[JsonlFile, np.ndarray]:
-        """The file and the status of each of its samples: every rank inspects its share, once."""
+    def _packed(self, path: Path, samples: Any, kept: np.ndarray, lengths: np.ndarray, num_rows: int) -> PackedDataset:
+        args = self.args
+        packed = PackedDataset(
+            samples,
+            kept,
+            lengths,
+            args.seq_length,
+            num_rows=num_rows,
+            alignment=alignment(args.context_parallel_size),
+            seed=args.seed,
+            shuffle=True,
+            pad_id=pad_id(self.tokenizer),
+        )
+        rows = packed.plan.rows_of_epoch()
+        _log.info(
+            "%s: %d samples share %d rows of %d tokens, %.1f%% of them filled",
+            *(path, len(kept), rows, args.seq_length, 100 * packed.fill),
+        )
+        _log.info("%s: %s", path, _epochs(num_rows, rows, "rows"))
+        return packed
+
+    def _inspected(self, path: Path) -> tuple[JsonlFile, np.ndarray, np.ndarray]:
+        """The file, and the status and number of tokens of each of its samples: every rank inspects its share, once."""
         if path not in self._built:
             file, seq_length = JsonlFile(path), self.args.seq_length
 
@@ -138,19 +170,22 @@ class DatasetProvider:
             look = Inspection(f"qtarget_megatron: reading {path}", len(file))
             cache = self._caches.get(path)
 
-            def check(index: int, sample: EncodedSample) -> None:
-                look.add(sample)
-                ranges.add(sample)
-                if cache is not None:
-                    # That the teacher read it as training does is seen before training starts.
-                    cache.check_sample(index, sample.input_ids, sample.supervised)
+            def inspect(share: np.ndarray) -> np.ndarray:
+                tokens = []
 
-            status = for_each_record(
-                file,
-                lambda share: inspect_samples(
-                    file, self.tokenizer, seq_length, share, self.objective.token_inputs, check, self._date(path)
-                ),
-            )
+                def check(index: int, sample: EncodedSample) -> None:
+                    look.add(sample)
+                    ranges.add(sample)
+                    tokens.append(min(len(sample.input_ids), seq_length))
+                    if cache is not None:
+                        # That the teacher read it as training does is seen before training starts.
+                        cache.check_sample(index, sample.input_ids, sample.supervised)
+
+                inputs, date = self.objective.token_inputs, self._date(path)
+                status = inspect_samples(file, self.tokenizer, seq_length, share, inputs, check, date)
+                return np.stack([status, np.array(tokens, dtype=np.int32)], axis=1)
+
+            status, lengths = for_each_record(file, inspect).T
             ranges.merge()
             notes = look.notes_of_all()
             if cache is not None and not self.args.skip_teacher_cache_check:
@@ -169,7 +204,7 @@ class DatasetProvider:
             if skipped > len(file) // 2:
                 _log.warning("%s: %s", path, _mostly_skipped(skipped, len(file), seq_length))
             log_notes(_log, path, notes.lines(self._date(path)))
-            self._built[path] = file, status
+            self._built[path] = file, status, lengths
         return self._built[path]
 
     def _date(self, path: Path) -> datetime.date | None:
@@ -204,9 +239,9 @@ class Inspection:
         return sum(everyone[1:], start=everyone[0])
 
 
-def _epochs(num_samples: int, status: np.ndarray) -> str:
-    usable = int((status != SampleStatus.SKIPPED).sum())
-    return f"training reads {num_samples} samples of the {usable} usable: {num_samples / max(usable, 1):.2f} epochs"
+def _epochs(num_items: int, of_epoch: int, what: str) -> str:
+    usable = "usable" if what == "samples" else "of an epoch"
+    return f"training reads {num_items} {what} of the {of_epoch} {usable}: {num_items / max(of_epoch, 1):.2f} epochs"
 
 
 def _mostly_skipped(skipped: int, total: int, seq_length: int) -> str:

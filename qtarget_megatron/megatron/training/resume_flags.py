@@ -119,7 +119,7 @@ class ResumedFlags:
         adam = [_change(key, getattr(saved, key), getattr(args, key)) for key in self._changed(_ADAM)]
         if adam:
             self.lines.append(f"going on with {', '.join(adam)}")
-        changed = self._changed(("seed", "sft_train"))
+        changed = self._changed(("seed", "sft_train", "pack"))
         data = [_change(key, getattr(saved, key), getattr(args, key)) for key in changed]
         if data:
             self.lines.append(

@@ -34,7 +34,8 @@ class LossSettings:
     backend: of the kernels. chunk_size: tokens whose logits exist at a time, see qtarget_linear_cross_entropy; None
     makes those of a whole micro-batch.
     teacher_tail: the rule for the mass that a cached teacher does not keep. teacher_cost: of a live teacher.
-    loss_check: of NaN. batches: where micro-batches come from.
+    loss_check: of NaN. batches: where micro-batches come from. packed: rows hold several samples, whose places every
+    stage has to know.
     """
 
     objective: Objective
@@ -46,6 +47,7 @@ class LossSettings:
     teacher_cost: TeacherCost = field(default_factory=TeacherCost)
     loss_check: LossCheck = field(default_factory=LossCheck)
     batches: Batches = field(default_factory=Batches)
+    packed: bool = False
 
 
 @dataclass
@@ -153,13 +155,13 @@ def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iter
     on_nan: see LossCheck.
     """
     is_last, routers = get_attr_wrapped_model(model, "post_process"), get_attr_wrapped_model(model, "routers")
-    if is_last or routers or get_attr_wrapped_model(model, "pre_process"):
-        batch = settings.batches.take(data_iterator, model, routers, settings.objective, is_last=is_last)
-    else:
-        batch = None  # a stage that reads nothing but its input
+    batch = packed = None  # of a stage that reads nothing but its input
+    if is_last or routers or settings.packed or get_attr_wrapped_model(model, "pre_process"):
+        own = settings.batches.take(data_iterator, model, routers, settings.objective, is_last=is_last)
+        batch, packed = own.batch, own.packed
     context = LossContext(settings)
     if is_last:
-        context.samples, context.num_supervised = batch.sample, batch.num_supervised
+        context.samples, context.num_supervised = batch.records, batch.num_supervised
         context.token_inputs = batch.inputs
         if (kept := batch.teacher) is not None:
             context.sparse_teacher = SparseTeacher(kept.ids, kept.log_p, kept.tail, settings.teacher_tail)
@@ -170,6 +172,7 @@ def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iter
         None,
         labels=batch.labels if is_last else None,
         padding_mask=batch.padding if routers else None,
+        packed_seq_params=packed,
         output_processor=output_processor if is_last else None,
         output_processor_context=context if is_last else None,
     )

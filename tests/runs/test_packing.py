@@ -1,0 +1,105 @@
+"""Rows that hold several samples train as the samples one by one do, at every layout."""
+
+import pytest
+from finetune_runs import write_data, write_models
+from layout_runs import DISTRIBUTED_OPTIMIZER, SEQUENCE_PARALLEL, assert_layouts, ep, launch, pp, tensors, tp
+from noise_floor import MARGIN, TAGS, WEIGHTS_FLOOR, bound, update_difference
+from small_tokenizers import CHATML, byte_tokenizer
+
+from qtarget_megatron.data import JsonlFile, alignment, encode_at
+from qtarget_megatron.data.rows import RowPlan
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
+
+SAMPLES, ROW = 40, 64
+TARGET = ["--objective", "target-sft", "--objective-args", "eta=0.4"]
+VPP2 = ["--num-virtual-stages-per-pipeline-rank", 2]
+CP = ["--context-parallel-size", 2]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packing")
+    write_models(folder)
+    write_data(folder / "train.jsonl", SAMPLES, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(workspace):
+    """Rows of an epoch: what a global batch has to count to take in every sample once."""
+    file, tokenizer = JsonlFile(workspace / "train.jsonl"), byte_tokenizer(CHATML, eos="<|im_end|>")
+    lengths = [min(len(encode_at(file, tokenizer, ROW, i).input_ids), ROW) for i in range(SAMPLES)]
+    unit = alignment(1)
+    plan = RowPlan(
+        -(-pytest.importorskip("numpy").array(lengths) // unit) * unit, ROW, seed=7, packed=True, shuffled=True
+    )
+    return plan.rows_of_epoch()
+
+
+@pytest.fixture(scope="module")
+def kinds(workspace):
+    """The flags of each kind of run but the number of samples or rows in a step."""
+    data = ["--sft-train", workspace / "train.jsonl", "--seq-length", ROW]
+    models = {name: ["--hf-model", workspace / name, *data] for name in ("untied", "tied", "experts", "latent")}
+    return {
+        "untied target-sft": [*models["untied"], *TARGET, "--teacher-hf", workspace / "teacher"],
+        "tied psft": [*models["tied"], "--objective", "psft"],
+        "tied cft": [*models["tied"], "--objective", "cft", "--objective-args", "denominator=critical"],
+        "experts iw-sft": [*models["experts"], "--objective", "iw-sft"],
+        "latent sft": [*models["latent"]],
+        "untied dft": [*models["untied"], "--objective", "dft", "--recompute-activations"],
+    }
+
+
+def test_a_step_of_packed_rows_is_that_of_the_samples_one_by_one(workspace, kinds, rows):
+    """The whole file in one step, so that both read the same samples, in another order."""
+    assert rows < SAMPLES / 2, "the rows hold several samples"
+    one_step = ["--train-iters", 1]
+    runs = {}
+    for kind, words in kinds.items():
+        export = ["--save-hf", workspace / f"{kind}-padded"]
+        runs[f"{kind} padded"] = [*words, *one_step, "--global-batch-size", SAMPLES, *export]
+        export = ["--save-hf", workspace / f"{kind}-packed"]
+        runs[f"{kind} packed"] = [*words, *one_step, "--pack", "--global-batch-size", rows, *export]
+    done = launch(1, runs, workspace, timeout=240)
+    for kind in kinds:
+        padded, packed = (done[f"{kind} {how}"]["scalars"] for how in ("padded", "packed"))
+        for tag in (*TAGS, "supervised tokens"):
+            limit = 0 if tag == "supervised tokens" else bound(tag, 1)
+            assert packed[tag] == pytest.approx(padded[tag], rel=limit, nan_ok=True), (kind, tag)
+        folders = (f"{kind}-packed", f"{kind}-padded", kind.split()[0])
+        got, want, before = (tensors(workspace / folder) for folder in folders)
+        assert update_difference(got, want, before) <= MARGIN * WEIGHTS_FLOOR, kind
+
+
+def packed(kinds, *extra, batch=4):
+    return {kind: [*words, "--pack", "--global-batch-size", batch, *extra] for kind, words in kinds.items()}
+
+
+def test_layouts_train_packed_rows_like_one_process(workspace, kinds):
+    single = launch(1, packed(kinds), workspace, timeout=240)
+    runs = packed(kinds)
+
+    def at(layout, kind, *flags):
+        return {f"{kind} at {layout}": [*runs[kind], *flags]}
+
+    two = {
+        **at("TP2 SP", "untied target-sft", *tp(2), *SEQUENCE_PARALLEL),
+        **at("PP2", "untied target-sft", *pp(2)),
+        **at("PP2, two rows at a time", "untied target-sft", *pp(2), "--micro-batch-size", 2),
+        **at("CP2", "untied target-sft", *CP),
+        **at("CP2, two rows at a time", "tied psft", *CP, "--micro-batch-size", 2),
+        **at("CP2", "latent sft", *CP),
+        **at("PP2", "tied cft", *pp(2), "--micro-batch-size", 4),
+        **at("EP2", "experts iw-sft", *ep(2), *DISTRIBUTED_OPTIMIZER),
+        **at("DP2", "untied dft", *DISTRIBUTED_OPTIMIZER),
+        **at("TP2", "tied psft", *tp(2)),
+    }
+    assert_layouts(launch(2, two, workspace, timeout=400), single)
+    four = {
+        **at("TP2CP2 SP", "untied target-sft", *tp(2), *SEQUENCE_PARALLEL, *CP),
+        **at("PP2 VPP2 TP2 SP", "untied target-sft", *pp(2), *tp(2), *SEQUENCE_PARALLEL) | {},
+        **at("PP4, two rows at a time", "untied dft", *pp(4), "--micro-batch-size", 2),
+    }
+    assert_layouts(launch(4, four, workspace, timeout=400), single)
