@@ -1,8 +1,19 @@
 """Rows that hold several samples train as the samples one by one do, at every layout."""
 
 import pytest
-from finetune_runs import write_data, write_models
-from layout_runs import DISTRIBUTED_OPTIMIZER, SEQUENCE_PARALLEL, assert_layouts, ep, launch, pp, tensors, tp
+from finetune_runs import run_all, run_tool, vocabulary, write_data, write_models
+from launching import run_ranks
+from layout_runs import (
+    DISTRIBUTED_OPTIMIZER,
+    SEQUENCE_PARALLEL,
+    assert_layouts,
+    assert_same_training,
+    ep,
+    launch,
+    pp,
+    tensors,
+    tp,
+)
 from noise_floor import MARGIN, TAGS, WEIGHTS_FLOOR, bound, update_difference
 from small_tokenizers import CHATML, byte_tokenizer
 
@@ -103,3 +114,49 @@ def test_layouts_train_packed_rows_like_one_process(workspace, kinds):
         **at("PP4, two rows at a time", "untied dft", *pp(4), "--micro-batch-size", 2),
     }
     assert_layouts(launch(4, four, workspace, timeout=400), single)
+
+
+def test_a_cached_teacher_is_that_of_each_sample(workspace, kinds):
+    """With everything kept it is the live one."""
+    words = ["--teacher-hf", workspace / "teacher", "--data", workspace / "train.jsonl", "--out", workspace / "cache"]
+    words += ["--k", vocabulary(), "--dtype", "float32", "--seq-length", ROW]
+    ((code, printed),) = run_ranks(1, run_tool, ("cache_teacher", words), timeout=200, megatron=True)
+    assert code == 0, printed[-3000:]
+    live = packed({"target-sft": kinds["untied target-sft"]})
+    flags = live["target-sft"]
+    at = flags.index("--teacher-hf")
+    cached = [*flags[:at], "--teacher-cache", workspace / "cache", *flags[at + 2 :]]
+    single = launch(1, {**live, "cached": cached}, workspace, timeout=240)
+    assert_same_training(single["cached"], single["target-sft"])
+    two = {"target-sft at TP2": [*cached, *tp(2)], "target-sft at CP2": [*cached, *CP, "--micro-batch-size", 2]}
+    assert_layouts(launch(2, two, workspace, timeout=240), single)
+
+
+def test_a_training_resumes_in_the_middle_of_an_epoch(workspace, kinds, rows):
+    """The rows that follow are those that would have followed, at another layout too."""
+    words = packed({"dft": kinds["untied dft"]})["dft"]
+    assert 2 * 4 < rows < 4 * 4, "the epoch is neither over where training stops, nor goes on to the end"
+    save = ["--save", workspace / "saved", "--save-interval", 2, "--exit-interval", 2]
+    whole = launch(1, {"dft": words, "stopped": [*words, *DISTRIBUTED_OPTIMIZER, *save]}, workspace, timeout=240)
+    resumed = [*words, *DISTRIBUTED_OPTIMIZER, "--load", workspace / "saved"]
+    done = launch(2, {"at DP2": resumed, "at PP2": [*resumed, *pp(2)]}, workspace, timeout=240)
+    for name, result in done.items():
+        assert_same_training(result, whole["dft"], first_step=2), name
+
+
+def test_what_is_said_of_rows(workspace, kinds, rows):
+    """How full they are; and what cannot be packed is named before anything is built."""
+    words = packed({"sft": kinds["untied dft"]})["sft"]
+    refused = {
+        "--pack needs a multiple of 8 tokens in a row, got --seq-length 60": ["--seq-length", 60],
+        "seq_aux_loss balances rows": ["--hf-model", workspace / "experts", "--moe-aux-loss-coeff", 0.1]
+        + ["--moe-router-load-balancing-type", "seq_aux_loss"],
+    }
+    runs = {"said": [*words, "--train-iters", 1]} | {line: [*words, *flags] for line, flags in refused.items()}
+    runs = {name: [str(word) for word in flags] for name, flags in runs.items()}
+    (done,) = run_ranks(1, run_all, (runs, str(workspace)), timeout=200, megatron=True)
+    said = done["said"]["printed"]
+    assert f"{SAMPLES} samples share {rows} rows of {ROW} tokens, " in said
+    assert f"training reads 4 rows of the {rows} of an epoch" in said
+    for line in refused:
+        assert done[line]["code"] == 2 and line in done[line]["printed"], done[line]["printed"][-2000:]
