@@ -180,7 +180,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--shutdown-timeout). Costs an all-gather of 4 bytes in each step.",
     )
     group.add_argument(
-        "--log-arguments", action="store_true", help="print all of Megatron's arguments at start, about 800 lines"
+        "--log-arguments",
+        action="store_true",
+        help="print all of Megatron's arguments at start, about 800 lines; "
+        "--logging-level 10 shows these and whatever else torch and Megatron say that is left out",
     )
     group.add_argument("--print-arguments", action="store_true", dest="log_arguments", help=argparse.SUPPRESS)
     group.add_argument(
