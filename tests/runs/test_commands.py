@@ -84,7 +84,7 @@ def test_a_shell_completes_subcommands_and_flags(tmp_path):
     from qtarget_megatron.commands import completion
 
     script = tmp_path / "qtarget"
-    script.write_text(completion.script("bash"))
+    script.write_text(completion.script("bash", {name: command.summary for name, command in SUBCOMMANDS.items()}))
     asked = {
         "qtarget cache-t": "cache-teacher",
         "qtarget score --temp": "--temp",
