@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from qtarget_megatron.data.side_inputs import input_name
@@ -55,8 +56,8 @@ class Batch:
         """int64 [n], the records that are in the batch."""
         if self.sample is None or not self.packed:
             return self.sample
-        found = self.sample.unique()
-        return found[found >= 0]
+        found: Tensor = torch.unique(self.sample[self.sample >= 0])
+        return found
 
     @classmethod
     def of(cls, collated: Mapping[str, Tensor]) -> Batch:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qtarget_megatron.data.dataset import IGNORE_INDEX
 from qtarget_megatron.data.rows import RowPlan
+from qtarget_megatron.statistics import IGNORE_INDEX
 
 # What stands where no token is, in tensors that are not 0 there.
 _FILLING = {"labels": IGNORE_INDEX, "padding": True, "teacher_ids": -1, "teacher_log_p": -torch.inf}
@@ -23,7 +23,7 @@ class Samples(Protocol):
         """The item of a record, padded to a length."""
 
 
-class PackedDataset(torch.utils.data.Dataset):
+class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """``num_rows`` rows of whole samples, epoch by epoch.
 
     An item is a dict of tensors as a sample's is, of ``row_length`` tokens: each sample is filled up to a multiple of
@@ -72,7 +72,7 @@ class PackedDataset(torch.utils.data.Dataset):
         free = self._row_length - int(self._aligned[places].sum())
         return {key: self._joined(key, [item[key] for item in items], items, free) for key in items[0]}
 
-    def _joined(self, key: str, parts: list[Tensor], items: list[Mapping[str, Tensor]], free: int) -> Tensor:
+    def _joined(self, key: str, parts: list[Tensor], items: Sequence[Mapping[str, Tensor]], free: int) -> Tensor:
         if key == "sample":
             parts = [torch.where(item["padding"], -1, item["sample"]) for item in items]
         elif parts[0].dim() == 0:

@@ -16,8 +16,9 @@ from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.loss.linear_top_k import TopTokens, linear_top_k
 from qtarget_megatron.megatron.jobs.dataset_run import DatasetRun, RunOptions, precision_flags
 from qtarget_megatron.megatron.runtime import cpu_platform, launch, logs
+from qtarget_megatron.megatron.runtime.logs import is_first_rank
 from qtarget_megatron.megatron.runtime.prepare import load_model_tokenizer
-from qtarget_megatron.megatron.runtime.ranks import is_first_rank, on_first_rank
+from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.resumable import check_space, file_digest
 from qtarget_megatron.teacher_cache import (
     CacheHeader,

@@ -27,8 +27,9 @@ from qtarget_megatron.huggingface import (
 )
 from qtarget_megatron.megatron.jobs.open_model import open_model
 from qtarget_megatron.megatron.runtime import launch
+from qtarget_megatron.megatron.runtime.logs import is_first_rank
 from qtarget_megatron.megatron.runtime.progress import Progress
-from qtarget_megatron.megatron.runtime.ranks import is_first_rank, on_first_rank
+from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.megatron.weights.checkpoint_folder import checkpoint_directory
 from qtarget_megatron.resumable import ResumableDirectory, check_space, directory_digest
 

@@ -20,8 +20,9 @@ from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.loss.linear_cross_entropy import qtarget_linear_cross_entropy
 from qtarget_megatron.megatron.jobs.dataset_run import DatasetRun, RunOptions, precision_flags
 from qtarget_megatron.megatron.runtime import cpu_platform, launch, logs
+from qtarget_megatron.megatron.runtime.logs import is_first_rank
 from qtarget_megatron.megatron.runtime.prepare import load_model_tokenizer
-from qtarget_megatron.megatron.runtime.ranks import is_first_rank, on_first_rank
+from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.resumable import ResumableLines, check_space, directory_digest, file_digest
 
 if TYPE_CHECKING:

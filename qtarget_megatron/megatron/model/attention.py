@@ -84,8 +84,8 @@ class LocalAttention(MegatronModule):
         if packed_seq_params is None:
             edges = [(0, len(query) * self._ranks)]
             return self._samples(query, key, value, edges)
-        rows = (x[:, None] for x in (query, key, value))
-        return self._samples(*rows, sample_edges(packed_seq_params)).squeeze(1)
+        query, key, value = (x[:, None] for x in (query, key, value))
+        return self._samples(query, key, value, sample_edges(packed_seq_params)).squeeze(1)
 
     def _samples(self, query: Tensor, key: Tensor, value: Tensor, edges: Edges) -> Tensor:
         """[s, b, heads d_v] of rows with a sample between each two edges."""

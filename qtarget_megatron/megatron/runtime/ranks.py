@@ -1,4 +1,4 @@
-"""What the command-line tools share: errors of one line, and output on one rank."""
+"""What one rank does or says for all."""
 
 from __future__ import annotations
 
