@@ -240,35 +240,40 @@ class _Logits:
         self._spec = spec
         self._student: Tensor | None = None
         self._teacher: Tensor | None = None
-        self._there: slice | None = None
+        self._computed: slice | None = None
 
-    def of(
-        self, chunk: slice, kept: Tensor, weight: Tensor, taught: Tensor | None, teacher_weight: Tensor | None
+    def chunk(
+        self,
+        rows: slice,
+        student_hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
     ) -> tuple[Tensor, SecondModel]:
-        """Logits of the student, and the second model, at these tokens. kept, taught: hidden states [n, H] of both."""
+        """Logits of the student, and the second model, at these rows of the supervised tokens' hidden states [n, H]."""
         spec = self._spec
         if self._student is None:
-            shape = min(spec.chunk_size, len(kept)), len(weight)
-            self._student = kept.new_empty(shape)
-            self._teacher = None if taught is None else taught.new_empty(shape)
-        rows = slice(chunk.stop - chunk.start)
-        logits, teacher = self._student[rows], None if self._teacher is None else self._teacher[rows]
-        if chunk != self._there:
-            torch.mm(kept[chunk], weight.t(), out=logits)
-            if teacher is not None and taught is not None and teacher_weight is not None:
-                torch.mm(taught[chunk], teacher_weight.t(), out=teacher)
+            shape = min(spec.chunk_size, len(student_hidden)), len(weight)
+            self._student = student_hidden.new_empty(shape)
+            self._teacher = None if teacher_hidden is None else teacher_hidden.new_empty(shape)
+        count = slice(rows.stop - rows.start)
+        logits, teacher = self._student[count], None if self._teacher is None else self._teacher[count]
+        if rows != self._computed:
+            torch.mm(student_hidden[rows], weight.t(), out=logits)
+            if teacher is not None and teacher_hidden is not None and teacher_weight is not None:
+                torch.mm(teacher_hidden[rows], teacher_weight.t(), out=teacher)
                 if spec.teacher_columns is not None:
                     teacher[:, spec.teacher_columns :] = -torch.inf
-            self._there = chunk
-        return logits, TeacherLogits(teacher) if spec.kept_entries is None else spec.kept_entries.rows(chunk)
+            self._computed = rows
+        return logits, TeacherLogits(teacher) if spec.kept_entries is None else spec.kept_entries.rows(rows)
 
-    def spoil(self) -> None:
-        """What is there is overwritten: the next of() makes it anew."""
-        self._there = None
+    def invalidate(self) -> None:
+        """Mark the buffer as overwritten; the next chunk() recomputes the logits."""
+        self._computed = None
 
     def release(self) -> None:
-        """The memory is given back; the next of() takes it again."""
-        self._student = self._teacher = self._there = None
+        """Give the memory back; the next chunk() takes it again."""
+        self._student = self._teacher = self._computed = None
 
 
 class _QTargetLinearCrossEntropy(torch.autograd.Function):
@@ -282,21 +287,23 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         spec: _Spec,
     ) -> Tensor:
-        kept = spec.select(hidden)
-        taught = None if teacher_hidden is None else spec.select(teacher_hidden)
+        supervised_hidden = spec.select(hidden)
+        supervised_teacher = None if teacher_hidden is None else spec.select(teacher_hidden)
         request, whole = spec.objective.request, spec.second
         work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # Without a supervised token there is no chunk.
         partials = [torch.empty(0, whole.width(request), dtype=work, device=hidden.device)] if len(labels) == 0 else []
         logits = _Logits(spec)
         for chunk in spec.chunks():
-            student, second = logits.of(chunk, kept, weight.detach(), taught, teacher_weight)
+            student, second = logits.chunk(
+                chunk, supervised_hidden, weight.detach(), supervised_teacher, teacher_weight
+            )
             part = second.partial_statistics(
                 spec.backend, student, labels[chunk], request=request, shard=spec.shard, scratch=True
             )
             partials.append(part)
             if second.overwrites_logits:
-                logits.spoil()
+                logits.invalidate()
         spec.statistics, ctx.shift = whole.merge(
             spec.backend,
             collectives.gather_partials(partials[0] if len(partials) == 1 else torch.cat(partials), spec.group),
@@ -305,13 +312,13 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
             request=request,
             vocab_size=spec.vocab_size,
         )
-        kept_loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)
+        supervised_loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)
         ctx.spec, ctx.hidden_shape = spec, hidden.shape
         # The parameter itself: main_grad is an attribute of that object.
         ctx.weight = weight
         ctx.logits = logits if any(ctx.needs_input_grad) else None
-        ctx.save_for_backward(kept, taught, teacher_weight, labels)
-        return kept_loss.new_zeros(spec.num_tokens).index_copy_(0, spec.rows, kept_loss)
+        ctx.save_for_backward(supervised_hidden, supervised_teacher, teacher_weight, labels)
+        return supervised_loss.new_zeros(spec.num_tokens).index_copy_(0, spec.rows, supervised_loss)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -319,17 +326,17 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         spec: _Spec = ctx.spec
         logits: _Logits = ctx.logits
         weight = ctx.weight.detach()
-        kept, taught, teacher_weight, labels = ctx.saved_tensors
+        supervised_hidden, supervised_teacher, teacher_weight, labels = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         upstream = grad_loss[spec.rows]
-        kept_gradient: Tensor | None = torch.empty_like(kept) if wants_hidden else None
+        student_gradient: Tensor | None = torch.empty_like(supervised_hidden) if wants_hidden else None
         weight_sum = _WeightGradient(ctx.weight) if wants_weight else None
         gradient: Tensor | None = None
         second: SecondModel | None = None
         # From the last one, whose logits are still there.
         for chunk in reversed(spec.chunks()):
-            gradient, second = logits.of(chunk, kept, weight, taught, teacher_weight)
-            logits.spoil()
+            gradient, second = logits.chunk(chunk, supervised_hidden, weight, supervised_teacher, teacher_weight)
+            logits.invalidate()
             second.logit_gradient(
                 spec.backend,
                 gradient,
@@ -340,13 +347,15 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
                 **ctx.token_gradient.rows(chunk).kernel_arguments(spec.backend, upstream[chunk]),
                 out=gradient,
             )
-            if kept_gradient is not None:
-                torch.mm(gradient, weight, out=kept_gradient[chunk])
+            if student_gradient is not None:
+                torch.mm(gradient, weight, out=student_gradient[chunk])
             if weight_sum is not None:
-                weight_sum.add(gradient, kept[chunk])
+                weight_sum.add(gradient, supervised_hidden[chunk])
         gradient = second = None
         logits.release()
-        hidden_gradient = None if kept_gradient is None else _whole_gradient(kept_gradient, spec, ctx.hidden_shape)
+        hidden_gradient = (
+            None if student_gradient is None else _whole_gradient(student_gradient, spec, ctx.hidden_shape)
+        )
         return hidden_gradient, None if weight_sum is None else weight_sum.finish(), None, None, None, None
 
 
@@ -412,7 +421,7 @@ def tokens_at_a_time(chunk_size: int | Literal["auto"], device: str) -> int:
     return chunk_size
 
 
-def _whole_gradient(kept_gradient: Tensor, spec: _Spec, shape: torch.Size) -> Tensor:
+def _whole_gradient(student_gradient: Tensor, spec: _Spec, shape: torch.Size) -> Tensor:
     """dHidden in the shape of hidden, summed over the ranks' vocabulary shards; 0 where not supervised."""
 
     def whole(rows: Tensor) -> Tensor:
@@ -421,9 +430,9 @@ def _whole_gradient(kept_gradient: Tensor, spec: _Spec, shape: torch.Size) -> Te
         return gradient
 
     if spec.sequence_parallel:
-        sequence = whole(kept_gradient).reshape(-1, *shape[1:])
+        sequence = whole(student_gradient).reshape(-1, *shape[1:])
         return collectives.scatter_sequence_sum(sequence, spec.group)
-    return whole(collectives.sum_in_place(kept_gradient, spec.group)).reshape(shape)
+    return whole(collectives.sum_in_place(student_gradient, spec.group)).reshape(shape)
 
 
 def _kept_rows(supervised: Tensor, count: int | None) -> Tensor:

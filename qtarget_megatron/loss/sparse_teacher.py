@@ -243,13 +243,15 @@ class KeptEntries:
 class _Kept:
     """The kept entries that lie on this rank's shard. Nothing here waits for a GPU: no shape depends on the data.
 
-    ids: [n, K]. here: [n, K] bool. first: [n, 1], the first slot that is here, 0 where none is. columns: [n, K] of the
-    shard; of a slot that is not here, that of the first. logits, log_p: [n, K] of the student and the teacher, -inf
-    where not here.
+    ids:           [n, K].
+    on_shard:      bool [n, K], entries whose token id lies on this rank's shard.
+    first:         [n, 1], the first slot on the shard, 0 where none is.
+    columns:       [n, K], of the shard; of a slot that is not on it, that of the first.
+    logits, log_p: [n, K] of the student and the teacher, -inf where not on the shard.
     """
 
     ids: Tensor
-    here: Tensor
+    on_shard: Tensor
     first: Tensor
     columns: Tensor
     logits: Tensor
@@ -258,34 +260,35 @@ class _Kept:
     @classmethod
     def of(cls, logits: Tensor, teacher: SparseTeacher, shard: VocabularyShard) -> _Kept:
         local = teacher.ids - shard.start
-        here = (teacher.ids >= 0) & (local >= 0) & (local < shard.valid_columns)
+        on_shard = (teacher.ids >= 0) & (local >= 0) & (local < shard.valid_columns)
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        if here.shape[1] == 0:
-            first = here.new_zeros(len(here), 0, dtype=torch.int64)
-            return cls(teacher.ids, here, first, local, local.to(work), teacher.log_p.to(work))
-        local = local.masked_fill(~here, 0)
-        first = here.int().argmax(-1, keepdim=True)
-        columns = torch.where(here, local, local.gather(1, first))
-        z = logits.gather(1, columns).to(work).masked_fill(~here, -torch.inf)
-        return cls(teacher.ids, here, first, columns, z, teacher.log_p.to(work).masked_fill(~here, -torch.inf))
+        if on_shard.shape[1] == 0:
+            first = on_shard.new_zeros(len(on_shard), 0, dtype=torch.int64)
+            return cls(teacher.ids, on_shard, first, local, local.to(work), teacher.log_p.to(work))
+        local = local.masked_fill(~on_shard, 0)
+        first = on_shard.int().argmax(-1, keepdim=True)
+        columns = torch.where(on_shard, local, local.gather(1, first))
+        z = logits.gather(1, columns).to(work).masked_fill(~on_shard, -torch.inf)
+        return cls(teacher.ids, on_shard, first, columns, z, teacher.log_p.to(work).masked_fill(~on_shard, -torch.inf))
 
     def write(self, values: Tensor, out: Tensor, rows: slice = slice(None)) -> None:
-        """Put values [n, K] of the entries here into their columns of out, of a run of rows.
+        """Put values [n, K] of the entries on the shard into their columns of out, of a run of rows.
 
-        The slots of a row that are not here write what its first one writes; in a row without any, what stands there.
+        The slots of a row that are not on the shard write what its first one writes; in a row without any, what stands
+        there.
         """
         if values.shape[1] == 0:
             return
-        here, first, columns = self.here[rows], self.first[rows], self.columns[rows]
+        on_shard, first, columns = self.on_shard[rows], self.first[rows], self.columns[rows]
         values = values.to(out.dtype)
-        otherwise = torch.where(here.gather(1, first), values.gather(1, first), out.gather(1, columns[:, :1]))
+        otherwise = torch.where(on_shard.gather(1, first), values.gather(1, first), out.gather(1, columns[:, :1]))
         # Not scatter_, which copies a whole 16-bit matrix on the CPU.
         row = torch.arange(len(out), device=out.device)[:, None].expand_as(columns)
-        out.index_put_((row, columns), torch.where(here, values, otherwise))
+        out.index_put_((row, columns), torch.where(on_shard, values, otherwise))
 
     def label_logit(self, otherwise: Tensor, labels: Tensor) -> Tensor:
-        """The label's logit where it is kept and here."""
-        is_label = self.here & (self.ids == labels[:, None])
+        """The label's logit where it is kept and on the shard."""
+        is_label = self.on_shard & (self.ids == labels[:, None])
         found = self.logits.masked_fill(~is_label, 0).sum(-1)
         return torch.where(is_label.any(-1), found.to(otherwise.dtype), otherwise)
 
@@ -324,9 +327,9 @@ def _kept_statistics(
 ) -> Tensor:
     """The kept entries as a shard of their own.
 
-    whole_base: the other part does not hold them; otherwise only the residuals that read the teacher count here.
+    whole_base: the other part does not hold them; otherwise only the residuals that read the teacher count.
     """
-    is_label = kept.here & (kept.ids == labels[:, None])
+    is_label = kept.on_shard & (kept.ids == labels[:, None])
     slots = kept.ids.shape[1]
     position = torch.full_like(labels, slots)
     if slots:
@@ -362,7 +365,7 @@ def _take_out(dense: Tensor, request: StatisticsRequest, index: int, a: float, k
     residual = request.columns.residuals[index]
     centre, maximum = dense[:, request.columns.max, None], dense[:, residual.max, None]
     shifted = (reference.residual_logits(kept.logits, None, a, 0.0) - maximum).to(kept.logits.dtype)
-    weight = shifted.exp().masked_fill(~kept.here, 0)
+    weight = shifted.exp().masked_fill(~kept.on_shard, 0)
 
     def total(values: Tensor) -> Tensor:
         return (weight * values).masked_fill(weight == 0, 0).sum(-1).to(dense.dtype)

@@ -261,7 +261,7 @@ def of_worker(error):
     """The line of a training that ends by an error which the loader has raised."""
     watchdog = SimpleNamespace(step=3, tell=lambda: True)
     fault = explained(error, argparse.Namespace(save=None), watchdog)
-    assert not fault.told and "\n" not in str(fault)
+    assert not fault.already_reported and "\n" not in str(fault)
     return str(fault)
 
 

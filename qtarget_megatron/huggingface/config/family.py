@@ -95,14 +95,21 @@ class WindowRules:
 class Family:
     """How one Hugging Face architecture differs from a Llama.
 
-    name: of the family, in messages. architecture: its entry in config.json's ``architectures``. refused: why
-    Megatron's GPT model cannot express it; nothing else counts then. The bias rules are either a constant or the name
-    of the config field that decides. qk_norm: RMS norm of each query and key head. latent: queries, keys and values are
-    made from small latents (multi-head latent attention). window: None where sliding_window has no meaning.
+    The bias rules are either a constant or the name of the config field that decides.
+
+    name:             of the family, in messages.
+    architecture:     its entry in config.json's ``architectures``.
+    refused:          why Megatron's GPT model cannot express it; nothing else counts then.
+    qkv_bias, output_bias, mlp_bias: whether linear layers of attention and MLP have biases.
+    qk_norm:          RMS norm of each query and key head.
+    latent:           queries, keys and values are made from small latents (multi-head latent attention).
+    window:           None where sliding_window has no meaning.
     unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else every
-    no_rope_layer_interval-th. experts: None where every layer has one MLP. defaults: the values that transformers
-    assumes for fields the file leaves out. aliases: other spelling of a field -> the one used here. tensors: names that
-    differ from a Llama's, by role.
+                      no_rope_layer_interval-th.
+    experts:          None where every layer has one MLP.
+    defaults:         the values that transformers assumes for fields the file leaves out.
+    aliases:          other spelling of a field -> the one used here.
+    tensors:          names that differ from a Llama's, by role.
     """
 
     name: str

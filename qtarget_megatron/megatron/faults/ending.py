@@ -94,7 +94,7 @@ def told(name: str, error: BaseException) -> int | None:
     if isinstance(error, Fault):
         line = f"{name}: error on rank {_rank()}: {error}"
         record_cause(line)
-        if not error.told:
+        if not error.already_reported:
             print(line, file=sys.stderr, flush=True)
         _failed = True
         return 1

@@ -16,7 +16,7 @@ from qtarget_megatron.megatron.faults.limits import what_ran_out
 from qtarget_megatron.megatron.faults.resume_point import advice
 from qtarget_megatron.megatron.faults.watchdog import Watchdog
 
-ON_NAN = "give --qtarget-on-nan skip to go on without such steps"
+SKIP_NAN_HINT = "give --qtarget-on-nan skip to go on without such steps"
 _COURTESY = 2.0  # seconds
 _LOST = re.compile(r"gloo/transport|Connection (closed|reset) by peer")  # NCCL has a class of its own
 _WORKER_ENDED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([\w ]+)|exited)")
@@ -25,11 +25,14 @@ _REJECTED = re.compile(r"Rank \d+, node (\S+), device \d+, iteration \d+: ")
 
 
 class Fault(RuntimeError):
-    """The end of a training in one line; others will have said it already where told is set."""
+    """The end of a training in one line.
 
-    def __init__(self, line: str, *, told: bool = False):
+    already_reported: True where another rank has printed the cause; then this one prints nothing.
+    """
+
+    def __init__(self, line: str, *, already_reported: bool = False):
         super().__init__(line)
-        self.told = told
+        self.already_reported = already_reported
 
 
 class EndedEarly(Exception):
@@ -57,8 +60,8 @@ def explained(error: BaseException, args: argparse.Namespace, watchdog: Watchdog
     if secondary:
         # The rank where it began speaks first, if it can.
         time.sleep(_COURTESY)
-    told = not watchdog.tell() and secondary
-    return Fault(f"step {watchdog.step}: {what}; {advice(args)}", told=told)
+    already_reported = not watchdog.tell() and secondary
+    return Fault(f"step {watchdog.step}: {what}; {advice(args)}", already_reported=already_reported)
 
 
 def _explain(error: BaseException) -> tuple[str | None, bool]:
@@ -83,7 +86,7 @@ def _explain(error: BaseException) -> tuple[str | None, bool]:
         return line, False
     if isinstance(error, RuntimeError):
         if Path(traceback.extract_tb(error.__traceback__)[-1].filename).name == "rerun_state_machine.py":
-            return f"{_REJECTED.sub('', str(error))}: {ON_NAN}", False
+            return f"{_REJECTED.sub('', str(error))}: {SKIP_NAN_HINT}", False
         if ended := _WORKER_ENDED.search(str(error)):
             # torch knows the signal at times only.
             hint = (

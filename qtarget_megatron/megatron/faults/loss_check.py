@@ -13,7 +13,7 @@ from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.training import get_args
 from torch import Tensor
 
-from qtarget_megatron.megatron.faults.explained import ON_NAN, NotFinite
+from qtarget_megatron.megatron.faults.explained import SKIP_NAN_HINT, NotFinite
 from qtarget_megatron.megatron.runtime.logs import ANY_RANK
 
 _log = logging.getLogger("qtarget_megatron")
@@ -56,6 +56,6 @@ class LossCheck:
         records = f"record(s) {samples.tolist()} (counted from 0)"
         where = f"the loss of {records} is {value} on rank {dist.get_rank()}"
         if on_nan == "stop":
-            raise NotFinite(f"{where}: {ON_NAN}")
+            raise NotFinite(f"{where}: {SKIP_NAN_HINT}")
         if in_training and parallel_state.get_tensor_model_parallel_rank() == 0:
             _log.warning("step %d is skipped: %s", get_args().curr_iteration + 1, where, extra=ANY_RANK)

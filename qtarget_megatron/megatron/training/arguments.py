@@ -17,7 +17,7 @@ from qtarget_megatron.loss.linear_cross_entropy import AUTO
 from qtarget_megatron.loss.sparse_teacher import TAIL_RULES
 from qtarget_megatron.megatron.runtime.prepare import Purpose, Run
 
-ON_NAN = ("stop", "skip")
+NAN_POLICIES = ("stop", "skip")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -157,8 +157,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--qtarget-on-nan",
-        choices=ON_NAN,
-        default=ON_NAN[0],
+        choices=NAN_POLICIES,
+        default=NAN_POLICIES[0],
         help="a micro-batch whose loss or gradient is not finite: stop ends all ranks, naming rank, step and samples; "
         "skip leaves out the whole step on all ranks alike and counts it in the log, which needs --bf16, --fp16 or "
         "--use-distributed-optimizer (default: stop; steps that overflow under --fp16 are always skipped)",
