@@ -215,7 +215,7 @@ COLLECTIVE = [
 ]
 
 
-PARTS = ["kernels", "head", "collective", "step", "growth", "convert", "cuda", "cuda-head"]
+PARTS = ["kernels", "head", "collective", "step", "data", "growth", "convert", "cuda", "cuda-head"]
 
 
 @pytest.mark.parametrize(

@@ -122,3 +122,23 @@ def _has(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package that the module is in
         return False
+
+
+def local_attentions(heads: int, width: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Core attention of local layers, ours and Megatron's own, of [s, b, heads, width]; in a process of one rank."""
+    from qtarget_megatron.megatron.runtime import cpu_platform
+
+    cpu_platform.activate()
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from qtarget_megatron.megatron.model.attention import LocalAttention
+
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    sizes = dict(num_layers=1, hidden_size=heads * width, num_attention_heads=heads, attention_dropout=0.0)
+    config = TransformerConfig(**sizes, masked_softmax_fusion=False)
+    ours, megatrons = (kind(config, 1, AttnMaskType.causal, "self") for kind in (LocalAttention, DotProductAttention))
+    return {"ours": lambda q, k, v: ours(q, k, v), "Megatron's": lambda q, k, v: megatrons(q, k, v, None)}

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tools.benchmarking import convert, figures, machine, step, workers
+from tools.benchmarking import convert, figures, machine, packing, step, workers
 
 Say = Callable[[str], None]
 Rows = list[dict[str, Any]]
@@ -134,6 +134,18 @@ def conversion(say: Say, quick: bool) -> Rows:
     return rows
 
 
+def data(say: Say, quick: bool) -> Rows:
+    lengths, shapes = [512, 2048, 8192], [packing.Shape(), packing.SMOLLM2]
+    if quick:
+        lengths = [64, 128]
+        small = dict(vocabulary=512, hidden=64, intermediate=128, layers=2, heads=2, groups=1)
+        shapes = [packing.Shape("small", **small, global_batch=2, steps=4)]
+    arguments = dict(tokens=lengths, heads=4, width=64, seconds=0.2 if quick else 4.0, min_rounds=3)
+    attention = workers.run(f"{_PACKAGE}.packing:measure_attention", arguments, say=say, threads=1, timeout=600)[0]
+    arguments = dict(shapes=[asdict(shape) for shape in shapes], timeout=900)
+    return attention + workers.run(f"{_PACKAGE}.packing:measure_training", arguments, say=say, timeout=1800)[0]
+
+
 _PACKAGE = __name__.rpartition(".")[0]
 
 # In the order of the report.
@@ -142,6 +154,7 @@ PLANS: dict[str, Callable[[Say, bool], Rows]] = {
     "head": head,
     "collective": collective,
     "step": training_step,
+    "data": data,
     "growth": growth,
     "convert": conversion,
     "cuda": cuda,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarking import figures
+from tools.benchmarking.packing import LONGEST, MEDIAN, SHORTEST, SUPERVISED
 from tools.benchmarking.step import KEPT
 
 Result = dict[str, Any]
@@ -292,6 +293,43 @@ def step(rows: list[Row]) -> list[str]:
     return lines + table(heads, cells)
 
 
+def data(rows: list[Row]) -> list[str]:
+    attention = [row for row in rows if row["part"] == "attention"]
+    training = [row for row in rows if row["part"] == "training"]
+    first = attention[0]
+    lines = [
+        f"Core attention of the local layers, forward and backward of one row of {first['heads']} heads of "
+        f"{first['width']}, float32, one thread. Memory: torch's allocator beyond inputs and results.",
+        "",
+    ]
+    cells = []
+    for (length,), group in _groups(attention, "length"):
+        for row in group:
+            more = "-" if row is group[0] else compare(row, group[0])
+            cells.append([f"{length:,}", row["attention"], spread(row, 1000), more, figure(row["extra_bytes"] / 2**20)])
+    lines += table(["tokens", "attention", "ms", "times ours", "MiB"], cells)
+    lines += [
+        "",
+        f"`python -m qtarget_megatron.finetune` in float32 on random models, data of {SHORTEST} to {LONGEST:,} tokens "
+        f"(log-normal around {MEDIAN}), {SUPERVISED:.0%} of them supervised. Useful: supervised. A ratio is of steps "
+        "by their number.",
+        "",
+    ]
+    cells = []
+    for (name,), group in _groups(training, "name"):
+        for row in group:
+            more = "-" if row is group[0] else _faster(row, group[0])
+            fill = "-" if row["fill"] is None else f"{row['fill']:.1%}"
+            size = f"{row['global_batch']} x {row['seq_length']:,}"
+            cells.append([name, size, row["way"], spread(row), more, fill])
+    return lines + table(["model", "tokens a step", "rows", "useful tokens per s", "times the first", "filled"], cells)
+
+
+def _faster(row: Row, than: Row) -> str:
+    found = figures.ratio(row["speed"], than["speed"])
+    return f"{figure(found['value'])} [{figure(found['q1'])} to {figure(found['q3'])}]"
+
+
 def growth(rows: list[Row]) -> list[str]:
     lines = [
         "One thread, float32, gradient in place, forward and backward. A straight line, a fixed cost and picoseconds "
@@ -390,6 +428,7 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "head": ("Output layer and loss", head),
     "collective": ("Collectives", collective),
     "step": ("Training steps", step),
+    "data": ("Packed rows", data),
     "growth": ("Growth", growth),
     "convert": ("Conversion", convert),
     "cuda": ("Kernels on a GPU", kernels),

@@ -71,7 +71,7 @@ def measure(
                 threads = max(machine.cores() // size, 1)
                 words = [*VARIANTS[variant], "--tensor-model-parallel-size", str(size)]
                 text = launch(Path(folder), training(shape, words), size, threads, timeout)
-                seconds = [float(value) / 1000 for value in _STEP.findall(text)][WARM_UP_STEPS:]
+                seconds = seconds_of_steps(text)[WARM_UP_STEPS:]
                 peaks = _PEAKS.search(text)
                 if len(seconds) != shape.steps - WARM_UP_STEPS or peaks is None:
                     raise MeasurementFailed(f"the log of {variant} does not report its steps:\n{end_of(text)}")
@@ -95,12 +95,23 @@ def measure(
     return rows
 
 
-def training(shape: Shape, words: list[str]) -> list[str]:
+def training(shape: Any, words: list[str]) -> list[str]:
     """The fine-tuning command on what `write` wrote, as words behind ``python -m``."""
     command = ["qtarget_megatron.finetune", "--hf-model", "student", "--sft-train", "train.jsonl", *words]
     command += ["--seq-length", str(shape.seq_length)]
     command += ["--micro-batch-size", "1", "--global-batch-size", str(shape.global_batch)]
     return [*command, "--train-iters", str(shape.steps), "--lr", "1e-5", "--log-interval", "1"]
+
+
+def seconds_of_steps(text: str) -> list[float]:
+    """How long each step of a training took, by its log."""
+    return [float(value) / 1000 for value in _STEP.findall(text)]
+
+
+def fill(text: str) -> float | None:
+    """Share of packed rows that a training's log says is filled."""
+    found = re.search(r"share \d+ rows of \d+ tokens, ([\d.]+)% of them filled", text)
+    return float(found[1]) / 100 if found else None
 
 
 def logged(text: str, name: str) -> list[float]:
