@@ -30,8 +30,11 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 
 @dataclass
 class _Held:
-    """A lock of this process. made: folders that were made for it, outermost first. ours: what it says of the holder,
-    without the beat."""
+    """A lock of this process.
+
+    made: folders that were made for it, outermost first.
+    ours: what it says of the holder, without the beat.
+    """
 
     descriptor: int
     made: list[Path]

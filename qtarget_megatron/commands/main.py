@@ -9,7 +9,12 @@ from typing import NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
-    """module: what is run. words: what it gets before the user's. summary: a line of the help."""
+    """A subcommand.
+
+    module:  what is run.
+    words:   what it gets before the user's.
+    summary: a line of the help.
+    """
 
     module: str
     words: tuple[str, ...]

@@ -15,8 +15,12 @@ MEGATRON = "Megatron's flags as well: layout, --micro-batch-size, --bf16, ..."
 def command_parser(
     name: str, text: str, *, others: str | None = None, of: argparse._SubParsersAction | None = None
 ) -> argparse.ArgumentParser:
-    """A command's parser, with --version. text: its --help. others: flags that it takes besides, which end the help.
-    of: the subcommands that it is one of."""
+    """A command's parser, with --version.
+
+    text:   its --help.
+    others: flags that it takes besides, which end the help.
+    of:     the subcommands that it is one of.
+    """
     settings: dict[str, Any] = dict(
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,

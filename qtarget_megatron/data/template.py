@@ -30,8 +30,9 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 class ChatTemplate:
     """The chat template of a tokenizer, for one conversation's tools; writes what apply_chat_template writes.
 
-    date: what strftime_now gives in the template, at midnight. dated: whether the template asks for it. source: the
-    template's text, where it is known.
+    date:       what strftime_now gives in the template, at midnight.
+    dated:      whether the template asks for it.
+    source:     the template's text, where it is known.
     has_blocks: whether it marks the assistant's part itself, with ``{% generation %}`` blocks.
 
     Raises ValueError where the tokenizer has no template, or one that is no Jinja.

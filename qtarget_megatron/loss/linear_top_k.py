@@ -23,8 +23,11 @@ _NO_KEY = torch.iinfo(torch.int64).min
 class TopTokens:
     """The k most likely tokens of n distributions, first ones first; equal logits by lower id.
 
-    ids: int64 [n, k]. log_p: float64 [n, k], in nats. counts: int64 [n], how many are kept. tail: float64 [n], 1 minus
-    the mass of these, at least 0; both come from float32 logits, so that a tail below 1e-6 is rounding.
+    ids:    int64 [n, k].
+    log_p:  float64 [n, k], in nats.
+    counts: int64 [n], how many are kept.
+    tail:   float64 [n], 1 minus the mass of these, at least 0; both come from float32 logits, so that a tail below 1e-6
+            is rounding.
     """
 
     ids: Tensor

@@ -23,9 +23,11 @@ _ENTRY_BYTES, _TAIL_BYTES = 12, 4
 class LossShape:
     """What the loss is computed from on the last pipeline stage.
 
-    width: float32 numbers per token and rank that the objective's statistics have (StatisticsRequest.width).
-    gradient_element: bytes of a number in main_grad. teacher_hidden: width of a live second model, else 0. entries:
-    kept by a cached one per token, else 0. on_cpu: torch then copies what is added in another dtype.
+    width:            float32 numbers per token and rank that the objective's statistics have (StatisticsRequest.width).
+    gradient_element: bytes of a number in main_grad.
+    teacher_hidden:   width of a live second model, else 0.
+    entries:          kept by a cached one per token, else 0.
+    on_cpu:           torch then copies what is added in another dtype.
     """
 
     tokens: int

@@ -58,8 +58,11 @@ class OutputProcessor:
         self.statistics: TokenStatistics | None = None
 
     def __call__(self, *, labels: Tensor, loss_mask: Tensor | None = None, context=None, **arguments) -> Tensor:
-        """What GPTModel calls. labels, loss_mask: ``[b, s]``; tokens whose mask is 0 get a loss of 0. context: the
-        model's output_processor_context, here the objective's side inputs by name, each ``[b, s]``."""
+        """What GPTModel calls.
+
+        labels, loss_mask: ``[b, s]``; tokens whose mask is 0 get a loss of 0.
+        context:           the model's output_processor_context, here side inputs by name, each ``[b, s]``.
+        """
         if labels is None:
             raise ValueError("an objective needs labels: give them to the model's forward on the last pipeline stage")
         if loss_mask is not None:

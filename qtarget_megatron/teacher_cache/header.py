@@ -36,12 +36,17 @@ _MADE_FROM = {
 class CacheHeader:
     """What a cache was made from.
 
-    data: SHA-256 of the JSONL file, which has num_samples records. tokenizer, chat_template: digests of them. teacher:
-    its name.
-    teacher_files: digest of the names, sizes and times of its files; teacher_checkpoint: the same of the Megatron
-    checkpoint with its weights, if any. precision: of the teacher. vocab_size: of its softmax. seq_length: samples are
-    cut to. date: YYYY-MM-DD, that the chat template wrote; None where it asks for none, and in caches older than this
-    field. k: entries kept of each token, fewer where these reach the mass top_p. dtype: of the log-probabilities.
+    data: SHA-256 of the JSONL file, which has num_samples records.
+    tokenizer, chat_template: digests of them.
+    teacher: its name.
+    teacher_files: digest of the names, sizes and times of its files.
+    teacher_checkpoint: the same of the Megatron checkpoint with its weights, if any.
+    precision: of the teacher.
+    vocab_size: of its softmax.
+    seq_length: samples are cut to.
+    date: YYYY-MM-DD, that the chat template wrote; None where it asks for none, and in caches older than this field.
+    k: entries kept of each token, fewer where these reach the mass top_p.
+    dtype: of the log-probabilities.
 
     ValueError for a k, top_p, dtype or vocab_size that a cache cannot have.
     """

@@ -33,9 +33,11 @@ Arrays = dict[str, np.ndarray]
 class SampleEntries:
     """What is kept of a sample of n supervised tokens.
 
-    ids: int [n, k], the most likely tokens, first ones first. log_p: float32 [n, k], in nats. counts: int [n], how many
-    of these are kept; all k without top-p. tail: [n], mass of the tokens that are not kept. context: uint32 [n], by
-    context_digests.
+    ids:     int [n, k], the most likely tokens, first ones first.
+    log_p:   float32 [n, k], in nats.
+    counts:  int [n], how many of these are kept; all k without top-p.
+    tail:    [n], mass of the tokens that are not kept.
+    context: uint32 [n], by context_digests.
     """
 
     ids: np.ndarray
@@ -49,7 +51,9 @@ class SampleEntries:
 class Part:
     """A part as the index describes it.
 
-    head_crc32: of its safetensors header and its tables. tail: sum over its tokens. max_id: -1 without entries.
+    head_crc32: of its safetensors header and its tables.
+    tail:       sum over its tokens.
+    max_id:     -1 without entries.
     """
 
     file: str

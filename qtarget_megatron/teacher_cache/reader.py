@@ -83,10 +83,11 @@ class TeacherCache:
     ) -> None:
         """ValueError, with the reason, unless the cache serves a training with these; None: not compared.
 
-        data_digest: resumable.file_digest of the training file. tokenizer: the student's, whose ids must stand for the
-        teacher's tokens. seq_length: at most the cache's; a shorter one leaves the first supervised tokens as they are.
-        vocab_size: of the student, above every id that is kept (models may pad one vocabulary to different sizes).
-        date: YYYY-MM-DD, that the chat template is to write.
+        data_digest: resumable.file_digest of the training file.
+        tokenizer:   the student's, whose ids must stand for the teacher's tokens.
+        seq_length:  at most the cache's; a shorter one leaves the first supervised tokens as they are.
+        vocab_size:  of the student, above every id that is kept (models may pad one vocabulary to different sizes).
+        date:        YYYY-MM-DD, that the chat template is to write.
         """
         header, where = self.header, f"teacher cache {self.directory}"
         if data_digest is not None and data_digest != header.data:

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import re
 import tokenize
 
 from launching import REPOSITORY
@@ -33,6 +34,18 @@ def test_a_comment_says_what_it_speaks_of():
             if token.type == tokenize.COMMENT and token.string.startswith("# Of "):
                 found.append(f"{name}:{token.start[0]}")
     assert found == []
+
+
+def test_a_docstring_names_its_fields_a_line_each():
+    """Two of them in running prose no tool can render, and no eye finds."""
+    running = re.compile(r"\. [a-z_0-9]+(?:, [a-z_0-9]+)*: ")
+    package = {name: text for name, text in sources().items() if name.startswith("qtarget_megatron/")}
+    assert [
+        f"{name}: {of}"
+        for name, text in package.items()
+        for of, doc in docstrings(text)
+        if len(running.findall(doc)) > 1
+    ] == []
 
 
 def test_every_public_module_function_and_class_of_the_losses_has_a_docstring():

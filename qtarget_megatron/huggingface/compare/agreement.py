@@ -44,10 +44,12 @@ class StateAgreement:
 class Agreement:
     """Two models' logits over the same tokens: p from transformers, q from Megatron.
 
-    max_difference: largest absolute difference of two logits; NaN where either model has one.
-    argmax_agreement: share of the positions where both rank the same token first. kl_mean, kl_max:
-    sum_v p_v log(p_v / q_v) in nats, over positions. worst: the positions that differ most. states: hidden states, in
-    the order of their computation, where both models have them, and the logits last.
+    max_difference:   largest absolute difference of two logits; NaN where either model has one.
+    argmax_agreement: share of the positions where both rank the same token first.
+    kl_mean, kl_max:  sum_v p_v log(p_v / q_v) in nats, over positions.
+    worst:            the positions that differ most.
+    states:           hidden states, in the order of their computation, where both models have them, and the logits
+                      last.
     """
 
     num_tokens: int
@@ -66,8 +68,10 @@ class Agreement:
         tokens: Sequence[int] = (),
         states: tuple[Mapping[Place, Tensor], Mapping[Place, Tensor]] = ({}, {}),
     ) -> Agreement:
-        """The agreement of logits [s, vocab_size], expected by transformers, actual by Megatron. tokens: [s], for the
-        worst. states: hidden states [s, h] of both, in this order.
+        """The agreement of logits [s, vocab_size], expected by transformers, actual by Megatron.
+
+        tokens: [s], for the worst.
+        states: hidden states [s, h] of both, in this order.
 
         ValueError for different shapes.
         """

@@ -25,12 +25,17 @@ class Groups:
 class Experts:
     """The experts that replace the MLP of some layers.
 
-    count: experts of a layer. per_token: of them chosen for each token, those with the largest score of the router's
-    logits ("softmax" or "sigmoid"), has_correction: after a learnt number was added to each. groups: None where all are
-    chosen from. ffn_hidden_size: width of one expert. normalized: the chosen weights are divided by their sum. scaling:
-    what they are multiplied by then. shared_ffn_hidden_size: width of an MLP that every token goes through as well,
-    None where there is none. float32_router: its logits are float32 in models of any dtype. layers: for each layer of
-    the model, whether it has experts.
+    count:                  experts of a layer.
+    per_token:              of them chosen for each token, those with the largest score.
+    score:                  of the router's logits, "softmax" or "sigmoid".
+    has_correction:         a learnt number was added to each score before that.
+    groups:                 None where all are chosen from.
+    ffn_hidden_size:        width of one expert.
+    normalized:             the chosen weights are divided by their sum.
+    scaling:                what they are multiplied by then.
+    shared_ffn_hidden_size: width of an MLP that every token goes through as well, None where there is none.
+    float32_router:         the router's logits are float32 in models of any dtype.
+    layers:                 for each layer of the model, whether it has experts.
     """
 
     count: int

@@ -51,13 +51,20 @@ CORRECTION = "e_score_correction_bias"
 class ExpertRules:
     """Where config.json says how a mixture of experts is built; a str is the name of a field.
 
-    width: of one expert's MLP. score: of the router's logits, "softmax" or "sigmoid". normalized: the weights of the
-    chosen experts are divided by their sum. correction: a learnt number is added to each expert's score where experts
-    are chosen. scaling: factor of the weights. groups, top_groups: experts lie in so many groups, of which so many are
-    chosen first, by the sum of the two best scores in each. shared: number of experts that every token goes through.
-    float32_router: the router's logits are float32 in models of any dtype. dense_layers: a list of layers that have one
-    MLP instead. sparse_step: layer i has experts where (i + 1) is a multiple of it. first_sparse: layers before this
-    one have one MLP. None: there is no such field.
+    width:              of one expert's MLP.
+    score:              of the router's logits, "softmax" or "sigmoid".
+    normalized:         the weights of the chosen experts are divided by their sum.
+    correction:         a learnt number is added to each expert's score where experts are chosen.
+    scaling:            factor of the weights.
+    groups, top_groups: experts lie in so many groups, of which so many are chosen first, by the sum of the two best
+                        scores in each.
+    shared:             number of experts that every token goes through.
+    float32_router:     the router's logits are float32 in models of any dtype.
+    dense_layers:       a list of layers that have one MLP instead.
+    sparse_step:        layer i has experts where (i + 1) is a multiple of it.
+    first_sparse:       layers before this one have one MLP.
+
+    None: there is no such field.
     """
 
     count: str = "num_experts"
@@ -80,9 +87,12 @@ class ExpertRules:
 class WindowRules:
     """Which layers attend within ``sliding_window`` tokens; a str is the name of a field.
 
-    switch: must be true for any of them to do so. listed: layer_types says which. first: without that list, those from
-    this layer on. unrotated: without that list, those without rotary embedding. With neither, all of them. None: there
-    is no such field.
+    switch:    must be true for any of them to do so.
+    listed:    layer_types says which.
+    first:     without that list, those from this layer on.
+    unrotated: without that list, those without rotary embedding.
+
+    With neither, all of them. None: there is no such field.
     """
 
     switch: str | None = None

@@ -23,9 +23,11 @@ _FIELDS = {
 class RopeScaling:
     """Rotary scaling, normalised: ``type`` "linear" (factor only), "llama3" or "yarn".
 
-    attention_factor: of cosine and sine. score_scale: latent attention multiplies its scores by yarn_scale(factor,
-    score_scale)^2 besides; 0: it does not. scale: mscale; 0: absent. truncate: yarn's ramp begins and ends at whole
-    dimensions.
+    attention_factor: of cosine and sine.
+    score_scale:      latent attention multiplies its scores by yarn_scale(factor, score_scale)^2 besides; 0: it does
+                      not.
+    scale:            mscale; 0: absent.
+    truncate:         yarn's ramp begins and ends at whole dimensions.
     """
 
     type: str

@@ -79,7 +79,12 @@ _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<linear>\w+)\.weight(?P<expert>\
 
 @dataclass(frozen=True)
 class _Rule:
-    """kind: how the parameter is cut. part: of the tensors' module. layer, expert: counted on this rank."""
+    """How a parameter lies in a checkpoint.
+
+    kind:          how the parameter is cut.
+    part:          of the tensors' module.
+    layer, expert: counted on this rank.
+    """
 
     kind: str
     roles: tuple[str, ...]

@@ -30,7 +30,10 @@ class LossCheck:
         self._unseen: list[tuple[Tensor, Tensor]] = []
 
     def look(self, loss_sum: Tensor, samples: Tensor, on_nan: str, *, in_training: bool) -> None:
-        """One micro-batch's. on_nan: "stop" raises NotFinite, "skip" logs a warning in training. samples: its records.
+        """One micro-batch's.
+
+        on_nan:  "stop" raises NotFinite, "skip" logs a warning in training.
+        samples: its records.
 
         Under --rerun-mode validate_results Megatron's own procedure takes the place of the exception.
         """

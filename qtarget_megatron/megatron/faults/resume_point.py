@@ -26,7 +26,11 @@ _RELEASE = "release"
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from. iteration: of the checkpoint, None without one. messages: for the user."""
+    """What a training starts from.
+
+    iteration: of the checkpoint, None without one.
+    messages:  for the user.
+    """
 
     iteration: int | None = None
     messages: tuple[str, ...] = ()

@@ -36,8 +36,14 @@ _FAULT = "fault"
 
 @dataclass(frozen=True)
 class Report:
-    """Where a rank is. beat: counts its reports. count: of the forward passes it has begun. step: it is in. place: of
-    its main thread where it has not moved for a while: waiting for others, reading its data, or a line of code."""
+    """Where a rank is.
+
+    beat:  counts its reports.
+    count: of the forward passes it has begun.
+    step:  it is in.
+    place: of its main thread where it has not moved for a while: waiting for others, reading its data, or a line of
+           code.
+    """
 
     beat: int
     count: int

@@ -40,9 +40,12 @@ _log = logs.of("cache-teacher")
 class CacheOptions(RunOptions):
     """What is cached, and how much of it.
 
-    hf_model: Hugging Face directory of the teacher. out: the cache's directory. k: entries of each token, fewer where
-    these reach the mass top_p. dtype: of the log-probabilities, float16 or float32. student: Hugging Face directory of
-    the student, where its chat template or the size of its vocabulary is not the teacher's.
+    hf_model: Hugging Face directory of the teacher.
+    out:      the cache's directory.
+    k:        entries of each token, fewer where these reach the mass top_p.
+    dtype:    of the log-probabilities, float16 or float32.
+    student:  Hugging Face directory of the student, where its chat template or the size of its vocabulary is not the
+              teacher's.
     """
 
     k: int

@@ -64,12 +64,16 @@ def open_model(
 ) -> OpenModel:
     """Initialise Megatron and build the model of hf_model's config.json; call it on every rank.
 
-    words: Megatron flags, layout above all. load: take the weights from this Megatron checkpoint,
-    not from hf_model. save: where Megatron shall save. dtype: of the parameters, where words hold
-    neither --bf16 nor --fp16; default the checkpoint's, else float32. seq_length: cut to what the
-    model and the layout allow. reference: Hugging Face directory of a second, frozen model over the
-    same vocabulary, stacked on the first: each chunk's teacher. cpu: insist on the CPU. Runs under
-    torchrun or as a single process. ValueError for bad input. Collectives: those of Megatron's
+    words:      Megatron flags, layout above all.
+    load:       take the weights from this Megatron checkpoint, not from hf_model.
+    save:       where Megatron shall save.
+    dtype:      of the parameters, where words hold neither --bf16 nor --fp16; default the checkpoint's, else float32.
+    seq_length: cut to what the model and the layout allow.
+    reference:  Hugging Face directory of a second, frozen model over the same vocabulary, stacked on the first: each
+                chunk's teacher.
+    cpu:        insist on the CPU.
+
+    Runs under torchrun or as a single process. ValueError for bad input. Collectives: those of Megatron's
     initialisation and loading, and object gathers of tensor names.
     """
     run = prepare(words, _FROZEN, hf_model=Path(hf_model), cpu=cpu)

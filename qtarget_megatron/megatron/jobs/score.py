@@ -35,8 +35,9 @@ _log = logs.of("score")
 class ScoreOptions(RunOptions):
     """What is scored, and into what.
 
-    out: the records of data with the fields old_log_prob and, with a reference, weight. reference: Hugging Face
-    directory of the model that weights compare with. temperature, max_weight: of side_inputs.importance_weight.
+    out: the records of data with the fields old_log_prob and, with a reference, weight.
+    reference: Hugging Face directory of the model that weights compare with.
+    temperature, max_weight: of side_inputs.importance_weight.
     overwrite: replace out, and fields of these names in the records.
     """
 

@@ -171,7 +171,10 @@ class Router(TopKRouter):
 
 
 def _balance(counts: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
-    """E sum_i f_i P_i over the last dimension. counts: of choices of each expert, of the whole set. scores: sums over
-    this rank's tokens of a set of so many tokens."""
+    """E sum_i f_i P_i over the last dimension.
+
+    counts: of choices of each expert, of the whole set.
+    scores: sums over this rank's tokens of a set of so many tokens.
+    """
     chosen = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     return counts.shape[-1] * (chosen * scores / tokens.clamp(min=1)).sum(-1)

@@ -50,8 +50,12 @@ _NOT_PLANNED = (
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """world_size: ranks of the training. memory_gib: of a device, None: no limit. entries: of a cached teacher per
-    token, None: the default. ValueError for what is not above 0."""
+    """What a plan is made for. ValueError for what is not above 0.
+
+    world_size: ranks of the training.
+    memory_gib: of a device, None: no limit.
+    entries:    of a cached teacher per token, None: the default.
+    """
 
     world_size: int
     memory_gib: float | None = None

@@ -31,11 +31,14 @@ class LossSettings:
     """What the loss needs besides the model.
 
     vocab_size, teacher_vocab_size: of the true vocabularies (the teacher's only where it is the smaller one).
-    backend: of the kernels. chunk_size: tokens whose logits exist at a time, see qtarget_linear_cross_entropy; None
-    makes those of a whole micro-batch.
-    teacher_tail: the rule for the mass that a cached teacher does not keep. teacher_cost: of a live teacher.
-    loss_check: of NaN. batches: where micro-batches come from. packed: rows hold several samples, whose places every
-    stage has to know.
+    backend: of the kernels.
+    chunk_size: tokens whose logits exist at a time, see qtarget_linear_cross_entropy; None makes those of a whole
+        micro-batch.
+    teacher_tail: the rule for the mass that a cached teacher does not keep.
+    teacher_cost: of a live teacher.
+    loss_check: of NaN.
+    batches: where micro-batches come from.
+    packed: rows hold several samples, whose places every stage has to know.
     """
 
     objective: Objective
@@ -54,9 +57,10 @@ class LossSettings:
 class LossContext(OutputContext):
     """Travels through GPTModel.forward to the output processor and brings the statistics back.
 
-    token_inputs: the objective's side inputs by name, each [b, s] like the labels. sparse_teacher: a cached second
-    model, of [b, s] tokens; reading_ms: what reading it took, of each sample [b]. samples: their records in the data,
-    counted from 0, [b] on the CPU. num_supervised: of the labels, where the host knows it.
+    token_inputs:   the objective's side inputs by name, each [b, s] like the labels.
+    sparse_teacher: a cached second model, of [b, s] tokens; reading_ms: what reading it took, of each sample [b].
+    samples:        their records in the data, counted from 0, [b] on the CPU.
+    num_supervised: of the labels, where the host knows it.
     """
 
     settings: LossSettings

@@ -254,9 +254,10 @@ class Setting:
 class Errors:
     """How far one computation is from the dense one on this rank; infinite where something is not a number.
 
-    loss: largest |loss - expected| / max(1, |expected|). gradient: largest L2 norm of a difference over that of the
-    whole expected gradient, and which one it is: of the logits, the hidden states or the weight. loss_bits: a digest of
-    the loss, where every rank must have the same bits.
+    loss:      largest |loss - expected| / max(1, |expected|).
+    gradient:  largest L2 norm of a difference over that of the whole expected gradient, and which one it is: of the
+               logits, the hidden states or the weight.
+    loss_bits: a digest of the loss, where every rank must have the same bits.
     """
 
     loss: float

@@ -110,9 +110,12 @@ class Fingerprints:
     ) -> None:
         """ValueError on every rank where weights that were loaded alone are not what was saved in the directory.
 
-        Collective over all ranks. saved: the fingerprint there, or None. Weights that were saved in bfloat16 or float16
-        are compared in float32 too, which takes a copy of one parameter at a time; rows of a vocabulary that is cut are
-        not. Where nothing can be compared a line says so. step_flag: chooses another iteration.
+        Collective over all ranks.
+
+        saved:     the fingerprint there, or None. Weights that were saved in bfloat16 or float16 are compared in
+                   float32 too, which takes a copy of one parameter at a time; rows of a vocabulary that is cut are not.
+                   Where nothing can be compared a line says so.
+        step_flag: chooses another iteration.
         """
         ours = str(self._args.params_dtype)
         reason = None
@@ -149,8 +152,11 @@ class Fingerprints:
     def _pieces(
         self, chunks: Sequence[GPTModel], optimizer, *, rounded: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[_Piece]:
-        """All parts of all parameters of this rank. rounded: also the master weights in the model's dtype. dtype: that
-        the weights are taken in, where it is not the model's."""
+        """All parts of all parameters of this rank.
+
+        rounded: also the master weights in the model's dtype.
+        dtype:   that the weights are taken in, where it is not the model's.
+        """
         names: dict[int, tuple[str, bool]] = {}
         for chunk in chunks:
             tied = chunk.share_embeddings_and_output_weights

@@ -94,10 +94,14 @@ def save_hf_weights(
 ) -> dict[str, str]:
     """Export the model of all ranks as a Hugging Face directory; call it on every rank.
 
-    models: this rank's model chunks. source: the directory whose config and tokenizer files are carried over.
-    dtype: of the exported tensors, default the architecture's. made_from: see HFExport; the files that an interrupted
-    export of the same wrote to their end are kept. progress: called with the bytes that this rank writes, returns what
-    is called with those that were written, bit by bit. Returns the SHA-256 of each file.
+    models:    this rank's model chunks.
+    source:    the directory whose config and tokenizer files are carried over.
+    dtype:     of the exported tensors, default the architecture's.
+    made_from: see HFExport; the files that an interrupted export of the same wrote to their end are kept.
+    progress:  called with the bytes that this rank writes, returns what is called with those that were written, bit by
+               bit.
+
+    Returns the SHA-256 of each file.
 
     Of each pipeline stage, its data-parallel replicas share the files (with experts: each expert-parallel rank writes
     those of its own, the first one also the rest); one tensor-parallel rank of a replica writes, so the directory must
@@ -134,9 +138,10 @@ def save_hf_weights(
 class _Parameter:
     """A parameter of this rank.
 
-    offsets: as hf_names takes them. group: the ranks that hold its shards, in order; shards: how many different ones.
-    replica, replicas: which of the groups that hold the same this is, and among how many files are shared. hf_names: of
-    the tensors that it is exported to, in this dtype.
+    offsets:           as hf_names takes them.
+    group:             the ranks that hold its shards, in order; shards: how many different ones.
+    replica, replicas: which of the groups that hold the same this is, and among how many files are shared.
+    hf_names:          of the tensors that it is exported to, in this dtype.
     """
 
     name: str

@@ -26,8 +26,11 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 class SavedModel:
     """Names and shapes of what a Megatron checkpoint holds.
 
-    directory: of its iteration. flag: by which the user gave it. shapes: of the model's tensors. dtype: of all of them,
-    float32 where they differ. args: the arguments saved with it.
+    directory: of its iteration.
+    flag:      by which the user gave it.
+    shapes:    of the model's tensors.
+    dtype:     of all of them, float32 where they differ.
+    args:      the arguments saved with it.
     """
 
     directory: str
