@@ -218,10 +218,10 @@ def test_the_logits_of_a_chunk_are_gone_before_autograd_gets_a_tensor_of_the_wei
     weight = torch.nn.Parameter(weight)
     weight.main_grad = torch.zeros(weight.shape)
     storages, alive = [], []
-    of, finish = linear_cross_entropy._Logits.of, linear_cross_entropy._WeightGradient.finish
+    chunk, finish = linear_cross_entropy._Logits.chunk, linear_cross_entropy._WeightGradient.finish
 
     def noted(self, *arguments):
-        logits, teacher = of(self, *arguments)
+        logits, teacher = chunk(self, *arguments)
         storages.append(weakref.ref(logits.untyped_storage()))
         return logits, teacher
 
@@ -229,7 +229,7 @@ def test_the_logits_of_a_chunk_are_gone_before_autograd_gets_a_tensor_of_the_wei
         alive.append([storage for storage in storages if storage() is not None])
         return finish(self)
 
-    monkeypatch.setattr(linear_cross_entropy._Logits, "of", noted)
+    monkeypatch.setattr(linear_cross_entropy._Logits, "chunk", noted)
     monkeypatch.setattr(linear_cross_entropy._WeightGradient, "finish", looked)
     qtarget_linear_cross_entropy(hidden, weight, labels, objective=objectives.sft(), chunk_size=5).sum().backward()
     assert len(storages) > 4 and alive == [[]]

@@ -38,6 +38,8 @@ TWO = {
 FOUR = {
     "target-sft at PP2 with EP2": [*pp(2), *ep(2)],
     "latent at PP2 with EP2": [*pp(2), *ep(2)],
+    # The teacher's later stages get the whole padding mask, to cut it for their own experts.
+    "taught by experts at TP2 with PP2": [*tp(2), *pp(2), *SEQUENCE_PARALLEL],
     "target-sft at TP2 with EP2, experts cut as well": [*tp(2), *ep(2), *SEQUENCE_PARALLEL, *DISTRIBUTED_OPTIMIZER],
 }
 
