@@ -54,7 +54,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         self._num_rows, self._pad_id = num_rows, pad_id
         self._aligned = -(-lengths.astype(np.int64) // alignment) * alignment
         self._tokens = int(lengths.sum(dtype=np.int64))
-        self.plan = RowPlan(self._aligned, row_length, seed=seed, packed=True, shuffled=shuffle)
+        self.plan = RowPlan(self._aligned, row_length, seed=seed, shuffled=shuffle)
 
     def __len__(self) -> int:
         return self._num_rows
@@ -62,7 +62,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     @property
     def fill(self) -> float:
         """Share of the tokens of the first epoch's rows that are a sample's."""
-        return self._tokens / (self.plan.rows_of_epoch() * self._row_length)
+        return self._tokens / (len(self.plan.epoch(0)) * self._row_length)
 
     def __getitem__(self, item: int) -> dict[str, Tensor]:
         if not 0 <= item < self._num_rows:

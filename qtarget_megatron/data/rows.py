@@ -46,17 +46,16 @@ class RowPlan:
 
     lengths:    [n] tokens of each sample, none above row_length.
     row_length: tokens of a row.
-    packed:     whether samples share rows; else each has a row of its own.
     shuffled:   whether every epoch has another order.
     """
 
-    def __init__(self, lengths: np.ndarray, row_length: int, *, seed: int, packed: bool, shuffled: bool):
+    def __init__(self, lengths: np.ndarray, row_length: int, *, seed: int, shuffled: bool):
         if len(lengths) == 0:
             raise ValueError("expected one sample or more, got none")
         if lengths.max() > row_length:
             raise ValueError(f"expected samples of at most {row_length} tokens, got one of {lengths.max()}")
         self._lengths, self._row_length = lengths, row_length
-        self._seed, self._packed, self._shuffled = seed, packed, shuffled
+        self._seed, self._shuffled = seed, shuffled
         self._ends: list[int] = []
         self._known: tuple[int, EpochRows] | None = None
 
@@ -75,20 +74,10 @@ class RowPlan:
         number = next(e for e in reversed(range(len(self._ends))) if e == 0 or self._ends[e - 1] <= item)
         return self.epoch(number)[item - (self._ends[number - 1] if number else 0)]
 
-    def rows_of_epoch(self, number: int = 0) -> int:
-        """How many rows an epoch has; without packing as many as samples."""
-        return len(self.epoch(number)) if self._packed else len(self._lengths)
-
-    def fill(self, number: int = 0) -> float:
-        """Share of an epoch's tokens that are a sample's, in (0, 1]."""
-        return float(self._lengths.sum(dtype=np.int64)) / (self.rows_of_epoch(number) * self._row_length)
-
     def _planned(self, number: int) -> EpochRows:
         count = len(self._lengths)
         generator = np.random.Generator(np.random.PCG64([self._seed, number]))
         order = generator.permutation(count) if self._shuffled else np.arange(count)
-        if not self._packed:
-            return EpochRows(order, np.arange(count + 1))
         rows: list[np.ndarray] = []
         for begin in range(0, count, WINDOW):
             filled = first_fit_decreasing(self._lengths[order[begin : begin + WINDOW]], self._row_length)

@@ -1,8 +1,13 @@
 """Rows that hold several samples train as the samples one by one do, at every layout."""
 
+import json
+import re
+import sys
+
+import numpy as np
 import pytest
 from finetune_runs import run_all, run_tool, vocabulary, write_data, write_models
-from launching import run_ranks
+from launching import Launch, run_ranks
 from layout_runs import (
     DISTRIBUTED_OPTIMIZER,
     SEQUENCE_PARALLEL,
@@ -41,11 +46,8 @@ def rows(workspace):
     """Rows of an epoch: what a global batch has to count to take in every sample once."""
     file, tokenizer = JsonlFile(workspace / "train.jsonl"), byte_tokenizer(CHATML, eos="<|im_end|>")
     lengths = [min(len(encode_at(file, tokenizer, ROW, i).input_ids), ROW) for i in range(SAMPLES)]
-    unit = alignment(1)
-    plan = RowPlan(
-        -(-pytest.importorskip("numpy").array(lengths) // unit) * unit, ROW, seed=7, packed=True, shuffled=True
-    )
-    return plan.rows_of_epoch()
+    aligned = -(-np.array(lengths) // alignment(1)) * alignment(1)
+    return len(RowPlan(aligned, ROW, seed=7, shuffled=True).epoch(0))
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +162,32 @@ def test_what_is_said_of_rows(workspace, kinds, rows):
     assert f"training reads 4 rows of the {rows} of an epoch" in said
     for line in refused:
         assert done[line]["code"] == 2 and line in done[line]["printed"], done[line]["printed"][-2000:]
+
+
+SPOILED = """
+import torch
+from qtarget_megatron import objectives
+
+@objectives.register("spoiled")
+def spoiled():
+    def evaluate(stats, inputs):
+        return stats.weighted_nll(stats.p).where(inputs["spoiled"] == 0, torch.nan), stats.p, ()
+
+    return objectives.Objective(evaluate, token_inputs=("spoiled",))
+"""
+
+
+def test_a_nan_is_traced_to_the_records_of_its_row(workspace, rows):
+    """Of a row the records that are in it, and no padding."""
+    (workspace / "spoiled.py").write_text(SPOILED)
+    records = [json.loads(line) for line in (workspace / "train.jsonl").read_text().splitlines()]
+    lines = [json.dumps(record | {"spoiled": int(index == 17)}) for index, record in enumerate(records)]
+    (workspace / "spoiled.jsonl").write_text("\n".join(lines))
+    words = ["--hf-model", workspace / "untied", "--sft-train", workspace / "spoiled.jsonl", "--seq-length", ROW]
+    words += ["--pack", "--global-batch-size", rows, "--train-iters", 1, "--lr", 1e-3]
+    words += ["--objective-file", workspace / "spoiled.py", "--objective", "spoiled"]
+    with Launch([sys.executable, "-m", "qtarget_megatron.finetune", *words], {}) as launched:
+        done = launched.wait(timeout=120)
+    (found,) = re.findall(r"finetune: error.*the loss of record\(s\) \[([\d, ]+)\] .* is nan", done.stdout)
+    named = [int(number) for number in found.split(", ")]
+    assert done.returncode == 1 and 17 in named and 1 < len(named) < SAMPLES / 3, done.stdout[-2000:]

@@ -153,7 +153,7 @@ class DatasetProvider:
             shuffle=True,
             pad_id=pad_id(self.tokenizer),
         )
-        rows = packed.plan.rows_of_epoch()
+        rows = len(packed.plan.epoch(0))
         _log.info(
             "%s: %d samples share %d rows of %d tokens, %.1f%% of them filled",
             *(path, len(kept), rows, args.seq_length, 100 * packed.fill),
