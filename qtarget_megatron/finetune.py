@@ -26,7 +26,7 @@ import torch.distributed as dist
 from qtarget_megatron import objectives
 from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
-from qtarget_megatron.data import JsonlFile
+from qtarget_megatron.data import open_records
 from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron.faults import ending, same_start
 from qtarget_megatron.megatron.faults.explained import explained
@@ -59,7 +59,6 @@ from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_
 from qtarget_megatron.megatron.verify.problem import try_evaluate
 from qtarget_megatron.megatron.weights.checkpoint_folder import saved_argument
 from qtarget_megatron.megatron.weights.saved_model import SavedModel, check_resumed_experts
-from qtarget_megatron.resumable import file_digest
 from qtarget_megatron.teacher_cache import TeacherCache
 
 _log = logging.getLogger("qtarget_megatron")
@@ -204,7 +203,7 @@ def _check(run: Run) -> None:
     if args.sft_train is None and not args.skip_train:
         raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
     for path in (args.sft_train, args.sft_valid):
-        if path is not None and len(JsonlFile(path)) == 0:
+        if path is not None and len(open_records(path)) == 0:
             raise ValueError(f"data file {str(path)!r} holds no records: expected a record of JSON in each line")
     resumes = None not in (args.load, args.save) and Path(args.load).absolute() == Path(args.save).absolute()
     if not resumes and launch.has_checkpoint(args.save):
@@ -258,7 +257,7 @@ def _open_caches(run: Run) -> dict[Path, TeacherCache]:
         if directory is not None:
             caches[data] = TeacherCache(directory)
             caches[data].check(
-                data_digest=file_digest(data),
+                data_digest=open_records(data).digest,
                 tokenizer=run.tokenizer,
                 seq_length=args.seq_length,
                 vocab_size=run.student.vocab_size,

@@ -203,7 +203,7 @@ def _objectives(args: argparse.Namespace) -> list:
 
 def _sample(args: argparse.Namespace, tokenizer: Any, names: list[str]) -> tuple[Any, str]:
     """The encoded sample and a name for it."""
-    from qtarget_megatron.data import JsonlFile, encode, encode_at
+    from qtarget_megatron.data import encode, encode_at, open_records
 
     if args.data is None:
         if args.prompt is None or args.completion is None:
@@ -214,7 +214,7 @@ def _sample(args: argparse.Namespace, tokenizer: Any, names: list[str]) -> tuple
         return encode(tokenizer, record, args.seq_length, names), "prompt and completion"
     if args.prompt is not None or args.completion is not None:
         raise ValueError("expected --prompt and --completion, or --data, got both")
-    file, index = JsonlFile(args.data), args.index or 0
+    file, index = open_records(args.data), args.index or 0
     if not 0 <= index < len(file):
         raise ValueError(f"--index must be in 0..{len(file) - 1}, the records of {args.data}, got {index}")
     return encode_at(file, tokenizer, args.seq_length, index, names), f"{args.data.name}, record {index}"

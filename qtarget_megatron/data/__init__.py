@@ -18,6 +18,7 @@ from qtarget_megatron.data.dataset import (
 from qtarget_megatron.data.jsonl import JsonlFile
 from qtarget_megatron.data.messages import ROLES
 from qtarget_megatron.data.packed import PackedDataset
+from qtarget_megatron.data.records import Records, open_records
 from qtarget_megatron.data.rows import alignment
 from qtarget_megatron.data.supervision import EncodedSample, encode, encode_at
 from qtarget_megatron.data.template import writes_date
@@ -31,6 +32,7 @@ __all__ = [
     "EncodedSample",
     "JsonlFile",
     "PackedDataset",
+    "Records",
     "SampleNotes",
     "SampleStatus",
     "SupervisedDataset",
@@ -40,6 +42,7 @@ __all__ = [
     "encode_at",
     "inspect_samples",
     "load_tokenizer",
+    "open_records",
     "training_item",
     "writes_date",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qtarget_megatron.data.jsonl import JsonlFile
+from qtarget_megatron.data.records import Records
 from qtarget_megatron.data.side_inputs import batch_key
 from qtarget_megatron.data.supervision import EncodedSample, encode_at
 from qtarget_megatron.statistics import IGNORE_INDEX
@@ -61,7 +61,7 @@ class SampleNotes:
 
 
 def inspect_samples(
-    file: JsonlFile,
+    file: Records,
     tokenizer: Any,
     seq_length: int,
     indices: Iterable[int],
@@ -97,7 +97,7 @@ class SupervisedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        file: JsonlFile,
+        file: Records,
         tokenizer: Any,
         seq_length: int,
         *,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
-import zlib
 from array import array
 from io import FileIO
 from typing import Any
@@ -14,7 +14,6 @@ import numpy as np
 
 from qtarget_megatron.data.messages import check_messages, expect
 
-_CHUNK = 1 << 22
 _PANDAS = (
     "convert it: python -c \"import pandas as p; p.{}('FILE').to_json('data.jsonl', orient='records', lines=True)\""
 )
@@ -95,7 +94,7 @@ class JsonlFile:
             with open(self.path, "rb") as file:
                 self._state = _state(file.fileno())
                 self._check_format(file.read(16))
-            self._index, self._digest = _indexed(os.path.abspath(self.path), self._state)
+            self._index, self.digest = _indexed(os.path.abspath(self.path), self._state)
         except OSError as error:
             raise ValueError(f"data file {self.path!r}: {error.strerror}") from error
         if len(self._index):
@@ -184,12 +183,11 @@ class JsonlFile:
         """ValueError unless a file that was touched, replaced or moved still has the same contents."""
         before, now = self._state[0], state[0]
         what = f"it had {before} bytes, now {now}" if before != now else "it has other contents of the same size"
-        digest = 0
+        digest = ""
         if before == now:
             with open(self.path, "rb") as file:
-                while chunk := file.read(_CHUNK):
-                    digest = zlib.crc32(chunk, digest)
-        if before != now or digest != self._digest:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if before != now or digest != self.digest:
             if self._handle is not None:
                 self._handle.close()
                 self._handle = None
@@ -204,16 +202,16 @@ def _state(descriptor: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _indexed(path: str, state: tuple[int, ...]) -> tuple[np.ndarray, int]:
-    """(start, length, line number) of each record, int64 [n, 3], and the CRC-32 of the file: read once in a process."""
-    index, position, digest = array("q"), 0, 0
+def _indexed(path: str, state: tuple[int, ...]) -> tuple[np.ndarray, str]:
+    """(start, length, line number) of each record, int64 [n, 3], and the file's SHA-256: read once in a process."""
+    index, position, digest = array("q"), 0, hashlib.sha256()
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.isspace():
                 index.extend((position, len(line), number))
             position += len(line)
-            digest = zlib.crc32(line, digest)
-    return np.array(index, dtype=np.int64).reshape(-1, 3), digest
+            digest.update(line)
+    return np.array(index, dtype=np.int64).reshape(-1, 3), digest.hexdigest()
 
 
 def _is_spread(line: str) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from qtarget_megatron.data.answers import Answer, Tokens, locate, turn_end
-from qtarget_megatron.data.jsonl import JsonlFile, check_record
+from qtarget_megatron.data.jsonl import check_record
 from qtarget_megatron.data.messages import for_template, is_trained
+from qtarget_megatron.data.records import Records
 from qtarget_megatron.data.side_inputs import read_side_inputs
 from qtarget_megatron.data.template import ChatTemplate
 
@@ -143,7 +144,7 @@ def _located(template: ChatTemplate, messages: list[dict[str, Any]], targets: li
 
 
 def encode_at(
-    file: JsonlFile,
+    file: Records,
     tokenizer: Any,
     seq_length: int,
     index: int,

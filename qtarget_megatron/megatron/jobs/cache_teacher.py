@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from qtarget_megatron.collectives import gather_sequence
-from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, compare_tokenizers, writes_date
+from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, Records, compare_tokenizers, open_records, writes_date
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.loss.linear_top_k import TopTokens, linear_top_k
 from qtarget_megatron.megatron.jobs.dataset_run import DatasetRun, RunOptions, precision_flags
@@ -19,7 +19,7 @@ from qtarget_megatron.megatron.runtime import cpu_platform, launch, logs
 from qtarget_megatron.megatron.runtime.logs import is_first_rank
 from qtarget_megatron.megatron.runtime.prepare import load_model_tokenizer
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
-from qtarget_megatron.resumable import check_space, file_digest
+from qtarget_megatron.resumable import check_space
 from qtarget_megatron.teacher_cache import (
     CacheHeader,
     CacheWriter,
@@ -72,11 +72,11 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
         teacher_tokenizer, tokenizer = tokenizer, load_model_tokenizer(options.student, student)
         compare_tokenizers(tokenizer, teacher_tokenizer)
         vocab_size = min(vocab_size, student.vocab_size)
-    file = JsonlFile(options.data)
+    file = open_records(options.data)
     options.check(arch)
     digests = options.model_digests()
     header = CacheHeader(
-        data=file_digest(options.data),
+        data=file.digest,
         num_samples=len(file),
         tokenizer=tokenizer_digest(tokenizer),
         chat_template=template_digest(tokenizer),
@@ -129,7 +129,7 @@ class _Caching:
 
     options: CacheOptions
     header: CacheHeader
-    file: JsonlFile
+    file: Records
     writer: CacheWriter
 
     def compute(self, heads: list[OutputHead], labels: Tensor) -> TopTokens:

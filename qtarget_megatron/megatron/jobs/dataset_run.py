@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from qtarget_megatron import kernels
-from qtarget_megatron.data import Batch, EncodedSample, JsonlFile, encode_at, training_item
+from qtarget_megatron.data import Batch, EncodedSample, Records, encode_at, training_item
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.megatron.jobs.open_model import OpenModel, open_model
 from qtarget_megatron.megatron.model.output_context import OutputContext
@@ -119,7 +119,7 @@ class DatasetRun:
         words: list[str],
         *,
         tokenizer: Any,
-        file: JsonlFile,
+        file: Records,
         reference: Path | None = None,
         cpu: bool = False,
     ):

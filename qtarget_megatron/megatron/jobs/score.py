@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron import objectives
-from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, JsonlFile, writes_date
+from qtarget_megatron.data import IGNORE_INDEX, EncodedSample, Records, open_records, writes_date
 from qtarget_megatron.data.side_inputs import check_weight_options, importance_weight
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.loss.linear_cross_entropy import qtarget_linear_cross_entropy
@@ -23,7 +23,7 @@ from qtarget_megatron.megatron.runtime import cpu_platform, launch, logs
 from qtarget_megatron.megatron.runtime.logs import is_first_rank
 from qtarget_megatron.megatron.runtime.prepare import load_model_tokenizer
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
-from qtarget_megatron.resumable import ResumableLines, check_space, directory_digest, file_digest
+from qtarget_megatron.resumable import ResumableLines, check_space, directory_digest
 
 if TYPE_CHECKING:
     from qtarget_megatron.megatron.model.output_head import OutputHead
@@ -81,11 +81,11 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
     cpu_platform.activate(requested=cpu)
     arch = Architecture.from_hf(options.hf_model)
     tokenizer = load_model_tokenizer(options.hf_model, arch)
-    file = JsonlFile(options.data)
+    file = open_records(options.data)
     options.check(arch)
     if writes_date(tokenizer):
         options = replace(options, data_date=options.data_date or _date_begun(options))
-    lines = ResumableLines(options.out, _made_from(options, words))
+    lines = ResumableLines(options.out, _made_from(options, file, words))
     lines.check(overwrite=options.overwrite, inputs=[options.data])
     if is_first_rank():
         lines.reserve()
@@ -110,10 +110,10 @@ def _date_begun(options: ScoreOptions) -> str:
     return begun if isinstance(begun, str) else datetime.date.today().isoformat()
 
 
-def _made_from(options: ScoreOptions, words: list[str]) -> dict[str, Any]:
+def _made_from(options: ScoreOptions, file: Records, words: list[str]) -> dict[str, Any]:
     """What the result depends on, by the flag that says it; not the layout."""
     made_from: dict[str, Any] = {
-        "--data": file_digest(options.data),
+        "--data": file.digest,
         "--seq-length": options.seq_length,
         "precision (--bf16, --fp16)": precision_flags(words),
         **options.model_digests(),
@@ -133,7 +133,7 @@ def _made_from(options: ScoreOptions, words: list[str]) -> dict[str, Any]:
 _NUMBER, _FIELDS = (5, 18), (20, 64)
 
 
-def check_room(options: ScoreOptions, file: JsonlFile, num_tokens: int, written: int) -> str | None:
+def check_room(options: ScoreOptions, file: Records, num_tokens: int, written: int) -> str | None:
     """A warning where the disk may not hold the scored records. ValueError where it surely does not.
 
     num_tokens: supervised ones of all records. written: bytes that are there already.
@@ -147,7 +147,7 @@ def check_room(options: ScoreOptions, file: JsonlFile, num_tokens: int, written:
     return check_space(options.out.absolute().parent, least, most=most)
 
 
-def _check_record(options: ScoreOptions, file: JsonlFile, index: int) -> None:
+def _check_record(options: ScoreOptions, file: Records, index: int) -> None:
     if options.overwrite:
         return
     record = file.record(index)
@@ -163,7 +163,7 @@ class _Scoring:
 
     options: ScoreOptions
     vocab_size: int
-    file: JsonlFile
+    file: Records
     lines: ResumableLines
 
     def compute(self, heads: list[OutputHead], labels: Tensor) -> Tensor:

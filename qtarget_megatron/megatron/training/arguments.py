@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from qtarget_megatron import kernels, objectives
-from qtarget_megatron.data import JsonlFile, alignment
+from qtarget_megatron.data import alignment, open_records
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.loss.linear_cross_entropy import AUTO
@@ -243,7 +243,7 @@ def fill_in(run: Run) -> None:
     elif not args.eval_iters:
         model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
         batch = args.global_batch_size or args.micro_batch_size * max(args.world_size // model_size, 1)
-        args.eval_iters = max(len(JsonlFile(args.sft_valid)) // batch, 1)
+        args.eval_iters = max(len(open_records(args.sft_valid)) // batch, 1)
 
 
 def apply_nan_choice(args: argparse.Namespace) -> None:

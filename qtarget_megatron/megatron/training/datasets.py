@@ -18,13 +18,14 @@ from megatron.core.datasets.utils import Split
 from qtarget_megatron.data import (
     IGNORE_INDEX,
     EncodedSample,
-    JsonlFile,
     PackedDataset,
+    Records,
     SampleNotes,
     SampleStatus,
     SupervisedDataset,
     alignment,
     inspect_samples,
+    open_records,
 )
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.training.resume_flags import samples_to_train
@@ -91,7 +92,7 @@ class DatasetProvider:
         """objective: its side inputs are fields of each record. teacher_caches: by data file."""
         self.args, self.tokenizer, self.objective = args, tokenizer, objective
         self._caches = dict(teacher_caches or {})
-        self._built: dict[Path, tuple[JsonlFile, np.ndarray, np.ndarray]] = {}
+        self._built: dict[Path, tuple[Records, np.ndarray, np.ndarray]] = {}
 
     def __call__(self, num_samples, vp_stage=None):
         args = self.args
@@ -161,10 +162,10 @@ class DatasetProvider:
         _log.info("%s: %s", path, _epochs(num_rows, rows, "rows"))
         return packed
 
-    def _inspected(self, path: Path) -> tuple[JsonlFile, np.ndarray, np.ndarray]:
+    def _inspected(self, path: Path) -> tuple[Records, np.ndarray, np.ndarray]:
         """The file, and the status and number of tokens of each of its samples: every rank inspects its share, once."""
         if path not in self._built:
-            file, seq_length = JsonlFile(path), self.args.seq_length
+            file, seq_length = open_records(path), self.args.seq_length
 
             ranges = InputRanges(self.objective.token_inputs)
             look = Inspection(f"qtarget_megatron: reading {path}", len(file))
@@ -310,7 +311,7 @@ class InputRanges:
         return f"{given} for every supervised token: {what}, objective {objective} notwithstanding"
 
 
-def for_each_record(file: JsonlFile, inspect: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def for_each_record(file: Records, inspect: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """What inspect says of each record of a file: every rank inspects its share of the indices, all get the whole.
 
     inspect: indices [n] -> array [n, ...]. Its ValueError on any rank is raised on every one. Collective over all
