@@ -19,6 +19,7 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from qtarget_megatron import objectives
 from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
-from qtarget_megatron.data import open_records
+from qtarget_megatron.data import held_out_sets, open_records, training_sources
 from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron.faults import ending, same_start
 from qtarget_megatron.megatron.faults.explained import explained
@@ -49,17 +50,21 @@ from qtarget_megatron.megatron.training.arguments import (
     check_backend,
     check_balance,
     check_data_flags,
+    check_epochs,
     check_head,
     check_numbers,
     check_packing,
     check_trained,
     fill_in,
 )
-from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_schedule, read_saved
+from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_lengths, check_schedule, read_saved
 from qtarget_megatron.megatron.verify.problem import try_evaluate
 from qtarget_megatron.megatron.weights.checkpoint_folder import saved_argument
 from qtarget_megatron.megatron.weights.saved_model import SavedModel, check_resumed_experts
 from qtarget_megatron.teacher_cache import TeacherCache
+
+if TYPE_CHECKING:
+    from qtarget_megatron.megatron.training.datasets import DatasetProvider
 
 _log = logging.getLogger("qtarget_megatron")
 
@@ -126,13 +131,17 @@ def fine_tune(argv: list[str]) -> None:
     if done:
         return
     launch.initialize(args)
-    _skip_what_is_done(args, iteration)
-    flags = _resumed_flags(args)
+    if args.max_tokens_per_row is not None:
+        # Megatron's validation compares it with the positions of a sample, which --seq-length bounds.
+        args.seq_length = args.max_tokens_per_row
     if args.save is not None and not args.skip_train:
         launch.prepare_saves(in_background=args.async_save)
     with Watchdog(args, keys, args.rank, args.world_size) as watchdog, ending.described(args, watchdog):
         try:
-            _train(run, caches, flags, store, watchdog)
+            launch.initialize_distributed(store)
+            datasets = _inspected(run, caches)
+            _skip_what_is_done(args, iteration)
+            _train(run, datasets, _resumed_flags(args), watchdog)
         except SystemExit as stop:
             raise ending.early_end(args, stop) from None
         except BaseException as error:
@@ -156,7 +165,7 @@ def _agree(run: Run, store: dist.Store | None) -> tuple[int | None, bool, str]:
         if done:
             _log.info(
                 "all %d steps have been trained, and %s holds the exported model: nothing is left to do",
-                outputs.steps_of(args),
+                found.iteration,
                 args.save_hf,
             )
         date = args.data_date
@@ -167,6 +176,17 @@ def _agree(run: Run, store: dist.Store | None) -> tuple[int | None, bool, str]:
     if store is None:
         return lead()
     return same_start.agree(store, args.rank, args.world_size, same_start.identity(args, run.words), lead)
+
+
+def _inspected(run: Run, caches: dict[Path, TeacherCache]) -> DatasetProvider:
+    """The data, read once, with the lengths of the training that follow from them. Collective."""
+    from qtarget_megatron.megatron.training.datasets import DatasetProvider
+
+    datasets = DatasetProvider(run.args, run.tokenizer, run.objective, caches)
+    datasets.inspect()
+    if run.args.epochs is not None:
+        check_lengths(run.args)
+    return datasets
 
 
 def _skip_what_is_done(args: argparse.Namespace, iteration: int | None) -> None:
@@ -199,12 +219,12 @@ def _check(run: Run) -> None:
     check_head(args)
     check_data_flags(args)
     check_packing(args)
+    check_epochs(args)
     check_schedule(args)
     if args.sft_train is None and not args.skip_train:
         raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
-    for path in (args.sft_train, args.sft_valid):
-        if path is not None and len(open_records(path)) == 0:
-            raise ValueError(f"data file {str(path)!r} holds no records: expected a record of JSON in each line")
+    args.data_digest = _data_digest(args)
+    args.end = outputs.end_of(args)
     resumes = None not in (args.load, args.save) and Path(args.load).absolute() == Path(args.save).absolute()
     if not resumes and launch.has_checkpoint(args.save):
         raise ValueError(
@@ -221,8 +241,29 @@ def _check(run: Run) -> None:
         check_resumed_experts(args, student)
 
 
+def _data_paths(args: argparse.Namespace) -> dict[str, list[Path]]:
+    """The sources of each flag."""
+    return {
+        "sft_train": [source.path for source in training_sources(args.sft_train or [])],
+        "sft_valid": [held_out.path for held_out in held_out_sets(args.sft_valid or [])],
+    }
+
+
+def _data_digest(args: argparse.Namespace) -> dict[str, list[str]]:
+    """SHA-256 of each source, by flag. ValueError for one that cannot be read, or is empty."""
+    found: dict[str, list[str]] = {}
+    for flag, paths in _data_paths(args).items():
+        for path in paths:
+            records = open_records(path)
+            if len(records) == 0:
+                raise ValueError(f"data file {str(path)!r} holds no records: expected a record of JSON in each line")
+            found.setdefault(flag, []).append(records.digest)
+    return found
+
+
 def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Objective) -> None:
     caches = [f for f in ("teacher_cache", "teacher_cache_valid") if getattr(args, f) is not None]
+    paths = _data_paths(args)
     given = [f"--{key.replace('_', '-')}" for key in (["teacher_hf"] if args.teacher_hf else []) + caches]
     if args.teacher_load is not None and args.teacher_hf is None:
         raise ValueError(
@@ -248,16 +289,23 @@ def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Ob
                 f"--{present.replace('_', '-')} without --{missing.replace('_', '-')}: a cache belongs to one data "
                 "file, written by qtarget cache-teacher"
             )
+        if caches and len(getattr(args, cache) or ()) != len(paths[data]):
+            raise ValueError(
+                f"--{cache.replace('_', '-')}: expected {len(paths[data])} directories, one for each source of "
+                f"--{data.replace('_', '-')} in their order, got {len(getattr(args, cache))}"
+            )
 
 
 def _open_caches(run: Run) -> dict[Path, TeacherCache]:
     """Data file -> its teacher cache, checked against everything that training reads it with."""
     args, caches = run.args, {}
-    for data, directory in ((args.sft_train, args.teacher_cache), (args.sft_valid, args.teacher_cache_valid)):
-        if directory is not None:
-            caches[data] = TeacherCache(directory)
-            caches[data].check(
-                data_digest=open_records(data).digest,
+    for flag, directories in (("sft_train", args.teacher_cache), ("sft_valid", args.teacher_cache_valid)):
+        for path, digest, directory in zip(
+            _data_paths(args)[flag], args.data_digest.get(flag, []), directories or (), strict=False
+        ):
+            caches[path] = TeacherCache(directory)
+            caches[path].check(
+                data_digest=digest,
                 tokenizer=run.tokenizer,
                 seq_length=args.seq_length,
                 vocab_size=run.student.vocab_size,
@@ -278,18 +326,12 @@ def _check_models(run: Run) -> None:
     run.add_teacher(args.teacher_hf, "--teacher-hf", weights=saved)
 
 
-def _train(
-    run: Run,
-    caches: dict[Path, TeacherCache],
-    flags: ResumedFlags,
-    store: dist.Store | None,
-    watchdog: Watchdog,
-) -> None:
+def _train(run: Run, datasets: DatasetProvider, flags: ResumedFlags, watchdog: Watchdog) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
+    from qtarget_megatron.megatron.faults.loss_check import LossCheck
     from qtarget_megatron.megatron.faults.soundness import Soundness
     from qtarget_megatron.megatron.model.build import ModelProvider
     from qtarget_megatron.megatron.training.checkpoint_hooks import watch_checkpoints
-    from qtarget_megatron.megatron.training.datasets import DatasetProvider
     from qtarget_megatron.megatron.training.pace import Pace
     from qtarget_megatron.megatron.training.step import LossSettings, forward_step
     from qtarget_megatron.megatron.weights.hf_weights import save_hf_weights
@@ -318,6 +360,7 @@ def _train(
         teacher_vocab_size=teacher.vocab_size if smaller else None,
         teacher_tail=args.teacher_tail,
         teacher_cost=teacher_cost,
+        loss_check=LossCheck(datasets.record_names),
         packed=args.pack,
     )
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
@@ -326,10 +369,9 @@ def _train(
     step = Pace(args).watched(soundness.watched(partial(forward_step, settings, on_nan)))
     launch.run_pretrain(
         args,
-        datasets=DatasetProvider(args, run.tokenizer, objective, caches),
+        datasets=datasets,
         model_provider=models,
         forward_step=watchdog.watched(step),
-        store=None if dist.is_initialized() else store,
     )
     soundness.finish()
     if args.save_hf is not None:

@@ -25,6 +25,12 @@ launching.begin_session()
 NO_GPU = "Skipped: needs an NVIDIA GPU"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache_folder(tmp_path_factory):
+    """What this package and datasets keep for the next start; processes that the tests start find it there too."""
+    os.environ["QTARGET_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

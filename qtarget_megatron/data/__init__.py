@@ -10,16 +10,18 @@ record, the tokenizer and the seed only, so every parallel layout sees the same 
 from qtarget_megatron.data.batch import Batch
 from qtarget_megatron.data.dataset import (
     SampleNotes,
-    SampleStatus,
-    SupervisedDataset,
-    inspect_samples,
+    SampleSizes,
+    SupervisedSamples,
+    measure_samples,
     training_item,
 )
 from qtarget_megatron.data.jsonl import JsonlFile
 from qtarget_megatron.data.messages import ROLES
-from qtarget_megatron.data.packed import PackedDataset
+from qtarget_megatron.data.order import SampleOrder
 from qtarget_megatron.data.records import Records, open_records
-from qtarget_megatron.data.rows import alignment
+from qtarget_megatron.data.row_dataset import KeptSamples, Packing, RowDataset, aligned_lengths
+from qtarget_megatron.data.rows import EvaluationRows, RowPlan, alignment, balance
+from qtarget_megatron.data.sources import HeldOutSet, Source, held_out_sets, training_sources
 from qtarget_megatron.data.supervision import EncodedSample, encode, encode_at
 from qtarget_megatron.data.template import writes_date
 from qtarget_megatron.data.tokenizer import compare_tokenizers, load_tokenizer
@@ -30,19 +32,30 @@ __all__ = [
     "ROLES",
     "Batch",
     "EncodedSample",
+    "EvaluationRows",
+    "HeldOutSet",
     "JsonlFile",
-    "PackedDataset",
+    "KeptSamples",
+    "Packing",
     "Records",
+    "RowDataset",
+    "RowPlan",
     "SampleNotes",
-    "SampleStatus",
-    "SupervisedDataset",
+    "SampleOrder",
+    "SampleSizes",
+    "Source",
+    "SupervisedSamples",
+    "aligned_lengths",
     "alignment",
+    "balance",
     "compare_tokenizers",
     "encode",
     "encode_at",
-    "inspect_samples",
+    "held_out_sets",
     "load_tokenizer",
+    "measure_samples",
     "open_records",
     "training_item",
+    "training_sources",
     "writes_date",
 ]

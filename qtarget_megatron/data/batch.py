@@ -39,6 +39,7 @@ class Batch:
     inputs:         side inputs of the objective by their own names, float64 [b, s].
     teacher:        a cached second model.
     num_supervised: number of supervised tokens, where the host knows it without waiting for a GPU.
+    filled:         tokens of samples and tokens in all, on the host, of whole rows under context parallelism.
     """
 
     tokens: Tensor
@@ -50,12 +51,13 @@ class Batch:
     teacher: CachedEntries | None = None
     num_supervised: int | None = None
     packed: bool = False
+    filled: tuple[int, int] | None = None
 
     @property
     def records(self) -> Tensor | None:
         """int64 [n], the records that are in the batch."""
-        if self.sample is None or not self.packed:
-            return self.sample
+        if self.sample is None:
+            return None
         found: Tensor = torch.unique(self.sample[self.sample >= 0])
         return found
 
@@ -80,6 +82,7 @@ class Batch:
             inputs=inputs,
             teacher=teacher,
             packed=collated["sample"].dim() > 1 if "sample" in collated else False,
+            filled=(int((~collated["padding"]).sum()), collated["padding"].numel()),
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:

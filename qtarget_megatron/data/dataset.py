@@ -1,11 +1,10 @@
-"""Samples of a file for training: their state, their order, and the tensors of each."""
+"""Samples of a data source for training: their state, and the tensors of each."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,27 @@ from qtarget_megatron.data.supervision import EncodedSample, encode_at
 from qtarget_megatron.statistics import IGNORE_INDEX
 
 
-class SampleStatus(IntEnum):
-    """How a record fits seq_length; SKIPPED: no target is left, and no training on it."""
+@dataclass(frozen=True)
+class SampleSizes:
+    """What is known of each record of a source, [n] each.
 
-    OK = 0
-    TRUNCATED = 1
-    SKIPPED = 2
+    tokens:     int32, tokens within seq_length + 1.
+    supervised: int32, how many of them are targets; 0: there is no training on it.
+    truncated:  bool, whether the record has more.
+    """
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    truncated: np.ndarray
+
+    @classmethod
+    def of(cls, columns: np.ndarray) -> SampleSizes:
+        """From the int32 [n, 3] of measure_samples."""
+        tokens, supervised, truncated = np.ascontiguousarray(columns.T)
+        return cls(tokens, supervised, truncated.astype(bool))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass
@@ -60,96 +74,69 @@ class SampleNotes:
         return found
 
 
-def inspect_samples(
-    file: Records,
+def measure_samples(
+    records: Records,
     tokenizer: Any,
     seq_length: int,
     indices: Iterable[int],
     token_inputs: Sequence[str] = (),
-    check: Callable[[int, EncodedSample], None] | None = None,
     date: datetime.date | None = None,
+    check: Callable[[int, EncodedSample], None] | None = None,
 ) -> np.ndarray:
-    """SampleStatus of the records at ``indices``, uint8; ValueError names the first bad line, or is check's."""
-    statuses = []
+    """int32 [n, 3], the columns of SampleSizes, of the records at ``indices``.
+
+    ValueError names the first record that cannot be read, or is check's.
+    """
+    rows = []
     for index in indices:
-        sample = encode_at(file, tokenizer, seq_length, index, token_inputs, date)
+        sample = encode_at(records, tokenizer, seq_length, index, token_inputs, date)
         if check is not None:
             check(int(index), sample)
-        status = SampleStatus.TRUNCATED if sample.truncated else SampleStatus.OK
-        statuses.append(status if sample.supervised.any() else SampleStatus.SKIPPED)
-    return np.array(statuses, dtype=np.uint8)
+        rows.append((len(sample.input_ids), int(sample.supervised.sum()), sample.truncated))
+    return np.array(rows, dtype=np.int32).reshape(-1, 3)
 
 
-class SupervisedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """``num_samples`` training samples, epoch by epoch, of the records that ``status`` keeps.
+class SupervisedSamples:
+    """The samples of records as tensors, encoded when they are asked for.
 
-    Item i belongs to epoch i // n_kept. Every epoch holds each kept record once, in an order that
-    (seed, epoch) alone decide, or in the file's order without ``shuffle``. An item is a dict of
-    tensors, int64 unless said otherwise: ``tokens`` [S]; ``labels`` [S], where ``labels[t]`` is the
-    token behind ``tokens[t]`` and -100 where that is no target or padding; ``position_ids`` [S] = 0..S-1;
-    ``padding`` [S], bool, True where ``tokens[t]`` is none of the record's; ``sample`` [], the
-    record's index in the file. Besides, one float64 tensor [S] for each of ``token_inputs``, under
-    its batch_key(), aligned with ``labels`` and 0 where those are -100. Records are encoded when
-    they are asked for. ``date``: of templates that write it; None: that of the day, which may change.
-
-    Raises ValueError when no record is kept or ``status`` does not fit the file.
+    An item is a dict of tensors [length], int64 unless said otherwise: ``tokens``; ``labels``, where ``labels[t]`` is
+    the token behind ``tokens[t]`` and -100 where that is no target or padding; ``position_ids`` = 0..length-1;
+    ``padding``, bool, True where ``tokens[t]`` is none of the record's; ``sample`` [], the record's index, counted from
+    ``first``. Besides, one float64 tensor for each of ``token_inputs``, under its batch_key(), aligned with ``labels``
+    and 0 where those are -100. ``date``: of templates that write it; None: that of the day, which may change.
     """
 
     def __init__(
         self,
-        file: Records,
+        records: Records,
         tokenizer: Any,
         seq_length: int,
         *,
-        status: np.ndarray,
-        num_samples: int,
-        seed: int,
         pad_id: int,
-        shuffle: bool = True,
         token_inputs: Sequence[str] = (),
         date: datetime.date | None = None,
+        first: int = 0,
     ):
-        if len(file) == 0:
-            raise ValueError(f"data file {file.path!r} holds no records")
-        if (shape := np.shape(status)) != (len(file),):
-            raise ValueError(f"status: expected shape ({len(file)},) as the file, got {shape}")
-        if min(seed, num_samples) < 0:
-            raise ValueError(f"seed, num_samples: expected 0 or more, got {seed}, {num_samples}")
-        self._kept = np.flatnonzero(np.asarray(status) != SampleStatus.SKIPPED)
-        if len(self._kept) == 0:
-            raise ValueError(
-                f"all {len(file)} samples of {file.path!r} are skipped, without a target in "
-                f"seq_length {seq_length}: raise it, or add assistant messages or completions"
-            )
-        self._file, self._tokenizer = file, tokenizer
-        self._seq_length, self._num_samples = seq_length, num_samples
-        self._seed, self._shuffle, self._pad_id = seed, shuffle, pad_id
-        self._token_inputs, self._date = tuple(token_inputs), date
-        self._epoch, self._order = -1, self._kept
+        self._records, self._tokenizer, self._seq_length, self._pad_id = records, tokenizer, seq_length, pad_id
+        self._token_inputs, self._date, self._first = tuple(token_inputs), date, first
 
-    def __len__(self) -> int:
-        return self._num_samples
+    def item(self, index: int, length: int) -> dict[str, torch.Tensor]:
+        """The tensors of a record, padded to a length that holds it."""
+        sample = encode_at(self._records, self._tokenizer, self._seq_length, index, self._token_inputs, self._date)
+        return {**training_item(sample, length, self._pad_id), "sample": torch.tensor(self._first + index)}
 
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        if not 0 <= item < self._num_samples:
-            raise IndexError(f"item {item} of {self._num_samples}")
-        epoch, position = divmod(int(item), len(self._kept))
-        if self._shuffle and epoch != self._epoch:
-            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-            self._epoch, self._order = epoch, generator.permutation(self._kept)
-        return self.of_record(int(self._order[position]), self._seq_length)
-
-    def of_record(self, index: int, length: int) -> dict[str, torch.Tensor]:
-        """The item of a record, padded to a length that holds it."""
-        sample = encode_at(self._file, self._tokenizer, self._seq_length, index, self._token_inputs, self._date)
-        return {**training_item(sample, length, self._pad_id), "sample": torch.tensor(index)}
+    def empty(self, length: int) -> dict[str, torch.Tensor]:
+        """Padding alone; its ``sample`` is -1."""
+        inputs = {name: np.empty(0) for name in self._token_inputs}
+        nothing = EncodedSample(np.empty(0, np.int64), np.empty(0, bool), truncated=False, inputs=inputs)
+        return {**training_item(nothing, length, self._pad_id), "sample": torch.tensor(-1)}
 
 
 def training_item(sample: EncodedSample, length: int, pad_id: int) -> dict[str, torch.Tensor]:
     """What a model reads of a sample of at most ``length + 1`` tokens, all tensors [length].
 
     ``tokens``, ``labels`` and ``position_ids`` (int64), ``padding`` (bool) and the side inputs
-    (float64), as SupervisedDataset describes them; padded with ``pad_id``, -100 and 0.
+    (float64), as SupervisedSamples describes them; padded with ``pad_id``, -100 and 0.
     """
     ids, behind = sample.input_ids, max(len(sample.input_ids) - 1, 0)
     tokens = np.full(length, pad_id, dtype=np.int64)

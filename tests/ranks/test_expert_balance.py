@@ -9,16 +9,18 @@ import torch
 import transformers
 from finetune_runs import run_all, run_tool, vocabulary, write_model
 from launching import run_ranks
+from row_data import padded_rows
 from safetensors.torch import load_file
 from small_tokenizers import CHATML, byte_tokenizer
 
-from qtarget_megatron.data import JsonlFile, SupervisedDataset, encode
+from qtarget_megatron.data import JsonlFile, encode
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(500)]
 
 SHORT, LONG, SAMPLES, EXPERTS, SEED = 48, 72, 8, 4, 7
 RATE = 0.01  # of the updates of DeepSeek's correction
 COMMON = [
+    "--no-pack",
     *("--micro-batch-size", 2, "--global-batch-size", SAMPLES, "--train-iters", 1, "--seed", SEED),
     *("--optimizer", "sgd", "--sgd-momentum", 0, "--weight-decay", 0, "--clip-grad", 0, "--log-interval", 1),
     *("--lr", 1.0, "--min-lr", 1.0, "--lr-decay-style", "constant", "--distributed-timeout-minutes", 3),
@@ -108,9 +110,7 @@ def workspace(tmp_path_factory):
 def micro_batches(workspace):
     """The token ids of every sample, micro-batch by micro-batch, in the order of the training."""
     tokenizer, file = byte_tokenizer(CHATML, eos="<|im_end|>"), JsonlFile(workspace / "train.jsonl")
-    data = SupervisedDataset(
-        file, tokenizer, LONG, status=np.zeros(SAMPLES, np.uint8), num_samples=SAMPLES, seed=SEED, pad_id=0
-    )
+    data = padded_rows(file, tokenizer, LONG, num_rows=SAMPLES, seed=SEED)
     ids = [encode(tokenizer, file.record(int(data[i]["sample"])), 1000).input_ids for i in range(SAMPLES)]
     lengths = [len(sample) for sample in ids]
     assert max(lengths) <= SHORT and max(lengths) > 1.5 * min(lengths)

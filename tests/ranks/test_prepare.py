@@ -81,7 +81,7 @@ def test_what_is_missing_or_has_no_meaning_is_named(tmp_path):
     write_models(tmp_path)
     words = ["--cpu", "--hf-model", str(tmp_path / "untied")]
     ((told, world_size, iterations, initialises),) = run_ranks(1, without_a_training, (words,), megatron=True)
-    missing = ["--train-iters is missing: give it", "--lr is missing: give it"]
+    missing = ["--epochs or --train-iters is missing: give one of them", "--lr is missing: give it"]
     assert told[:2] == [missing[0]] * 2
     assert told[2:4] == [missing[1], "--train-iters has no meaning for this command: drop it"]
     assert "unknown flag --micro-batch" in told[4]

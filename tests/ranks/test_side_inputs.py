@@ -6,17 +6,19 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from launching import run_ranks
+from row_data import padded_rows, sizes_of
 from small_tokenizers import CHATML, byte_tokenizer, chat
 from torch.utils.data import DataLoader, default_collate
 
 from qtarget_megatron import objectives
-from qtarget_megatron.data import Batch, JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples
+from qtarget_megatron.data import Batch, JsonlFile, encode
 from qtarget_megatron.data.side_inputs import batch_key, importance_weight
 from qtarget_megatron.teacher_cache import CacheHeader, CacheWriter, SampleEntries, TeacherCache, context_digests
 
@@ -33,10 +35,8 @@ def write_lines(path, records):
     return JsonlFile(path)
 
 
-def dataset(file, tokenizer, seq_length, names=()):
-    status = inspect_samples(file, tokenizer, seq_length, range(len(file)), names)
-    keywords = dict(num_samples=len(file), seed=0, pad_id=0, shuffle=False, token_inputs=names)
-    return SupervisedDataset(file, tokenizer, seq_length, status=status, **keywords)
+def dataset(file, tokenizer, seq_length, names=(), **keywords):
+    return padded_rows(file, tokenizer, seq_length, num_rows=len(file), shuffle=False, names=names, **keywords)
 
 
 # ---- alignment
@@ -118,13 +118,10 @@ def test_batches_stack_side_inputs_like_labels(tmp_path):
 def test_records_without_supervised_tokens_need_no_field(tmp_path):
     empty = {"prompt": "abc", "completion": " "}
     file = write_lines(tmp_path / "d.jsonl", [empty, COMPLETION | {"weight": 1}, empty | {"weight": "ignored"}])
-    statuses = inspect_samples(file, completions(), 8, range(3), ("weight",))
-    assert statuses.tolist() == [SampleStatus.SKIPPED, SampleStatus.OK, SampleStatus.SKIPPED]
+    assert sizes_of(file, completions(), 8, ("weight",)).supervised.tolist() == [0, 3, 0]
     assert encode(completions(), empty, 8, ("weight",)).inputs["weight"].tolist() == [0] * 5
     # Cut before the first target, likewise.
-    assert inspect_samples(write_lines(tmp_path / "e.jsonl", [COMPLETION]), completions(), 2, [0], ("weight",)) == [
-        SampleStatus.SKIPPED
-    ]
+    assert sizes_of(write_lines(tmp_path / "e.jsonl", [COMPLETION]), completions(), 2, ("weight",)).supervised == [0]
 
 
 # ---- errors
@@ -160,7 +157,7 @@ def test_a_bad_field_is_named_with_its_line(tmp_path, field, seq_length, message
     (tmp_path / "d.jsonl").write_text(good + "\n" + json.dumps(COMPLETION)[:-1] + f', "weight": {field}}}\n')
     file = JsonlFile(tmp_path / "d.jsonl")
     with pytest.raises(ValueError) as caught:
-        inspect_samples(file, completions(), seq_length, range(2), ("weight",))
+        sizes_of(file, completions(), seq_length, ("weight",))
     assert str(caught.value) == f"{tmp_path}/d.jsonl:3: {message}"
 
 
@@ -175,8 +172,8 @@ def test_a_bad_field_is_named_with_its_line(tmp_path, field, seq_length, message
 def test_a_missing_field_says_where_it_comes_from(tmp_path, name, hint):
     file = write_lines(tmp_path / "d.jsonl", [COMPLETION | {name: 1}, COMPLETION])
     with pytest.raises(ValueError, match=rf'd\.jsonl:2: the objective needs "{name}", this record has none: .*{hint}'):
-        inspect_samples(file, completions(), 8, range(2), (name,))
-    assert inspect_samples(file, completions(), 8, range(2)).tolist() == [0, 0]
+        sizes_of(file, completions(), 8, (name,))
+    assert len(sizes_of(file, completions(), 8)) == 2
 
 
 @pytest.mark.parametrize("name", ["messages", "tools", "prompt", "completion"])
@@ -187,9 +184,11 @@ def test_a_side_input_cannot_replace_a_part_of_the_record(name):
 
 def with_cached_teacher(file, cache, names=()):
     """The parts of the first sample."""
-    from qtarget_megatron.megatron.training.datasets import TaughtDataset
+    from qtarget_megatron.megatron.training.datasets import TaughtSamples
 
-    parts = TaughtDataset(dataset(file, completions(), 8, names), TeacherCache(cache))[0]
+    parts = dataset(file, completions(), 8, names, taught=lambda samples: TaughtSamples(samples, TeacherCache(cache)))[
+        0
+    ]
     return {name: np.asarray(value) for name, value in parts.items()}
 
 
@@ -329,11 +328,13 @@ def inspected(paths):
     printed = {}
     for path, name in paths:
         provider = DatasetProvider(
-            SimpleNamespace(seq_length=16, skip_teacher_cache_check=False), completions(), objectives.get(name)
+            SimpleNamespace(seq_length=16, sample_length=None, skip_teacher_cache_check=False, long_samples="cut"),
+            completions(),
+            objectives.get(name),
         )
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), logs.shown():
-            provider._inspected(path)
+            provider._inspected(Path(path))
         printed[path] = text.getvalue()
     return printed
 

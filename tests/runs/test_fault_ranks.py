@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,9 +23,10 @@ from fault_runs import (
 )
 from finetune_runs import COMMON, write_data, write_models
 from layout_runs import tensors
+from row_data import padded_rows
 from transformers import AutoTokenizer
 
-from qtarget_megatron.data import JsonlFile, SupervisedDataset, inspect_samples
+from qtarget_megatron.data import JsonlFile
 from qtarget_megatron.megatron.faults.same_start import difference
 from qtarget_megatron.megatron.faults.watchdog import Report, Watchdog, who_waits
 
@@ -224,9 +224,7 @@ def spoiled(workspace):
 
 def dataset(workspace, tokenizer):
     file = JsonlFile(workspace / "train.jsonl")
-    status = inspect_samples(file, tokenizer, 32, np.arange(len(file)))
-    options = dict(num_samples=8 * STEPS, seed=7, shuffle=True, pad_id=0, token_inputs=())
-    data = SupervisedDataset(file, tokenizer, 32, status=status, **options)
+    data = padded_rows(file, tokenizer, 32, num_rows=8 * STEPS, seed=7)
     return [data[index] for index in range(len(data))]
 
 

@@ -22,8 +22,7 @@ from layout_runs import (
 from noise_floor import MARGIN, TAGS, WEIGHTS_FLOOR, bound, update_difference
 from small_tokenizers import CHATML, byte_tokenizer
 
-from qtarget_megatron.data import JsonlFile, alignment, encode_at
-from qtarget_megatron.data.rows import RowPlan
+from qtarget_megatron.data import JsonlFile, RowPlan, SampleOrder, aligned_lengths, alignment, encode_at
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -46,8 +45,8 @@ def rows(workspace):
     """Rows of an epoch: what a global batch has to count to take in every sample once."""
     file, tokenizer = JsonlFile(workspace / "train.jsonl"), byte_tokenizer(CHATML, eos="<|im_end|>")
     lengths = [min(len(encode_at(file, tokenizer, ROW, i).input_ids), ROW) for i in range(SAMPLES)]
-    aligned = -(-np.array(lengths) // alignment(1)) * alignment(1)
-    return len(RowPlan(aligned, ROW, seed=7, shuffled=True).epoch(0))
+    aligned = aligned_lengths(np.array(lengths), alignment(ROW, 1))
+    return len(RowPlan(SampleOrder([SAMPLES], seed=7), aligned, ROW).epoch(0))
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,8 @@ def test_what_is_said_of_rows(workspace, kinds, rows):
     """How full they are; and what cannot be packed is named before anything is built."""
     words = packed({"sft": kinds["untied dft"]})["sft"]
     refused = {
-        "--pack needs a multiple of 8 tokens in a row, got --seq-length 60": ["--seq-length", 60],
+        "--max-tokens-per-row 60 holds no sample of --seq-length 64": ["--max-tokens-per-row", 60],
+        "--epochs and --train-iters both say how long to train": ["--epochs", 1],
         "seq_aux_loss balances rows": ["--hf-model", workspace / "experts", "--moe-aux-loss-coeff", 0.1]
         + ["--moe-router-load-balancing-type", "seq_aux_loss"],
     }

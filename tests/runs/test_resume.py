@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from finetune_runs import SEQ_LENGTH, run_all, run_tool, write_data, write_models
 from launching import run_ranks
+from row_data import padded_rows
 from small_tokenizers import CHATML, byte_tokenizer
 
-from qtarget_megatron.data import IGNORE_INDEX, JsonlFile, SupervisedDataset, inspect_samples
+from qtarget_megatron.data import IGNORE_INDEX, JsonlFile
 from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_schedule
 from qtarget_megatron.megatron.weights import bit_sums
 
@@ -388,10 +389,7 @@ def test_flags_that_change_on_the_way_mean_what_they_say(workspace, tmp_path):
 def supervised_tokens(path, length):
     """Of each item of the training data in the order in which a training with seed 7 reads them."""
     tokenizer, file = byte_tokenizer(CHATML, eos="<|im_end|>"), JsonlFile(path)
-    status = inspect_samples(file, tokenizer, SEQ_LENGTH, numpy.arange(len(file)), ())
-    order = SupervisedDataset(
-        file, tokenizer, SEQ_LENGTH, status=status, num_samples=length, seed=7, shuffle=True, pad_id=0
-    )
+    order = padded_rows(file, tokenizer, SEQ_LENGTH, num_rows=length, seed=7)
     return [int((order[item]["labels"] != IGNORE_INDEX).sum()) for item in range(length)]
 
 

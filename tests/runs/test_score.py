@@ -20,9 +20,10 @@ from conversion_runs import variant
 from finetune_runs import COMMON, scalars, write_data, write_models
 from launching import REPOSITORY, run_alone, run_ranks, run_torchrun
 from megatron_reset import reset
+from row_data import padded_rows, sizes_of
 from small_tokenizers import CHATML, SPECIAL, byte_tokenizer, chat
 
-from qtarget_megatron.data import JsonlFile, SampleStatus, SupervisedDataset, encode, inspect_samples, load_tokenizer
+from qtarget_megatron.data import JsonlFile, encode, load_tokenizer
 from qtarget_megatron.data.side_inputs import batch_key
 from qtarget_megatron.megatron.jobs import score as scoring
 
@@ -315,10 +316,10 @@ def test_numbers_restore_every_bit_of_float32(workspace, one, log_p):
 def test_training_reads_the_written_file(workspace, one, seq_length):
     file, tokenizer = JsonlFile(workspace / "one.jsonl"), load_tokenizer(workspace / "untied")
     names = ("old_log_prob", "weight")
-    status = inspect_samples(file, tokenizer, seq_length, range(len(file)), names)
-    assert (status == SampleStatus.SKIPPED).sum() >= 3
-    keywords = dict(num_samples=int((status != SampleStatus.SKIPPED).sum()), seed=0, pad_id=0, shuffle=False)
-    data = SupervisedDataset(file, tokenizer, seq_length, status=status, token_inputs=names, **keywords)
+    supervised = sizes_of(file, tokenizer, seq_length, names).supervised
+    assert (supervised == 0).sum() >= 3
+    num_rows = int((supervised > 0).sum())
+    data = padded_rows(file, tokenizer, seq_length, num_rows=num_rows, shuffle=False, names=names)
     for i in range(len(data)):
         item = data[i]
         record = file.record(int(item["sample"]))
@@ -329,7 +330,7 @@ def test_training_reads_the_written_file(workspace, one, seq_length):
         assert not item[batch_key("weight")][~supervised].any()
     if seq_length == S:
         with pytest.raises(ValueError, match='"old_log_prob": expected a number or .* numbers .*, got'):
-            inspect_samples(file, tokenizer, 2 * S, range(len(file)), names)
+            sizes_of(file, tokenizer, 2 * S, names)
 
 
 def test_training_starts_from_the_scored_model(workspace, one, log_p):

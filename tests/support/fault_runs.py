@@ -88,16 +88,16 @@ class SlowData:
     item: int
 
     def begin(self) -> None:
-        from qtarget_megatron.data import SupervisedDataset
+        from qtarget_megatron.data import RowDataset
 
-        read = SupervisedDataset.__getitem__
+        read = RowDataset.__getitem__
 
         def slow(dataset, item):
             if item >= self.item:
                 time.sleep(1000)
             return read(dataset, item)
 
-        SupervisedDataset.__getitem__ = slow
+        RowDataset.__getitem__ = slow
 
 
 @dataclass(frozen=True)

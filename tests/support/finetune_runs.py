@@ -24,6 +24,8 @@ COMMON = [
     *("--train-iters", TRAIN_ITERS, "--lr", 1e-3, "--min-lr", 1e-3, "--lr-decay-style", "constant"),
     # Above the rounding of gradients: see noise_floor.py.
     *("--clip-grad", 1.0, "--adam-eps", 1e-5, "--log-interval", 1, "--seed", 7, "--distributed-timeout-minutes", 10),
+    # A step is a number of samples; test_packing.py has rows of several.
+    "--no-pack",
 ]
 
 

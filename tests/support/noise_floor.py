@@ -84,18 +84,16 @@ def run_reordered(runs: dict[str, tuple], folder: str) -> dict[str, dict]:
     """finetune_runs.run_all of (words, seed of the order within a batch, or None)."""
     from finetune_runs import run_all
 
-    from qtarget_megatron.data import SupervisedDataset
+    from qtarget_megatron.data import RowDataset
 
-    read, found = SupervisedDataset.__getitem__, {}
+    read, found = RowDataset.__getitem__, {}
     try:
         for name, (words, seed) in runs.items():
             order = list(range(8)) if seed is None else random.Random(seed).sample(range(8), 8)
-            SupervisedDataset.__getitem__ = lambda data, item, order=order: read(
-                data, 8 * (item // 8) + order[item % 8]
-            )
+            RowDataset.__getitem__ = lambda data, item, order=order: read(data, 8 * (item // 8) + order[item % 8])
             found |= run_all({name: words}, folder)
     finally:
-        SupervisedDataset.__getitem__ = read
+        RowDataset.__getitem__ = read
     return found
 
 

@@ -25,6 +25,7 @@ ALLOWED = {
     "statistics": set(),
     "collectives": set(),
     "output_lock": set(),
+    "cache_folder": set(),
     "resumable": {"output_lock"},
     "command_line": set(),
     "objectives": {"statistics"},
@@ -65,8 +66,8 @@ ALLOWED = {
     "megatron.weights": {"huggingface", "megatron.runtime", "megatron.faults"},
     "megatron.model": {"huggingface", "megatron.runtime", "megatron.weights"},
     "megatron.training": {
-        "data", "huggingface", "kernels", "objectives", "output_lock", "resumable", "statistics", "teacher_cache",
-        "loss.cross_entropy", "loss.linear_cross_entropy", "loss.sparse_teacher",
+        "cache_folder", "data", "huggingface", "kernels", "objectives", "output_lock", "resumable", "statistics",
+        "teacher_cache", "loss.cross_entropy", "loss.linear_cross_entropy", "loss.sparse_teacher",
         "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.model",
     },
     "megatron.jobs": {

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtarget_megatron.data.rows import WINDOW, RowPlan, alignment, first_fit_decreasing
+from qtarget_megatron.data.order import SampleOrder, shares
+from qtarget_megatron.data.rows import WINDOW, EvaluationRows, RowPlan, alignment, balance, first_fit_decreasing
 
 
 def least_bins(lengths, capacity):
@@ -36,7 +37,7 @@ def log_normal(count, seed=0, longest=2000):
 
 
 def plan(lengths, row_length=2048, seed=7, shuffled=True):
-    return RowPlan(lengths, row_length, seed=seed, shuffled=shuffled)
+    return RowPlan(SampleOrder([len(lengths)], seed=seed, shuffled=shuffled), lengths, row_length)
 
 
 def fill(lengths, row_length=2048):
@@ -47,16 +48,14 @@ def rows_of(rows):
     return [row.tolist() for row in (rows[i] for i in range(len(rows)))]
 
 
-@pytest.mark.parametrize("shuffled", [True, False])
-def test_every_epoch_has_every_sample_once(shuffled):
+def test_every_epoch_has_every_sample_once():
     lengths = log_normal(2 * WINDOW + 300)
-    made = plan(lengths, shuffled=shuffled)
+    made = plan(lengths)
     for number in (0, 1):
         rows = made.epoch(number)
         assert sorted(rows.samples.tolist()) == list(range(len(lengths)))
         assert max(lengths[row].sum() for row in (rows[i] for i in range(len(rows)))) <= 2048
-    same = rows_of(made.epoch(0)) == rows_of(made.epoch(1))
-    assert same != shuffled
+    assert rows_of(made.epoch(0)) != rows_of(made.epoch(1))
 
 
 def test_few_tokens_stay_free():
@@ -94,13 +93,88 @@ def test_long_and_short_rows_are_mixed():
     assert longest[:half].mean() == pytest.approx(longest[half:].mean(), rel=0.1)
 
 
-@pytest.mark.parametrize(("size", "expected"), [(1, 8), (2, 8), (4, 8), (8, 16), (3, 6)])
-def test_samples_begin_where_context_parallelism_can_cut(size, expected):
-    assert alignment(size) == expected and expected % (2 * size) == 0
+@pytest.mark.parametrize(
+    ("row", "size", "expected"),
+    [(64, 1, 8), (64, 2, 8), (64, 4, 8), (64, 8, 16), (48, 3, 6), (60, 1, 4), (60, 2, 4), (61, 1, 1), (60, 4, 8)],
+)
+def test_samples_begin_where_context_parallelism_can_cut(row, size, expected):
+    assert alignment(row, size) == expected and (size == 1 or expected % (2 * size) == 0)
 
 
 def test_what_has_no_rows_is_refused():
     with pytest.raises(ValueError, match="expected samples of at most 100 tokens, got one of 101"):
         plan(np.array([3, 101]), 100)
-    with pytest.raises(ValueError, match="got none"):
+    with pytest.raises(ValueError, match="expected one sample or more of each source, got"):
         plan(np.array([], dtype=np.int32))
+
+
+# ---- several sources
+
+
+def test_without_weights_an_epoch_has_every_sample_of_every_source_once():
+    order = SampleOrder([5, 30, 1], seed=3)
+    for number in (0, 1):
+        assert sorted(order.epoch(number).tolist()) == list(range(36))
+    assert order.epoch(0).tolist() != order.epoch(1).tolist()
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=5), st.integers(1, 500))
+def test_shares_are_whole_and_nearest_to_the_weights(weights, total):
+    found = shares(weights, total)
+    assert sum(found) == total
+    for share, weight in zip(found, weights, strict=True):
+        assert abs(share - total * weight / sum(weights)) < 1
+
+
+def test_weighted_sources_go_on_where_the_epoch_before_left_them():
+    """10 of 30 samples in the share 2 of 3, so that it comes twice an epoch; 20 in the share 1 of 3: half of it."""
+    order = SampleOrder([10, 20], [2, 1], seed=5)
+    assert len(order) == 30
+    first, second, third = (order.epoch(number) for number in range(3))
+    for epoch in (first, second, third):
+        assert (epoch < 10).sum() == 20 and (epoch >= 10).sum() == 10
+        assert sorted(epoch[epoch < 10].tolist()) == sorted([*range(10), *range(10)])
+    both = np.concatenate([first[first >= 10], second[second >= 10]])
+    assert sorted(both.tolist()) == list(range(10, 30)), "two epochs are a pass through the larger source"
+    assert set(third[third >= 10].tolist()) != set(first[first >= 10].tolist()), "the next pass is in another order"
+    # Rows of it, as a training has them.
+    lengths = log_normal(30)
+    rows = RowPlan(order, lengths, 2048).epoch(1)
+    assert sorted(rows.samples.tolist()) == sorted(second.tolist())
+
+
+# ---- evaluations and balance
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 7, 64])
+@pytest.mark.parametrize("row_length", [2048, None])
+def test_an_evaluation_has_every_sample_once_in_a_multiple_of_rows(multiple, row_length):
+    lengths = log_normal(50)
+    made = EvaluationRows(lengths, row_length, multiple=multiple)
+    assert len(made) % multiple == 0 and sorted(made.rows.samples.tolist()) == list(range(50))
+    filled = [made[i] for i in range(len(made))]
+    assert all(lengths[row].sum() <= 2048 for row in filled)
+    assert sum(len(row) == 0 for row in filled) == max(len(made) - 50, 0), "empty only where samples are too few"
+    assert made[len(made)].tolist() == made[0].tolist()
+
+
+def test_an_evaluation_of_some_rows_takes_the_first():
+    lengths = np.full(40, 500)
+    made = EvaluationRows(lengths, 2048, multiple=4, limit=4)
+    assert sorted(made.rows.samples.tolist()) == list(range(16))
+
+
+def test_balance_is_the_slowest_rank_against_the_mean():
+    costs = np.array([1.0, 3, 1, 3, 2, 2, 2, 2, 9])
+    # Steps of 4 rows on 2 ranks: 2 against 6, then 4 against 4; what is left is no step.
+    assert balance(costs, ranks=2, batch=4) == pytest.approx((6 / 4 + 1) / 2)
+    assert balance(costs, ranks=1, batch=4) == 1
+
+
+def test_epochs_are_counted_in_rows():
+    lengths = log_normal(300)
+    made = plan(lengths)
+    first, second = len(made.epoch(0)), len(made.epoch(1))
+    assert made.rows_of(1) == first and made.rows_of(2) == first + second
+    assert made.rows_of(1.5) == first + -(-second // 2)
+    assert RowPlan(SampleOrder([7]), np.ones(7), None).rows_of(2.5) == 14 + 4

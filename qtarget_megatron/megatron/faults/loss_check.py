@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,10 @@ from qtarget_megatron.megatron.runtime.logs import ANY_RANK
 _log = logging.getLogger("qtarget_megatron")
 
 
+def _numbered(records: Sequence[int]) -> str:
+    return f"record(s) {list(records)} (counted from 0)"
+
+
 class LossCheck:
     """Looks at the loss of every micro-batch.
 
@@ -26,7 +31,9 @@ class LossCheck:
     waits for the device once a step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, record_names: Callable[[Sequence[int]], str] = _numbered) -> None:
+        """record_names: how records are named in messages, by their numbers."""
+        self._record_names = record_names
         self._unseen: list[tuple[Tensor, Tensor]] = []
 
     def look(self, loss_sum: Tensor, samples: Tensor, on_nan: str, *, in_training: bool) -> None:
@@ -56,8 +63,7 @@ class LossCheck:
                 self._tell(value, records, on_nan, in_training=in_training)
 
     def _tell(self, value: float, samples: Tensor, on_nan: str, *, in_training: bool) -> None:
-        records = f"record(s) {samples.tolist()} (counted from 0)"
-        where = f"the loss of {records} is {value} on rank {dist.get_rank()}"
+        where = f"the loss of {self._record_names(samples.tolist())} is {value} on rank {dist.get_rank()}"
         if on_nan == "stop":
             raise NotFinite(f"{where}: {SKIP_NAN_HINT}")
         if in_training and parallel_state.get_tensor_model_parallel_rank() == 0:

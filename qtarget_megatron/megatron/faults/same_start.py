@@ -24,9 +24,9 @@ from qtarget_megatron._version import versions
 from qtarget_megatron.resumable import file_digest
 
 # What these name is compared by its contents: nodes may have copies of their own.
-_FILES = ("sft_train", "sft_valid", "objective_file")
+_FILES = ("objective_file",)
 _MODELS = ("hf_model", "teacher_hf", "teacher_cache", "teacher_cache_valid")
-_FREE = {*_FILES, *_MODELS, "tensorboard_dir", "wandb_save_dir", "local_rank"}
+_FREE = {*_FILES, *_MODELS, "sft_train", "sft_valid", "tensorboard_dir", "wandb_save_dir", "local_rank"}
 _TEXTS = (".json", ".jinja", ".model", ".txt")
 _starts = itertools.count()
 
@@ -34,7 +34,8 @@ _starts = itertools.count()
 def identity(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, str]:
     """What must be the same on all ranks, as texts by name: versions, the flags of argv, and contents of files.
 
-    Data and --objective-file are read whole, of models and caches the small files; the others have the same size.
+    Of data args.data_digest says it. --objective-file is read whole, of models and caches the small files; the others
+    have the same size.
     """
     found = {"versions": versions()}
     for word in argv:
@@ -42,10 +43,13 @@ def identity(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, str]:
         key = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and key not in _FREE:
             found[flag] = f"{flag} {getattr(args, key, '')}".strip()
+    digests = dict(args.data_digest)
     for key, digest in (*((key, file_digest) for key in _FILES), *((key, _contents_digest) for key in _MODELS)):
-        if (path := getattr(args, key)) is not None:
-            flag = f"--{key.replace('_', '-')}"
-            found[flag] = f"{flag} of SHA-256 {digest(path)[:16]}"
+        if (paths := getattr(args, key)) is not None:
+            digests[key] = [digest(path) for path in (paths if isinstance(paths, list) else [paths])]
+    for key, of_paths in digests.items():
+        flag = f"--{key.replace('_', '-')}"
+        found[flag] = f"{flag} of SHA-256 {' '.join(digest[:16] for digest in of_paths)}"
     return found
 
 

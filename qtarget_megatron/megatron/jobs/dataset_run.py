@@ -158,38 +158,30 @@ class DatasetRun:
         # gloo: the results are objects on the CPU.
         self._group = dist.new_group(self._members, backend="gloo")
 
-    def inspect(self, check_record: Callable[[int], None] = lambda index: None) -> int:
+    def inspect(self, check_record: Callable[[int], None] | None = None) -> int:
         """Read every record once; the number of supervised tokens of all. Call before complete().
 
         check_record: raises ValueError for an index whose record the command refuses. Collective, like its errors.
         """
-        from qtarget_megatron.megatron.training.datasets import Inspection, for_each_record, log_notes
+        from qtarget_megatron.megatron.training.inspection import inspect, log_notes
 
-        look = Inspection(f"{self._name}: reading {self.options.data}", len(self._file))
-
-        def measure(indices: np.ndarray) -> np.ndarray:
-            rows = np.zeros((len(indices), 3), dtype=np.int64)
-            for row, index in zip(rows, indices.tolist(), strict=True):
-                sample = self._sample(index)
-                row[:] = len(sample.input_ids), sample.supervised.sum(), sample.truncated
-                look.add(sample)
-                check_record(index)
-            return rows
-
-        # Tokens of each record within seq_length + 1, how many are supervised, whether it was cut.
-        self._lengths, self._counts, truncated = for_each_record(self._file, measure).T
-        skipped = int((self._counts == 0).sum())
         log, path = logs.of(self._name), self.options.data
+        found = inspect(
+            f"{self._name}: reading {path}",
+            self._file,
+            self._tokenizer,
+            self.options.seq_length,
+            date=self._date(),
+            check=None if check_record is None else lambda index, sample: check_record(index),
+        )
+        self._sizes = found.sizes
         log.info(
             "%s: %d samples, %d truncated to %d tokens, %d without a supervised token",
-            path,
-            len(self._file),
-            truncated.sum(),
-            self.options.seq_length,
-            skipped,
+            *(path, len(self._file), found.sizes.truncated.sum(), self.options.seq_length),
+            (found.sizes.supervised == 0).sum(),
         )
-        log_notes(log, path, look.notes_of_all().lines(self._date()))
-        return int(self._counts.sum())
+        log_notes(log, path, found.notes.lines(self._date()))
+        return int(found.sizes.supervised.sum(dtype=np.int64))
 
     def _sample(self, index: int) -> EncodedSample:
         return encode_at(self._file, self._tokenizer, self.options.seq_length, index, date=self._date())
@@ -220,7 +212,7 @@ class DatasetRun:
     def _parts(self, start: int) -> Iterator[np.ndarray]:
         """Indices of the records to run, from start on, as many at a time as lie between two writes."""
         args = self.model.args
-        indices = np.flatnonzero(self._counts[start:]) + start
+        indices = np.flatnonzero(self._sizes.supervised[start:]) + start
         size = _MICRO_BATCHES * args.pipeline_model_parallel_size * args.micro_batch_size * self._dp_size
         for begin in range(0, len(indices), size):
             yield indices[begin : begin + size]
@@ -249,7 +241,7 @@ class DatasetRun:
         """Tokens that every sequence of these records is padded to; sequence parallelism needs a multiple of TP."""
         tp = self.model.args.tensor_model_parallel_size
         step = tp * -(-_LENGTH_STEP // tp)
-        longest = int(self._lengths[indices].max()) - 1
+        longest = int(self._sizes.tokens[indices].max()) - 1
         return min(-(-longest // step) * step, self.options.seq_length)
 
     def _batch(self, samples: list[EncodedSample], length: int) -> Batch:

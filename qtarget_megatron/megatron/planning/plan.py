@@ -124,10 +124,8 @@ def _read(options: PlanOptions, words: list[str]) -> tuple[Run, int | None]:
         run.teacher = Architecture.from_hf(args.teacher_hf)
     args.world_size, args.rank = options.world_size, 0
     # A plan depends neither on the length of a training, nor on its data, which need not be here.
-    args.train_iters = args.train_iters or (None if args.train_samples else 1)
+    args.train_iters, args.epochs = args.train_iters or (None if args.train_samples else 1), None
     args.lr = 1e-5 if args.lr is None else args.lr
-    if args.sft_valid is not None:
-        args.eval_iters = args.eval_iters or 1
     check_numbers(args)
     fill_in(run)
     args.calculate_per_token_loss = True

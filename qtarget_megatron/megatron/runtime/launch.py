@@ -22,6 +22,7 @@ from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch.distributed as dist
 from torch.distributed import Store
 
 from qtarget_megatron.command_line import refuse
@@ -130,6 +131,16 @@ def initialize(args: argparse.Namespace) -> None:
         _exit_handlers[args.exit_signal] = signal.signal(args.exit_signal, signal.SIG_DFL)
 
 
+def initialize_distributed(store: Store | None) -> None:
+    """The process group and Megatron's groups, which pretrain() then finds there.
+
+    store: that the ranks meet at. Megatron's global state must be there; nothing is done where the groups are.
+    """
+    from megatron.training.initialize import _initialize_distributed
+
+    _initialize_distributed(None, None, None if dist.is_initialized() else store)
+
+
 def _shows_arguments(args: argparse.Namespace) -> bool:
     level = logging.INFO if args.logging_level is None else args.logging_level
     return getattr(args, "log_arguments", False) or level <= logging.DEBUG
@@ -232,12 +243,8 @@ def run_pretrain(
     datasets: Callable,
     model_provider: Callable,
     forward_step: Callable,
-    store: Store | None,
 ):
-    """Megatron's training loop, with this package's data, model and forward step.
-
-    store: that the ranks meet at, None where a process group exists.
-    """
+    """Megatron's training loop, with this package's data, model and forward step."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -248,5 +255,4 @@ def run_pretrain(
         ModelType.encoder_or_decoder,
         _handling_exit_signal(args, forward_step),
         model_provider=model_provider,
-        store=store,
     )

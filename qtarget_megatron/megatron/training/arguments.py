@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from qtarget_megatron import kernels, objectives
-from qtarget_megatron.data import alignment, open_records
+from qtarget_megatron.data import alignment
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.loss.linear_cross_entropy import AUTO
@@ -18,6 +18,7 @@ from qtarget_megatron.loss.sparse_teacher import TAIL_RULES
 from qtarget_megatron.megatron.runtime.prepare import Purpose, Run
 
 NAN_POLICIES = ("stop", "skip")
+LONG_SAMPLES = ("cut", "skip", "refuse")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -76,12 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--teacher-cache",
         type=Path,
+        nargs="+",
         metavar="DIR",
         help="in place of --teacher-hf: the second model's largest probabilities for each token of --sft-train, "
-        "written by qtarget cache-teacher at any layout",
+        "written by qtarget cache-teacher at any layout; one for each source, in their order",
     )
     group.add_argument(
-        "--teacher-cache-valid", type=Path, metavar="DIR", help="the same for --sft-valid, which is another file"
+        "--teacher-cache-valid", type=Path, nargs="+", metavar="DIR", help="the same for --sft-valid, of other sources"
     )
     group.add_argument(
         "--teacher-tail",
@@ -98,23 +100,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--sft-train",
-        type=Path,
-        metavar="FILE",
-        help='training data, JSONL: each line {"messages": [...]} or {"prompt": ..., "completion": ...}',
+        nargs="+",
+        metavar="FILE[:WEIGHT]",
+        help='training data, JSONL: each line {"messages": [...]} or {"prompt": ..., "completion": ...}. Of several '
+        "sources an epoch has every sample once, or, with weights, as many samples in these shares: a.jsonl:0.7 "
+        "b.jsonl:0.3",
     )
     group.add_argument(
         "--sft-valid",
-        type=Path,
-        metavar="FILE",
+        nargs="+",
+        metavar="[NAME=]FILE",
         help="held-out data, same format; evaluated every --eval-interval steps (default: at the end), as a "
-        "whole or its first --eval-iters * --global-batch-size samples",
+        "whole, every sample once, or its first --eval-iters * --global-batch-size rows. Of several sets each has its "
+        "own lines in the log, by its name or the file's",
     )
     group.add_argument(
         "--pack",
-        action="store_true",
-        help="fill each row of --seq-length tokens of --sft-train with whole samples, as many as fit; the flags of "
-        "batch sizes then count rows. A sample sees itself alone, and the loss is that of the samples one by one. "
-        "--sft-valid keeps a sample a row",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fill each row of --seq-length tokens with whole samples, as many as fit; the flags of batch sizes then "
+        "count rows. A sample sees itself alone, and the loss is that of the samples one by one (default: on; "
+        "--no-pack gives each sample a row of its own, padded)",
+    )
+    group.add_argument(
+        "--max-tokens-per-row",
+        type=int,
+        metavar="TOKENS",
+        help="fill packed rows up to this many tokens, more than a sample has, which --seq-length cuts (default: "
+        "--seq-length)",
+    )
+    group.add_argument(
+        "--long-samples",
+        choices=LONG_SAMPLES,
+        default=LONG_SAMPLES[0],
+        help="samples of more than --seq-length tokens: cut them there, skip them, both counted in the log, or refuse "
+        "the first one by name (default: cut)",
+    )
+    group.add_argument(
+        "--epochs",
+        type=float,
+        metavar="N",
+        help="in place of --train-iters: read the training data this often (0.5: half of them); the steps that follow "
+        "are printed, and schedules that are given in steps or fractions go by them",
     )
     group.add_argument(
         "--data-date",
@@ -228,22 +255,21 @@ def fill_in(run: Run) -> None:
     """Values that Megatron insists on, where the user left them out: the defaults of a fine-tuning, and of its plan.
     ValueError where there is no default."""
     args = run.args
-    for key in () if args.skip_train else ("train_iters", "lr"):
-        if getattr(args, key) is None and (key != "train_iters" or args.train_samples is None):
-            raise ValueError(f"--{key.replace('_', '-')} is missing: give it")
-    if args.skip_train and args.train_samples is None:
-        args.train_iters = args.train_iters or 1
+    if args.epochs is None and args.train_iters is None and args.train_samples is None and not args.skip_train:
+        raise ValueError("--epochs or --train-iters is missing: give one of them")
+    if args.lr is None and not args.skip_train:
+        raise ValueError("--lr is missing: give it")
+    if args.skip_train:
+        args.epochs = None
+        if args.train_samples is None:
+            args.train_iters = args.train_iters or 1
     args.micro_batch_size = args.micro_batch_size or 1
     args.seq_length = args.seq_length or min(4096, run.student.max_position_embeddings)
+    # None where the two are one.
+    args.sample_length = args.seq_length if args.max_tokens_per_row is not None else None
     args.save_interval = args.save_interval or 500
-    # Megatron evaluates once more when training is done: by default only then.
-    args.eval_interval = args.eval_interval or (args.train_iters + 1 if args.train_iters else 1000)
     if args.sft_valid is None:
         args.eval_iters = 0
-    elif not args.eval_iters:
-        model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-        batch = args.global_batch_size or args.micro_batch_size * max(args.world_size // model_size, 1)
-        args.eval_iters = max(len(open_records(args.sft_valid)) // batch, 1)
 
 
 def apply_nan_choice(args: argparse.Namespace) -> None:
@@ -285,19 +311,54 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def check_packing(args: argparse.Namespace) -> None:
-    """Refuse flags with which rows of several samples do not go. Raises ValueError."""
+    """Refuse flags with which rows of several samples do not go, and lengths of rows that cannot be. Raises
+    ValueError."""
+    budget = args.max_tokens_per_row
     if not args.pack:
+        if budget is not None:
+            raise ValueError(
+                "--max-tokens-per-row: without packing a sample has a row of --seq-length: drop one of them"
+            )
         return
+    if budget is not None and budget < args.seq_length:
+        raise ValueError(
+            f"--max-tokens-per-row {budget} holds no sample of --seq-length {args.seq_length}: give at least that, or "
+            "a smaller --seq-length, at which longer samples are cut"
+        )
     balanced = args.moe_router_load_balancing_type
     if "seq_aux_loss" in ([balanced] if isinstance(balanced, str) else balanced):
-        raise ValueError("--pack: seq_aux_loss balances rows, not the samples in them: use aux_loss, or drop --pack")
-    unit = alignment(args.context_parallel_size)
-    if args.seq_length % unit:
-        raise ValueError(f"--pack needs a multiple of {unit} tokens in a row, got --seq-length {args.seq_length}")
+        raise ValueError("seq_aux_loss balances rows, not the samples in them: use aux_loss, or give --no-pack")
+    row = budget or args.seq_length
+    if row % (unit := alignment(row, args.context_parallel_size)):
+        flag = "--seq-length" if budget is None else "--max-tokens-per-row"
+        raise ValueError(
+            f"--context-parallel-size {args.context_parallel_size} cuts rows of a multiple of {unit} "
+            f"tokens, got {flag} {row}"
+        )
     for key in ("cuda_graph_impl", "external_cuda_graph", "enable_cuda_graph"):
         if getattr(args, key, None) not in (None, False, "none"):
             raise ValueError(
-                f"--pack: a CUDA graph cannot replay rows of other samples: drop --{key.replace('_', '-')} or --pack"
+                f"--{key.replace('_', '-')}: a CUDA graph cannot replay rows of other samples: drop it, or give "
+                "--no-pack"
+            )
+
+
+def check_epochs(args: argparse.Namespace) -> None:
+    """Refuse a number of epochs that is none, and flags that count otherwise. Raises ValueError."""
+    if args.epochs is None:
+        return
+    if not 0 < args.epochs < math.inf:
+        raise ValueError(
+            f"--epochs: expected a number above 0, got {args.epochs:g}; to evaluate only, give --skip-train"
+        )
+    for key in ("train_iters", "train_samples", "rampup_batch_size", "step_batch_size_schedule"):
+        if getattr(args, key, None):
+            raise ValueError(f"--epochs and --{key.replace('_', '-')} both say how long to train: drop one of them")
+    for key in ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples"):
+        if getattr(args, key, None):
+            raise ValueError(
+                f"--{key.replace('_', '-')}: with --epochs schedules are given in steps: use "
+                f"--{key.replace('_', '-').replace('samples', 'iters')}"
             )
 
 

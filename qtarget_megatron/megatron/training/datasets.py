@@ -1,74 +1,107 @@
-"""Megatron's data set provider for the JSONL data of qtarget_megatron.data."""
+"""Megatron's data set provider for the sources of qtarget_megatron.data, and the lengths that follow from them."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core.datasets.utils import Split
 
 from qtarget_megatron.data import (
     IGNORE_INDEX,
     EncodedSample,
-    PackedDataset,
+    EvaluationRows,
+    HeldOutSet,
+    KeptSamples,
+    Packing,
     Records,
-    SampleNotes,
-    SampleStatus,
-    SupervisedDataset,
+    RowDataset,
+    RowPlan,
+    SampleOrder,
+    SampleSizes,
+    Source,
+    SupervisedSamples,
+    aligned_lengths,
     alignment,
-    inspect_samples,
+    balance,
+    held_out_sets,
     open_records,
+    training_sources,
 )
-from qtarget_megatron.megatron.runtime.progress import Progress
+from qtarget_megatron.megatron.training.inspection import (
+    cache_identity,
+    inspect,
+    log_notes,
+    ranges_warning,
+    verify_cache,
+)
 from qtarget_megatron.megatron.training.resume_flags import samples_to_train
-from qtarget_megatron.objectives import Objective, multiple_of_sft
+from qtarget_megatron.objectives import Objective
 from qtarget_megatron.teacher_cache import TeacherCache
 
 _log = logging.getLogger("qtarget_megatron")
-# An inspection that is done by then needs no progress.
-_QUIET_SECONDS = 3.0
+# Rows that are not full are padded to a multiple of this.
+_ROW_STEP = 64
 
 
-class TaughtDataset(torch.utils.data.Dataset):
-    """A SupervisedDataset whose items also hold what a cached teacher keeps of each token, aligned with labels.
+@dataclass(frozen=True)
+class Inspected:
+    """A source of which everything is known that planning needs.
+
+    kept:    [m] indices of the records that are trained on.
+    lengths: int32 [m], tokens of a row that each of them takes, unaligned.
+    first:   number of its first record among those of all sources of a training.
+    """
+
+    path: Path
+    records: Records
+    kept: np.ndarray
+    lengths: np.ndarray
+    first: int
+    date: datetime.date | None
+    cache: TeacherCache | None
+
+
+class TaughtSamples:
+    """Samples whose items also hold what a cached teacher keeps of each token, aligned with labels.
 
     teacher_ids int64 [S, k] (-1: not used), teacher_log_p float32 [S, k], teacher_tail float32 [S]; teacher_ms
     float32 [], what reading them took.
     """
 
-    def __init__(self, dataset: SupervisedDataset, cache: TeacherCache):
-        self._dataset, self._cache = dataset, cache
+    def __init__(self, samples: SupervisedSamples, cache: TeacherCache):
+        self._samples, self._cache = samples, cache
 
-    def __len__(self) -> int:
-        return len(self._dataset)
+    def item(self, index: int, length: int) -> dict[str, torch.Tensor]:
+        """The tensors of a record, padded to a length that holds it."""
+        return self._taught(self._samples.item(index, length), index)
 
-    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        return self._taught(self._dataset[item])
+    def empty(self, length: int) -> dict[str, torch.Tensor]:
+        """Padding alone."""
+        return self._taught(self._samples.empty(length), None)
 
-    def of_record(self, index: int, length: int) -> dict[str, torch.Tensor]:
-        """The item of a record, padded to a length that holds it."""
-        return self._taught(self._dataset.of_record(index, length))
-
-    def _taught(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _taught(self, item: dict[str, torch.Tensor], index: int | None) -> dict[str, torch.Tensor]:
         start = time.perf_counter()
-        labels = sample["labels"].numpy()
+        labels = item["labels"].numpy()
         rows = labels != IGNORE_INDEX
-        # The sample as the teacher read it; what follows the last supervised token does not matter.
-        input_ids = np.append(sample["tokens"].numpy(), labels[-1])
-        ids, log_p, tail = self._cache.sample(int(sample["sample"]), input_ids, np.append(False, rows))
-        teacher_ids = np.full((len(labels), ids.shape[1]), -1)
+        teacher_ids = np.full((len(labels), self._cache.header.k), -1)
         teacher_log_p = np.full(teacher_ids.shape, -np.inf, dtype=np.float32)
         teacher_tail = np.zeros(len(labels), dtype=np.float32)
-        teacher_ids[rows], teacher_log_p[rows], teacher_tail[rows] = ids, log_p, tail
-        return sample | {
+        if index is not None:
+            # The sample as the teacher read it; what follows the last supervised token does not matter.
+            input_ids = np.append(item["tokens"].numpy(), labels[-1])
+            ids, log_p, tail = self._cache.sample(index, input_ids, np.append(False, rows))
+            teacher_ids[rows], teacher_log_p[rows], teacher_tail[rows] = ids, log_p, tail
+        return item | {
             "teacher_ids": torch.from_numpy(teacher_ids),
             "teacher_log_p": torch.from_numpy(teacher_log_p),
             "teacher_tail": torch.from_numpy(teacher_tail),
@@ -77,7 +110,7 @@ class TaughtDataset(torch.utils.data.Dataset):
 
 
 class DatasetProvider:
-    """train_valid_test_dataset_provider of pretrain(): every rank opens the files and reads by sample index."""
+    """train_valid_test_dataset_provider of pretrain(): every rank opens the sources and reads by sample index."""
 
     # Megatron then calls it on every rank, not only on tensor-parallel rank 0.
     is_distributed = True
@@ -89,158 +122,256 @@ class DatasetProvider:
         objective: Objective,
         teacher_caches: Mapping[Path, TeacherCache] | None = None,
     ):
-        """objective: its side inputs are fields of each record. teacher_caches: by data file."""
+        """objective: its side inputs are fields of each record. teacher_caches: by source."""
         self.args, self.tokenizer, self.objective = args, tokenizer, objective
         self._caches = dict(teacher_caches or {})
-        self._built: dict[Path, tuple[Records, np.ndarray, np.ndarray]] = {}
+        self._training: list[Source] = []
+        self._train: list[Inspected] = []
+        self._held_out: list[tuple[HeldOutSet, Inspected]] = []
+        self._plan: RowPlan | None = None
+        self._opened: dict[Path, Inspected] = {}
+        self._num_records = 0
 
-    def __call__(self, num_samples, vp_stage=None):
+    # ---- before anything is built
+
+    def inspect(self) -> None:
+        """Read all sources once and settle the lengths in args that follow from them: train_iters of --epochs,
+        eval_iters where the held-out data are evaluated as a whole. Call it once Megatron is initialised.
+
+        ValueError names a record that cannot be read, and a source that leaves nothing to train on. Collective.
+        """
         args = self.args
-        train = valid = None
-        if args.sft_train is not None and not args.skip_train:
-            count = num_samples[0]
-            if args.train_iters and args.rampup_batch_size is None:
-                # Megatron counts all steps at today's batch size, also those before a resume.
-                count = max(count, samples_to_train(args))
-            train = self._dataset(args.sft_train, count, Split.train, shuffle=True)
-        if args.sft_valid is not None:
-            held_out = None if args.full_validation else args.eval_iters * args.eval_global_batch_size
-            valid = self._dataset(args.sft_valid, num_samples[1], Split.valid, shuffle=False, first=held_out)
-        return train, valid, None
+        if args.sft_train and not args.skip_train:
+            self._training = training_sources(args.sft_train)
+            self._train = [self._inspected(source.path) for source in self._training]
+            self._plan = self._planned()
+            if args.epochs is not None:
+                args.train_iters = steps_of_epochs(self._plan, args.epochs, args.global_batch_size)
+                _log.info(
+                    "--epochs %g: %d rows in steps of %d: %d steps",
+                    *(args.epochs, self._plan.rows_of(args.epochs), args.global_batch_size, args.train_iters),
+                )
+        if args.sft_valid:
+            self._held_out = [(held_out, self._inspected(held_out.path)) for held_out in held_out_sets(args.sft_valid)]
+            self._settle_evaluation()
+        if args.eval_interval is None:
+            # Megatron evaluates once more when training is done: by default only then.
+            args.eval_interval = args.train_iters + 1 if args.train_iters else 1000
 
-    def _dataset(self, path: Path, num_samples: int | None, split: Split, *, shuffle: bool, first: int | None = None):
-        file, status, lengths = self._inspected(path)
-        if first is not None:
-            # Every evaluation sees the same samples, so that held-out losses can be compared.
-            kept = np.flatnonzero(status != SampleStatus.SKIPPED)
-            status = status.copy()
-            status[kept[first:]] = SampleStatus.SKIPPED
-            if len(kept) < first:
-                _log.info("%s has %d usable samples, an evaluation of %d repeats some", path, len(kept), first)
-        if num_samples is None:  # --full-validation
-            num_samples = int((status != SampleStatus.SKIPPED).sum())
-        dataset: Any = SupervisedDataset(
-            file,
-            self.tokenizer,
-            self.args.seq_length,
-            status=status,
-            num_samples=num_samples,
-            seed=self.args.seed,
-            shuffle=shuffle,
-            pad_id=pad_id(self.tokenizer),
-            token_inputs=self.objective.token_inputs,
-            date=self._date(path),
-        )
-        if path in self._caches:
-            dataset = TaughtDataset(dataset, self._caches[path])
-        kept = np.flatnonzero(status != SampleStatus.SKIPPED)
-        if shuffle and self.args.pack:
-            dataset = self._packed(path, dataset, kept, lengths[kept], num_samples)
-        elif shuffle:
-            _log.info("%s: %s", path, _epochs(num_samples, len(kept), "samples"))
-        dataset.split = split
-        return dataset
+    def record_names(self, numbers: Sequence[int]) -> str:
+        """Records by their numbers among those of all sources, for messages."""
+        of_source: dict[Path, list[int]] = {}
+        for number in numbers:
+            source = max((s for s in self._opened.values() if s.first <= number), key=lambda s: s.first)
+            of_source.setdefault(source.path, []).append(number - source.first)
+        named = " and ".join(f"{found} of {path}" for path, found in of_source.items())
+        return f"record(s) {named} (counted from 0)"
 
-    def _packed(self, path: Path, samples: Any, kept: np.ndarray, lengths: np.ndarray, num_rows: int) -> PackedDataset:
-        args = self.args
-        packed = PackedDataset(
-            samples,
-            kept,
-            lengths,
-            args.seq_length,
-            num_rows=num_rows,
-            alignment=alignment(args.context_parallel_size),
-            seed=args.seed,
-            shuffle=True,
-            pad_id=pad_id(self.tokenizer),
+    def _planned(self) -> RowPlan:
+        args, counts = self.args, [len(source.kept) for source in self._train]
+        weights = [source.weight for source in self._training]
+        order = SampleOrder(
+            counts, None if None in weights else [weight or 0.0 for weight in weights], seed=args.seed, shuffled=True
         )
-        rows = len(packed.plan.epoch(0))
+        lengths = np.concatenate([source.lengths for source in self._train])
+        if not args.pack:
+            return RowPlan(order, lengths, None)
+        aligned = aligned_lengths(lengths, self._alignment())
+        plan = RowPlan(order, aligned, args.seq_length)
+        first = plan.epoch(0)
+        tokens = first.sums(lengths)
         _log.info(
-            "%s: %d samples share %d rows of %d tokens, %.1f%% of them filled",
-            *(path, len(kept), rows, args.seq_length, 100 * packed.fill),
+            "%d samples share %d rows of %d tokens, %.1f%% of them filled",
+            *(len(order), len(first), args.seq_length, 100 * tokens.sum() / (len(first) * args.seq_length)),
         )
-        _log.info("%s: %s", path, _epochs(num_rows, rows, "rows"))
-        return packed
-
-    def _inspected(self, path: Path) -> tuple[Records, np.ndarray, np.ndarray]:
-        """The file, and the status and number of tokens of each of its samples: every rank inspects its share, once."""
-        if path not in self._built:
-            file, seq_length = open_records(path), self.args.seq_length
-
-            ranges = InputRanges(self.objective.token_inputs)
-            look = Inspection(f"qtarget_megatron: reading {path}", len(file))
-            cache = self._caches.get(path)
-
-            def inspect(share: np.ndarray) -> np.ndarray:
-                tokens = []
-
-                def check(index: int, sample: EncodedSample) -> None:
-                    look.add(sample)
-                    ranges.add(sample)
-                    tokens.append(min(len(sample.input_ids), seq_length))
-                    if cache is not None:
-                        # That the teacher read it as training does is seen before training starts.
-                        cache.check_sample(index, sample.input_ids, sample.supervised)
-
-                inputs, date = self.objective.token_inputs, self._date(path)
-                status = inspect_samples(file, self.tokenizer, seq_length, share, inputs, check, date)
-                return np.stack([status, np.array(tokens, dtype=np.int32)], axis=1)
-
-            status, lengths = for_each_record(file, inspect).T
-            ranges.merge()
-            notes = look.notes_of_all()
-            if cache is not None and not self.args.skip_teacher_cache_check:
-                verify_cache(cache)
-            skipped = int((status == SampleStatus.SKIPPED).sum())
+        if args.data_parallel_size > 1:
+            batch = args.global_batch_size
+            # Attention's work goes with the squares of the samples' lengths.
+            costs = [
+                balance(first.sums(aligned.astype(np.float64) ** power), args.data_parallel_size, batch)
+                for power in (1, 2)
+            ]
             _log.info(
-                "%s: %d samples, %d truncated to %d tokens, %d skipped (no supervised token)",
-                path,
-                len(file),
-                (status == SampleStatus.TRUNCATED).sum(),
-                seq_length,
-                skipped,
+                "the fullest of %d data-parallel ranks has %.2f times a step's mean of tokens, %.2f of attention",
+                *(args.data_parallel_size, *costs),
             )
-            if warning := ranges.warning(self.objective):
+        return plan
+
+    def _alignment(self) -> int:
+        return alignment(self.args.seq_length, self.args.context_parallel_size)
+
+    def _settle_evaluation(self) -> None:
+        args = self.args
+        if len(self._held_out) > 1:
+            if args.eval_iters:
+                raise ValueError(
+                    "--eval-iters: several held-out sets are evaluated as a whole: drop it, or give one set"
+                )
+            args.full_validation = args.multiple_validation_sets = True
+            args.validation_set_names = [held_out.name for held_out, _ in self._held_out]
+        if args.full_validation:
+            # Megatron's sampler of whole sets gives each rank a row at a time, and counts a set's rows for its
+            # evaluations; interleaved stages take as many micro-batches as there are stages.
+            args.eval_micro_batch_size = 1
+            interleaved = args.virtual_pipeline_model_parallel_size is not None
+            args.eval_global_batch_size = args.data_parallel_size * (
+                args.pipeline_model_parallel_size if interleaved else 1
+            )
+        elif not args.eval_iters:
+            args.eval_iters = len(self._evaluation_rows(self._held_out[0][1])) // args.eval_global_batch_size
+
+    def _evaluation_rows(self, source: Inspected) -> EvaluationRows:
+        args = self.args
+        multiple = args.data_parallel_size if args.full_validation else args.eval_global_batch_size
+        limit = None if args.full_validation or not args.eval_iters else args.eval_iters * args.eval_global_batch_size
+        lengths = aligned_lengths(source.lengths, self._alignment())
+        return EvaluationRows(lengths, args.seq_length if args.pack else None, multiple=multiple, limit=limit)
+
+    def _inspected(self, path: Path) -> Inspected:
+        """Every rank reads its share of the source, once."""
+        if path not in self._opened:
+            args, cache = self.args, self._caches.get(path)
+            records, cut = open_records(path), cut_length(args)
+
+            def check(index: int, sample: EncodedSample) -> None:
+                if sample.truncated and args.long_samples == "refuse":
+                    raise ValueError(
+                        f"{records.where(index)}: the record has more than --seq-length {cut} tokens: raise it, or "
+                        "give --long-samples cut or skip"
+                    )
+                if cache is not None:
+                    # That the teacher read it as training does is seen before training starts.
+                    cache.check_sample(index, sample.input_ids, sample.supervised)
+
+            found = inspect(
+                f"qtarget_megatron: reading {path}",
+                records,
+                self.tokenizer,
+                cut,
+                token_inputs=self.objective.token_inputs,
+                date=self._date(path),
+                check=check,
+                checked_by=[args.long_samples, None if cache is None else cache_identity(cache)],
+            )
+            if found.known is not None:
+                _log.info("%s: known from an earlier start: %s", path, found.known)
+            if cache is not None and not args.skip_teacher_cache_check:
+                _log.info(verify_cache(cache))
+            kept = self._kept(path, found.sizes, cut)
+            if warning := ranges_warning(found.ranges, self.objective):
                 _log.warning("%s: %s", path, warning)
-            if skipped > len(file) // 2:
-                _log.warning("%s: %s", path, _mostly_skipped(skipped, len(file), seq_length))
-            log_notes(_log, path, notes.lines(self._date(path)))
-            self._built[path] = file, status, lengths
-        return self._built[path]
+            log_notes(_log, path, found.notes.lines(self._date(path)))
+            lengths = np.minimum(found.sizes.tokens[kept], cut)
+            first, self._num_records = self._num_records, self._num_records + len(records)
+            self._opened[path] = Inspected(path, records, kept, lengths, first, self._date(path), cache)
+        return self._opened[path]
+
+    def _kept(self, path: Path, sizes: SampleSizes, cut: int) -> np.ndarray:
+        """Indices of the records that are trained on, of which a line is logged."""
+        is_kept = sizes.supervised > 0
+        long = f"{sizes.truncated.sum()} truncated to {cut} tokens"
+        if self.args.long_samples == "skip":
+            is_kept &= ~sizes.truncated
+            long = f"{sizes.truncated.sum()} skipped (more than {cut} tokens)"
+        without = int((sizes.supervised == 0).sum())
+        _log.info("%s: %d samples, %s, %d skipped (no supervised token)", path, len(sizes), long, without)
+        kept = np.flatnonzero(is_kept)
+        if len(kept) == 0:
+            raise ValueError(
+                f"all {len(sizes)} samples of {str(path)!r} are skipped, without a target in --seq-length {cut}: raise "
+                "it, or add assistant messages or completions"
+            )
+        if without > len(sizes) // 2:
+            _log.warning("%s: %s", path, _mostly_skipped(without, len(sizes), cut))
+        return kept
 
     def _date(self, path: Path) -> datetime.date | None:
-        """The date that chat templates write: that of the file's teacher cache, else the training's."""
+        """The date that chat templates write: that of the source's teacher cache, else the training's."""
         cached = self._caches[path].header.date if path in self._caches else None
         date = cached or getattr(self.args, "data_date", None)
         return None if date is None else datetime.date.fromisoformat(date)
 
+    # ---- Megatron's provider
 
-class Inspection:
-    """Counts what is to be said of a file's samples, of which each rank has a share, and shows how far it is.
+    def __call__(self, num_samples, vp_stage=None):
+        args = self.args
+        train = valid = None
+        if self._plan is not None:
+            count = num_samples[0]
+            if args.train_iters and args.rampup_batch_size is None:
+                # Megatron counts all steps at today's batch size, also those before a resume.
+                count = max(count, samples_to_train(args))
+            train = self._dataset(self._train, self._plan, count, Split.train)
+            _log.info(_epochs(count, self._plan, "rows" if args.pack else "samples"))
+        if self._held_out:
+            sets = []
+            for held_out, source in self._held_out:
+                rows = self._evaluation_rows(source)
+                # Every evaluation sees the same samples, so that held-out losses can be compared.
+                count = len(rows) if args.full_validation else num_samples[1]
+                sets.append(self._dataset([source], rows, count, Split.valid))
+                _log.info("held-out %s: %d rows", held_out.path, len(rows))
+            valid = sets if args.multiple_validation_sets else sets[0]
+        return train, valid, None
 
-    name: of what is printed. total: records of the file.
-    """
+    def _dataset(self, sources: Sequence[Inspected], rows: Any, num_rows: int, split: Split) -> RowDataset:
+        args = self.args
+        packing = None
+        if args.pack:
+            lengths = np.concatenate([source.lengths for source in sources])
+            packing = Packing(lengths, self._alignment(), row_step(args))
+        dataset: Any = RowDataset(
+            KeptSamples([(self._samples(source), source.kept) for source in sources]),
+            rows,
+            args.seq_length,
+            num_rows=num_rows,
+            pad_id=pad_id(self.tokenizer),
+            packing=packing,
+        )
+        dataset.split = split
+        return dataset
 
-    def __init__(self, name: str, total: int):
-        self._notes = SampleNotes()
-        self._progress = Progress(name, total, after=_QUIET_SECONDS)
-        self._total, self._done = total, 0
-
-    def add(self, sample: EncodedSample) -> None:
-        """The next sample of this rank's share."""
-        self._notes.add(sample)
-        # All ranks are about as fast.
-        self._done = min(self._done + dist.get_world_size(), self._total)
-        self._progress.report(self._done)
-
-    def notes_of_all(self) -> SampleNotes:
-        """The notes of all ranks; one object gather over all of them."""
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, self._notes)
-        return sum(everyone[1:], start=everyone[0])
+    def _samples(self, source: Inspected) -> Any:
+        samples = SupervisedSamples(
+            source.records,
+            self.tokenizer,
+            cut_length(self.args),
+            pad_id=pad_id(self.tokenizer),
+            token_inputs=self.objective.token_inputs,
+            date=source.date,
+            first=source.first,
+        )
+        return samples if source.cache is None else TaughtSamples(samples, source.cache)
 
 
-def _epochs(num_items: int, of_epoch: int, what: str) -> str:
+def cut_length(args: argparse.Namespace) -> int:
+    """Tokens that a sample is cut to."""
+    return args.sample_length or args.seq_length
+
+
+def row_step(args: argparse.Namespace) -> int | None:
+    """What packed rows are padded to a multiple of; None where all of them must be as long: stages that send them on,
+    micro-batches of several rows and experts' ranks that exchange tokens know one length."""
+    if args.pipeline_model_parallel_size > 1 or args.num_experts is not None:
+        return None
+    if max(args.micro_batch_size, args.eval_micro_batch_size) > 1:
+        return None
+    return math.lcm(_ROW_STEP, 2 * args.context_parallel_size * args.tensor_model_parallel_size)
+
+
+def steps_of_epochs(plan: RowPlan, epochs: float, batch: int) -> int:
+    """Steps in which as many epochs are read to their end; the last one may take rows of the next."""
+    return -(-plan.rows_of(epochs) // batch)
+
+
+def pad_id(tokenizer) -> int:
+    """Any id of the vocabulary will do: padding follows the sample, so causal attention never reads it."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(candidate for candidate in candidates if candidate is not None)
+
+
+def _epochs(num_items: int, plan: RowPlan, what: str) -> str:
+    of_epoch = len(plan.epoch(0))
     usable = "usable" if what == "samples" else "of an epoch"
     return f"training reads {num_items} {what} of the {of_epoch} {usable}: {num_items / max(of_epoch, 1):.2f} epochs"
 
@@ -250,91 +381,3 @@ def _mostly_skipped(skipped: int, total: int, seq_length: int) -> str:
         f"{skipped / total:.0%} of the samples are not trained on, {skipped} of {total}: they have no supervised token "
         f"among the first {seq_length + 1}; raise --seq-length, or look at what the records hold"
     )
-
-
-def log_notes(log: logging.Logger, path: Path, lines: Sequence[str]) -> None:
-    """Log what SampleNotes say of a file; its warnings begin with WARNING."""
-    for line in lines:
-        note = line.removeprefix("WARNING: ")
-        log.log(logging.INFO if note == line else logging.WARNING, "%s: %s", path, note)
-
-
-def verify_cache(cache: TeacherCache) -> None:
-    """Read a whole cache, checksums and values, every rank its share of the parts.
-
-    A ValueError on any rank is raised on every one. Collective over all ranks: one object gather.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    start, problem = time.perf_counter(), None
-    try:
-        cache.verify(range(rank, cache.num_parts, world_size))
-    except ValueError as error:
-        problem = str(error)
-    problems = [None] * world_size
-    dist.all_gather_object(problems, problem)
-    for problem in problems:
-        if problem is not None:
-            raise ValueError(problem)
-    seconds, megabytes = time.perf_counter() - start, f"{cache.num_bytes / 1e6:,.1f}"
-    _log.info("teacher cache %s: %s MB checked in %.1f s", cache.directory, megabytes, seconds)
-
-
-class InputRanges:
-    """The least and the largest value of each side input over the supervised tokens of a file."""
-
-    def __init__(self, names: Sequence[str]):
-        self._ranges = {name: (np.inf, -np.inf) for name in names}
-
-    def add(self, sample: EncodedSample) -> None:
-        for name, values in sample.inputs.items():
-            values, (low, high) = values[sample.supervised], self._ranges[name]
-            self._ranges[name] = min(low, values.min(initial=np.inf)), max(high, values.max(initial=-np.inf))
-
-    def merge(self) -> None:
-        """Take in the ranges of all ranks' samples. Collective, an object gather, where there are side inputs."""
-        if self._ranges:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, self._ranges)
-            for name in self._ranges:
-                lows, highs = zip(*(ranges[name] for ranges in gathered), strict=True)
-                self._ranges[name] = min(lows), max(highs)
-
-    def warning(self, objective: Objective) -> str | None:
-        """A line where the values leave nothing of the objective but sft; None where they do not."""
-        if not self._ranges or any(low != high for low, high in self._ranges.values()):
-            return None
-        factor = multiple_of_sft(objective, {name: low for name, (low, _) in self._ranges.items()})
-        if factor is None:
-            return None
-        given = " and ".join(f'"{name}" is {low:g}' for name, (low, _) in self._ranges.items())
-        what = {0.0: "nothing is trained", 1.0: "this trains as sft does"}.get(factor, f"this is {factor:g} times sft")
-        return f"{given} for every supervised token: {what}, objective {objective} notwithstanding"
-
-
-def for_each_record(file: Records, inspect: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """What inspect says of each record of a file: every rank inspects its share of the indices, all get the whole.
-
-    inspect: indices [n] -> array [n, ...]. Its ValueError on any rank is raised on every one. Collective over all
-    ranks: one object gather.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    found: Any = None
-    try:
-        found = inspect(np.arange(rank, len(file), world_size))
-    except ValueError as error:
-        found = str(error)
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, found)
-    for found in gathered:
-        if isinstance(found, str):
-            raise ValueError(found)
-    result = np.empty((len(file), *gathered[0].shape[1:]), dtype=gathered[0].dtype)
-    for index, found in enumerate(gathered):
-        result[index::world_size] = found
-    return result
-
-
-def pad_id(tokenizer) -> int:
-    """Any id of the vocabulary will do: padding follows the sample, so causal attention never reads it."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -194,6 +195,7 @@ def record_export(args: argparse.Namespace, digests: Mapping[str, str]) -> None:
         "--save-hf": str(out.resolve()),
         "--save-hf-dtype": args.save_hf_dtype,
         "iteration": newest_iteration(args.save),
+        "end": args.end,
         "files": {name: [(out / name).stat().st_size, digest] for name, digest in digests.items()},
     }
     path, new = Path(args.save) / _EXPORTED, Path(args.save) / f"{_EXPORTED}.new"
@@ -201,12 +203,22 @@ def record_export(args: argparse.Namespace, digests: Mapping[str, str]) -> None:
     new.replace(path)
 
 
+def end_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What the last step of --epochs follows from; None where steps are given."""
+    if args.epochs is None:
+        return None
+    keys = ("epochs", "data_digest", "global_batch_size", "seed", "pack", "long_samples")
+    rows = {"sample": args.sample_length or args.seq_length, "row": args.max_tokens_per_row or args.seq_length}
+    weights = [word.rpartition(":")[2] for word in args.sft_train]
+    return {key: getattr(args, key) for key in keys} | rows | {"weights": weights}
+
+
 def is_exported(args: argparse.Namespace, iteration: int | None) -> bool:
     """Whether --save-hf holds what record_export() noted of this very iteration, by names and sizes, and the training
     ends there."""
     if None in (args.save, args.save_hf, iteration) or args.skip_train or args.finetune:
         return False
-    if not 0 < steps_of(args) <= iteration:
+    if args.epochs is None and not 0 < steps_of(args) <= iteration:
         return False
     out = Path(args.save_hf).absolute()
     try:
@@ -217,6 +229,8 @@ def is_exported(args: argparse.Namespace, iteration: int | None) -> bool:
             args.save_hf_dtype,
             iteration,
         )
+        if args.epochs is not None:
+            same = same and record["end"] == args.end
         found = {p.relative_to(out).as_posix(): p.stat().st_size for p in out.rglob("*") if p.is_file()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False

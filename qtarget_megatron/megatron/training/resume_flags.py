@@ -35,7 +35,7 @@ def check_schedule(args: argparse.Namespace) -> None:
             more = "; to evaluate only, give --skip-train" if key.startswith("train") else ""
             raise ValueError(f"{_flag(key)}: expected 1 or more, got {value}{more}")
     _check_rates(args)
-    _check_lengths(args)
+    check_lengths(args)
     if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
         raise ValueError(f"--override-opt-param-scheduler and {_KEEP} contradict each other: give one of them")
 
@@ -78,7 +78,8 @@ def _check_rates(args: argparse.Namespace) -> None:
         )
 
 
-def _check_lengths(args: argparse.Namespace) -> None:
+def check_lengths(args: argparse.Namespace) -> None:
+    """ValueError for a warm-up or decay that does not fit into the schedule, as far as its length is known."""
     unit = "iters" if args.train_iters is not None else "samples"
     length_key = f"lr_decay_{unit}" if getattr(args, f"lr_decay_{unit}") is not None else f"train_{unit}"
     length, warmup = getattr(args, length_key), getattr(args, f"lr_warmup_{unit}")
@@ -119,7 +120,9 @@ class ResumedFlags:
         adam = [_change(key, getattr(saved, key), getattr(args, key)) for key in self._changed(_ADAM)]
         if adam:
             self.lines.append(f"going on with {', '.join(adam)}")
-        changed = self._changed(("seed", "sft_train", "pack"))
+        changed = self._changed(
+            ("seed", "sft_train", "pack", "seq_length", "sample_length", "long_samples", "data_format")
+        )
         data = [_change(key, getattr(saved, key), getattr(args, key)) for key in changed]
         if data:
             self.lines.append(

@@ -61,6 +61,7 @@ class LossContext(OutputContext):
     sparse_teacher: a cached second model, of [b, s] tokens; reading_ms: what reading it took, of each sample [b].
     samples:        their records in the data, counted from 0, [b] on the CPU.
     num_supervised: of the labels, where the host knows it.
+    filled:         tokens of samples in the micro-batch, and tokens in all.
     """
 
     settings: LossSettings
@@ -69,6 +70,7 @@ class LossContext(OutputContext):
     reading_ms: Tensor | None = None
     samples: Tensor | None = None
     num_supervised: int | None = None
+    filled: tuple[int, int] | None = None
     teacher: OutputHead | None = None
     statistics: TokenStatistics | None = None
 
@@ -165,7 +167,7 @@ def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iter
         batch, packed = own.batch, own.packed
     context = LossContext(settings)
     if is_last:
-        context.samples, context.num_supervised = batch.records, batch.num_supervised
+        context.samples, context.num_supervised, context.filled = batch.records, batch.num_supervised, batch.filled
         context.token_inputs = batch.inputs
         if (kept := batch.teacher) is not None:
             context.sparse_teacher = SparseTeacher(kept.ids, kept.log_p, kept.tail, settings.teacher_tail)
@@ -208,19 +210,22 @@ def sum_loss(
 
 
 def step_report(context: LossContext) -> dict[str, Tensor]:
-    """Totals of a training step, as report() gives them: supervised tokens of the global batch and, with a second
-    model, its time and its memory on a rank of the last stage, as the mean over data-parallel ranks."""
+    """Totals of a training step, as report() gives them: supervised tokens of the global batch, the share of the rows'
+    tokens that are a sample's and, with a second model, its time and its memory on a rank of the last stage, as the
+    mean over data-parallel ranks."""
     micro_batches = get_num_microbatches()
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     supervised = context.statistics.supervised.sum()
 
     def total(value: Tensor | float, parts: int) -> Tensor:
-        # Filled on the device: a copy to it would wait. Megatron divides by the sum of the counts.
         pair = torch.full((2,), 1 / parts, device=supervised.device)
         pair[0] = value
         return pair
 
-    entries = {"supervised tokens": total(supervised, micro_batches * ranks)}
+    # Filled on the device: a copy to it would wait. Megatron divides by the sum of the counts.
+    rows = torch.full((2,), float(context.filled[1]), device=supervised.device)
+    rows[0] = context.filled[0]
+    entries = {"supervised tokens": total(supervised, micro_batches * ranks), "row fill": rows}
     cost, kept = context.settings.teacher_cost, context.sparse_teacher
     if context.teacher is not None:
         entries["teacher ms"] = total(cost.take_milliseconds(), micro_batches)
