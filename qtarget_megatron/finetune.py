@@ -362,6 +362,7 @@ def _train(run: Run, datasets: DatasetProvider, flags: ResumedFlags, watchdog: W
         teacher_cost=teacher_cost,
         loss_check=LossCheck(datasets.record_names),
         packed=args.pack,
+        held_out=datasets.held_out_names,
     )
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint)

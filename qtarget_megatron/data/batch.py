@@ -38,6 +38,7 @@ class Batch:
     packed:         whether several samples stand in a row, each of which begins with position 0.
     inputs:         side inputs of the objective by their own names, float64 [b, s].
     teacher:        a cached second model.
+    held_out:       int64 [b, s], of which held-out set a token is, where there are several.
     num_supervised: number of supervised tokens, where the host knows it without waiting for a GPU.
     filled:         tokens of samples and tokens in all, on the host, of whole rows under context parallelism.
     """
@@ -49,6 +50,7 @@ class Batch:
     sample: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     teacher: CachedEntries | None = None
+    held_out: Tensor | None = None
     num_supervised: int | None = None
     packed: bool = False
     filled: tuple[int, int] | None = None
@@ -81,6 +83,7 @@ class Batch:
             sample=collated.get("sample"),
             inputs=inputs,
             teacher=teacher,
+            held_out=collated.get("held_out"),
             packed=collated["sample"].dim() > 1 if "sample" in collated else False,
             filled=(int((~collated["padding"]).sum()), collated["padding"].numel()),
         )
@@ -103,4 +106,5 @@ class Batch:
             padding=function(self.padding),
             inputs={name: function(value) for name, value in self.inputs.items()},
             teacher=teacher,
+            held_out=None if self.held_out is None else function(self.held_out),
         )

@@ -104,6 +104,7 @@ class SupervisedSamples:
     ``padding``, bool, True where ``tokens[t]`` is none of the record's; ``sample`` [], the record's index, counted from
     ``first``. Besides, one float64 tensor for each of ``token_inputs``, under its batch_key(), aligned with ``labels``
     and 0 where those are -100. ``date``: of templates that write it; None: that of the day, which may change.
+    ``held_out``: number of the held-out set that these are, which every token then has under this name.
     """
 
     def __init__(
@@ -116,20 +117,26 @@ class SupervisedSamples:
         token_inputs: Sequence[str] = (),
         date: datetime.date | None = None,
         first: int = 0,
+        held_out: int | None = None,
     ):
         self._records, self._tokenizer, self._seq_length, self._pad_id = records, tokenizer, seq_length, pad_id
         self._token_inputs, self._date, self._first = tuple(token_inputs), date, first
+        self._held_out = held_out
 
     def item(self, index: int, length: int) -> dict[str, torch.Tensor]:
         """The tensors of a record, padded to a length that holds it."""
         sample = encode_at(self._records, self._tokenizer, self._seq_length, index, self._token_inputs, self._date)
-        return {**training_item(sample, length, self._pad_id), "sample": torch.tensor(self._first + index)}
+        return self._item(sample, length, self._first + index)
 
     def empty(self, length: int) -> dict[str, torch.Tensor]:
         """Padding alone; its ``sample`` is -1."""
         inputs = {name: np.empty(0) for name in self._token_inputs}
         nothing = EncodedSample(np.empty(0, np.int64), np.empty(0, bool), truncated=False, inputs=inputs)
-        return {**training_item(nothing, length, self._pad_id), "sample": torch.tensor(-1)}
+        return self._item(nothing, length, -1)
+
+    def _item(self, sample: EncodedSample, length: int, number: int) -> dict[str, torch.Tensor]:
+        item = {**training_item(sample, length, self._pad_id), "sample": torch.tensor(number)}
+        return item if self._held_out is None else item | {"held_out": torch.full((length,), self._held_out)}
 
 
 def training_item(sample: EncodedSample, length: int, pad_id: int) -> dict[str, torch.Tensor]:

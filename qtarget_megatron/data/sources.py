@@ -46,11 +46,10 @@ def held_out_sets(words: Sequence[str]) -> list[HeldOutSet]:
 
 
 def _weighted(word: str) -> Source:
-    path, colon, text = word.rpartition(":")
-    if not colon or os.path.exists(word) or not os.path.exists(path):
-        # A name with a colon in it, or one that is not there, of which the data's reader says so.
-        if not (colon and path and _is_number(text)):
-            return Source(Path(word))
+    path, _, text = word.rpartition(":")
+    # A name with a colon in it; of one that is not there the data's reader says so.
+    if os.path.exists(word) or not path or not (os.path.exists(path) or _is_number(text)):
+        return Source(Path(word))
     try:
         weight = float(text)
     except ValueError:

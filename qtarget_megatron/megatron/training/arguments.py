@@ -268,8 +268,9 @@ def fill_in(run: Run) -> None:
     # None where the two are one.
     args.sample_length = args.seq_length if args.max_tokens_per_row is not None else None
     args.save_interval = args.save_interval or 500
-    if args.sft_valid is None:
-        args.eval_iters = 0
+    if args.sft_valid is None or args.full_validation:
+        # 0: as a whole, which is what Megatron's flag asks for too.
+        args.eval_iters, args.full_validation = 0, False
 
 
 def apply_nan_choice(args: argparse.Namespace) -> None:
@@ -390,7 +391,9 @@ def check_trained(args: argparse.Namespace, arch: Architecture) -> None:
 
 
 def check_data_flags(args: argparse.Namespace) -> None:
-    """Refuse what reads batches in Megatron's own way, on one tensor-parallel rank. Raises ValueError."""
+    """Refuse what reads data in Megatron's own way. Raises ValueError."""
+    if args.multiple_validation_sets or args.validation_set_names:
+        raise ValueError("several held-out sets are given as --sft-valid NAME=FILE NAME=FILE: drop Megatron's flags")
     if args.iterations_to_skip and args.tensor_model_parallel_size > 1:
         raise ValueError(
             "--iterations-to-skip needs --tensor-model-parallel-size 1, where Megatron's own reading of batches fits "

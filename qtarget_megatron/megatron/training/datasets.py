@@ -153,7 +153,10 @@ class DatasetProvider:
                 )
         if args.sft_valid:
             self._held_out = [(held_out, self._inspected(held_out.path)) for held_out in held_out_sets(args.sft_valid)]
-            self._settle_evaluation()
+            if args.eval_iters and len(self._held_out) > 1:
+                raise ValueError("--eval-iters: several held-out sets are evaluated as a whole: drop it, or give one")
+            if not args.eval_iters:
+                args.eval_iters = len(self._evaluation_rows()) // args.eval_global_batch_size
         if args.eval_interval is None:
             # Megatron evaluates once more when training is done: by default only then.
             args.eval_interval = args.train_iters + 1 if args.train_iters else 1000
@@ -200,32 +203,12 @@ class DatasetProvider:
     def _alignment(self) -> int:
         return alignment(self.args.seq_length, self.args.context_parallel_size)
 
-    def _settle_evaluation(self) -> None:
-        args = self.args
-        if len(self._held_out) > 1:
-            if args.eval_iters:
-                raise ValueError(
-                    "--eval-iters: several held-out sets are evaluated as a whole: drop it, or give one set"
-                )
-            args.full_validation = args.multiple_validation_sets = True
-            args.validation_set_names = [held_out.name for held_out, _ in self._held_out]
-        if args.full_validation:
-            # Megatron's sampler of whole sets gives each rank a row at a time, and counts a set's rows for its
-            # evaluations; interleaved stages take as many micro-batches as there are stages.
-            args.eval_micro_batch_size = 1
-            interleaved = args.virtual_pipeline_model_parallel_size is not None
-            args.eval_global_batch_size = args.data_parallel_size * (
-                args.pipeline_model_parallel_size if interleaved else 1
-            )
-        elif not args.eval_iters:
-            args.eval_iters = len(self._evaluation_rows(self._held_out[0][1])) // args.eval_global_batch_size
-
-    def _evaluation_rows(self, source: Inspected) -> EvaluationRows:
-        args = self.args
-        multiple = args.data_parallel_size if args.full_validation else args.eval_global_batch_size
-        limit = None if args.full_validation or not args.eval_iters else args.eval_iters * args.eval_global_batch_size
-        lengths = aligned_lengths(source.lengths, self._alignment())
-        return EvaluationRows(lengths, args.seq_length if args.pack else None, multiple=multiple, limit=limit)
+    def _evaluation_rows(self) -> EvaluationRows:
+        """Those of all held-out sets: one evaluation reads them all."""
+        args, batch = self.args, self.args.eval_global_batch_size
+        lengths = aligned_lengths(np.concatenate([s.lengths for _, s in self._held_out]), self._alignment())
+        limit = args.eval_iters * batch or None
+        return EvaluationRows(lengths, args.seq_length if args.pack else None, multiple=batch, limit=limit)
 
     def _inspected(self, path: Path) -> Inspected:
         """Every rank reads its share of the source, once."""
@@ -304,14 +287,10 @@ class DatasetProvider:
             train = self._dataset(self._train, self._plan, count, Split.train)
             _log.info(_epochs(count, self._plan, "rows" if args.pack else "samples"))
         if self._held_out:
-            sets = []
-            for held_out, source in self._held_out:
-                rows = self._evaluation_rows(source)
-                # Every evaluation sees the same samples, so that held-out losses can be compared.
-                count = len(rows) if args.full_validation else num_samples[1]
-                sets.append(self._dataset([source], rows, count, Split.valid))
-                _log.info("held-out %s: %d rows", held_out.path, len(rows))
-            valid = sets if args.multiple_validation_sets else sets[0]
+            # Every evaluation sees the same samples, so that held-out losses can be compared.
+            rows, sources = self._evaluation_rows(), [source for _, source in self._held_out]
+            valid = self._dataset(sources, rows, num_samples[1], Split.valid)
+            _log.info("an evaluation reads %d held-out samples in %d rows", len(rows.rows.samples), len(rows))
         return train, valid, None
 
     def _dataset(self, sources: Sequence[Inspected], rows: Any, num_rows: int, split: Split) -> RowDataset:
@@ -321,7 +300,12 @@ class DatasetProvider:
             lengths = np.concatenate([source.lengths for source in sources])
             packing = Packing(lengths, self._alignment(), row_step(args))
         dataset: Any = RowDataset(
-            KeptSamples([(self._samples(source), source.kept) for source in sources]),
+            KeptSamples(
+                [
+                    (self._samples(source, number if split == Split.valid and len(sources) > 1 else None), source.kept)
+                    for number, source in enumerate(sources)
+                ]
+            ),
             rows,
             args.seq_length,
             num_rows=num_rows,
@@ -331,7 +315,12 @@ class DatasetProvider:
         dataset.split = split
         return dataset
 
-    def _samples(self, source: Inspected) -> Any:
+    @property
+    def held_out_names(self) -> tuple[str, ...]:
+        """Of the held-out sets, where there are several."""
+        return tuple(held_out.name for held_out, _ in self._held_out) if len(self._held_out) > 1 else ()
+
+    def _samples(self, source: Inspected, held_out: int | None) -> Any:
         samples = SupervisedSamples(
             source.records,
             self.tokenizer,
@@ -340,6 +329,7 @@ class DatasetProvider:
             token_inputs=self.objective.token_inputs,
             date=source.date,
             first=source.first,
+            held_out=held_out,
         )
         return samples if source.cache is None else TaughtSamples(samples, source.cache)
 

@@ -39,6 +39,7 @@ class LossSettings:
     loss_check: of NaN.
     batches: where micro-batches come from.
     packed: rows hold several samples, whose places every stage has to know.
+    held_out: names of the held-out sets, where there are several.
     """
 
     objective: Objective
@@ -51,6 +52,7 @@ class LossSettings:
     loss_check: LossCheck = field(default_factory=LossCheck)
     batches: Batches = field(default_factory=Batches)
     packed: bool = False
+    held_out: tuple[str, ...] = ()
 
 
 @dataclass
@@ -62,6 +64,7 @@ class LossContext(OutputContext):
     samples:        their records in the data, counted from 0, [b] on the CPU.
     num_supervised: of the labels, where the host knows it.
     filled:         tokens of samples in the micro-batch, and tokens in all.
+    held_out:       of which held-out set a token is, [b, s], where there are several.
     """
 
     settings: LossSettings
@@ -71,6 +74,7 @@ class LossContext(OutputContext):
     samples: Tensor | None = None
     num_supervised: int | None = None
     filled: tuple[int, int] | None = None
+    held_out: Tensor | None = None
     teacher: OutputHead | None = None
     statistics: TokenStatistics | None = None
 
@@ -168,7 +172,7 @@ def forward_step(settings: LossSettings, on_nan: str | None, data_iterator: Iter
     context = LossContext(settings)
     if is_last:
         context.samples, context.num_supervised, context.filled = batch.records, batch.num_supervised, batch.filled
-        context.token_inputs = batch.inputs
+        context.token_inputs, context.held_out = batch.inputs, batch.held_out
         if (kept := batch.teacher) is not None:
             context.sparse_teacher = SparseTeacher(kept.ids, kept.log_p, kept.tail, settings.teacher_tail)
             context.reading_ms = kept.reading_ms
@@ -206,6 +210,8 @@ def sum_loss(
     entries = report(statistics, loss_sum.detach(), num_tokens)
     if in_training:
         entries |= step_report(context)
+    elif context.held_out is not None:
+        entries |= held_out_report(context, labels, token_losses.detach())
     return loss_sum, num_tokens.to(torch.int), entries
 
 
@@ -233,6 +239,18 @@ def step_report(context: LossContext) -> dict[str, Tensor]:
     elif kept is not None:
         entries["teacher ms"] = total(context.reading_ms.sum(), micro_batches)
         entries["teacher MiB"] = total(cost.bytes_with(kept.ids, kept.log_p, kept.tail) / 2**20, 1)
+    return entries
+
+
+def held_out_report(context: LossContext, labels: Tensor, token_losses: Tensor) -> dict[str, Tensor]:
+    """(sum, count) of the loss of each held-out set, by its name in the log: its tokens alone."""
+    entries = {}
+    for number, name in enumerate(context.settings.held_out):
+        own = context.held_out == number
+        count = context.settings.objective.num_tokens(
+            (labels != IGNORE_INDEX) & own, context.token_inputs, context.statistics.label_mass.t() * own
+        )
+        entries[f"lm loss {name}"] = torch.stack([(token_losses * own).sum(), count.float()])
     return entries
 
 
