@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from qtarget_megatron.cache_folder import cache_folder, keep, load_kept
 from qtarget_megatron.data.messages import check_messages, expect
 
+# Bytes of a file from which on reading it takes seconds.
+_KEPT_FROM = 1 << 26
 _PANDAS = (
     "convert it: python -c \"import pandas as p; p.{}('FILE').to_json('data.jsonl', orient='records', lines=True)\""
 )
@@ -201,9 +204,23 @@ def _state(descriptor: int) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _indexed(path: str, state: tuple[int, ...]) -> tuple[np.ndarray, str]:
-    """(start, length, line number) of each record, int64 [n, 3], and the file's SHA-256: read once in a process."""
+    """(start, length, line number) of each record, int64 [n, 3], and the file's SHA-256: read once in a process, a
+    large file once as long as it stays as it is."""
+    if state[0] < _KEPT_FROM:
+        return _index(path)
+    name = hashlib.sha256(repr((path, state)).encode()).hexdigest()[:40]
+    kept = cache_folder("jsonl") / f"{name}.npz"
+    found = load_kept(kept, ("index", "digest"))
+    if found is not None:
+        return found["index"], str(found["digest"])
+    index, digest = _index(path)
+    keep(kept, index=index, digest=np.array(digest))
+    return index, digest
+
+
+def _index(path: str) -> tuple[np.ndarray, str]:
     index, position, digest = array("q"), 0, hashlib.sha256()
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -211,7 +228,7 @@ def _indexed(path: str, state: tuple[int, ...]) -> tuple[np.ndarray, str]:
                 index.extend((position, len(line), number))
             position += len(line)
             digest.update(line)
-    return np.array(index, dtype=np.int64).reshape(-1, 3), digest.hexdigest()
+    return np.frombuffer(index, dtype=np.int64).reshape(-1, 3), digest.hexdigest()
 
 
 def _is_spread(line: str) -> bool:

@@ -48,7 +48,7 @@ ALLOWED = {
     "loss.linear_top_k": {"statistics", "kernels", "collectives", "loss.per_token"},
     "loss.memory": {"loss.linear_cross_entropy"},
     "inspection": {"objectives", "statistics", "loss.cross_entropy"},
-    "data": {"statistics"},
+    "data": {"cache_folder", "statistics"},
     "teacher_cache": {"data", "output_lock"},
     "huggingface": {"huggingface.config", "huggingface.weights", "huggingface.compare"},
     "huggingface.config": set(),

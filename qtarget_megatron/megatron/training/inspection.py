@@ -10,8 +10,6 @@ import importlib.metadata
 import json
 import logging
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 import torch.distributed as dist
 
 from qtarget_megatron import data
-from qtarget_megatron.cache_folder import cache_folder
+from qtarget_megatron.cache_folder import cache_folder, keep, load_kept
 from qtarget_megatron.data import EncodedSample, Records, SampleNotes, SampleSizes, measure_samples
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
@@ -163,37 +161,23 @@ def _code() -> list[str]:
 
 
 def _read(path: Path, count: int) -> Inspected | None:
-    """What was kept there of as many records; None where nothing is, or no whole file of ours."""
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            notes, ranges = json.loads(str(kept["said"]))
-            found = Inspected(
-                SampleSizes.of(kept["sizes"]),
-                SampleNotes(*notes),
-                {key: (low, high) for key, (low, high) in ranges.items()},
-                known=path,
-            )
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error):
+    """What was kept there of as many records; None where nothing is."""
+    kept = load_kept(path, ("sizes", "notes", "ranges"))
+    if kept is None or len(kept["sizes"]) != count:
         return None
-    return found if len(found.sizes) == count else None
+    ranges = {key: (low, high) for key, (low, high) in json.loads(str(kept["ranges"])).items()}
+    return Inspected(SampleSizes.of(kept["sizes"]), SampleNotes(*kept["notes"].tolist()), ranges, known=path)
 
 
 def _keep(path: Path, found: Inspected) -> None:
     """Keep it for the next start; where that is not possible, a line says so."""
     sizes = found.sizes
     columns = np.stack([sizes.tokens, sizes.supervised, sizes.truncated.astype(np.int32)], axis=1)
-    said = json.dumps([astuple(found.notes), found.ranges])
-    new = path.with_name(f"{path.stem}-{time.time_ns()}.npz")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(new, sizes=columns, said=np.array(said))
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
+    ranges = np.array(json.dumps(found.ranges))
+    if problem := keep(path, sizes=columns, notes=np.array(astuple(found.notes)), ranges=ranges):
         logging.getLogger("qtarget_megatron").warning(
             "%s: %s: the next start will read the data again; QTARGET_CACHE_DIR names another folder",
-            path.parent,
-            error.strerror,
+            *(path.parent, problem),
         )
 
 
