@@ -17,7 +17,8 @@ LABEL_PROBABILITY = "p(y)"
 ENTROPY = "entropy"
 LABEL_MASS = "label mass"
 RESIDUAL_MASS = "residual mass"
-TRAINING_TAGS = (LOSS, TRUST, LABEL_PROBABILITY, ENTROPY, LABEL_MASS, RESIDUAL_MASS)
+SUPERVISED, FILL = "supervised tokens", "row fill"
+TRAINING_TAGS = (LOSS, TRUST, LABEL_PROBABILITY, ENTROPY, LABEL_MASS, RESIDUAL_MASS, SUPERVISED, FILL)
 
 EXPORT_TOLERANCE = 1e-3
 
@@ -88,14 +89,11 @@ def summarise(
     peaks: MemoryPeaks,
     before: HeldOutScore,
     after: HeldOutScore,
-    *,
-    global_batch_size: int,
-    seq_length: int,
 ) -> dict:
     """Return the run's figures as one JSON-ready object.
 
-    Losses are in nats, memory in bytes, times in seconds. Positions per second counts every
-    position of every sequence, padding included, and leaves out the first step, which warms up.
+    Losses are in nats, memory in bytes, times in seconds: those of steps without the first one,
+    which warms up.
 
     Raises:
         ValueError: no step was logged.
@@ -117,7 +115,7 @@ def summarise(
         "validation": {tag: scalars[f"{tag} validation"] for tag in TRAINING_TAGS if f"{tag} validation" in scalars},
         "held_out_by_transformers": {"before": asdict(before), "after": asdict(after)},
         "step_seconds_median": step_seconds,
-        "positions_per_second": global_batch_size * seq_length / step_seconds,
+        "supervised_tokens_per_second": statistics.fmean(value for _, value in scalars[SUPERVISED]) / step_seconds,
         "peak_memory_per_rank": [peaks.per_rank[rank] for rank in sorted(peaks.per_rank)],
         "peak_memory_together": peaks.together,
     }
@@ -169,7 +167,9 @@ def markdown_table(summary: Mapping) -> str:
     lines.append(f"| mean trust over the run | {training[TRUST]['mean']:.4f} |")
     lines.append(f"| mean p(y) over the run | {training[LABEL_PROBABILITY]['mean']:.4f} |")
     lines.append(f"| seconds per step (median) | {summary['step_seconds_median']:.1f} |")
-    lines.append(f"| tokens per second, padding included | {summary['positions_per_second']:.0f} |")
+    lines.append(f"| supervised tokens in a step | {training[SUPERVISED]['mean']:.0f} |")
+    lines.append(f"| supervised tokens per second | {summary['supervised_tokens_per_second']:.0f} |")
+    lines.append(f"| of the rows' tokens a sample's | {training[FILL]['mean']:.1%} |")
     per_rank = summary["peak_memory_per_rank"]
     if per_rank:
         shown = ", ".join(f"{size / 2**30:.2f}" for size in per_rank)

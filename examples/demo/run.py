@@ -26,9 +26,10 @@ from examples.demo.prepare import MODEL_FOLDER, cache_directory, prepare
 TENSOR_PARALLEL = 3  # the model has 3 key/value heads
 PIPELINE_PARALLEL = 2
 PARAMETERS = 134_515_008
-MICRO_BATCH_SIZE = 2
+MICRO_BATCH_SIZE = 1
 # The held-out records that transformers scores are those that Megatron evaluates.
 SCORED_RECORDS = 8
+SCORED_FILE = "valid.jsonl"
 LOOPBACK = "127.0.0.1"
 
 
@@ -40,8 +41,8 @@ class Settings:
     objective: str = "target-sft"
     objective_args: list[str] = field(default_factory=lambda: ["eta=0.5"])
     steps: int = 6
-    global_batch_size: int = 8
-    seq_length: int = 256
+    global_batch_size: int = 3
+    seq_length: int = 512
     learning_rate: float = 5e-5
 
 
@@ -56,7 +57,7 @@ def finetune_command(settings: Settings, prepared, work: Path) -> list[str]:
     words = {
         "--hf-model": prepared.model,
         "--sft-train": prepared.train,
-        "--sft-valid": prepared.valid,
+        "--sft-valid": work / SCORED_FILE,
         "--objective": settings.objective,
         "--tensor-model-parallel-size": TENSOR_PARALLEL,
         "--pipeline-model-parallel-size": PIPELINE_PARALLEL,
@@ -71,7 +72,6 @@ def finetune_command(settings: Settings, prepared, work: Path) -> list[str]:
         "--weight-decay": 0.0,
         # Halfway; Megatron evaluates by itself at the end.
         "--eval-interval": settings.steps // 2 + 1,
-        "--eval-iters": SCORED_RECORDS // settings.global_batch_size,
         "--log-interval": 1,
         "--tensorboard-log-interval": 1,
         "--tensorboard-dir": work / "tensorboard",
@@ -127,6 +127,8 @@ def run(settings: Settings, cache: Path) -> None:
             del answerer
             print(f"question: {question}\nanswer:   {answer_before}")
 
+        lines_of_scored = (json.dumps(record) + "\n" for record in records[:SCORED_RECORDS])
+        (work / SCORED_FILE).write_text("".join(lines_of_scored), "utf-8")
         ranks = TENSOR_PARALLEL * PIPELINE_PARALLEL
         with step(
             f"3/5 train: {settings.objective} {' '.join(settings.objective_args)}, {ranks} ranks "
@@ -156,8 +158,6 @@ def run(settings: Settings, cache: Path) -> None:
                 peaks,
                 before,
                 after,
-                global_batch_size=settings.global_batch_size,
-                seq_length=settings.seq_length,
             )
             summary["settings"] = asdict(settings) | {"out": str(settings.out)}
             title = f"{settings.objective} {' '.join(settings.objective_args)} on GSM8K problems"

@@ -245,6 +245,7 @@ def write_events(folder: Path, tags: dict[str, report.Series]) -> None:
 def synthetic_scalars() -> dict[str, report.Series]:
     scalars = {tag: [(1, 1.0), (2, 0.75), (3, 0.5)] for tag in report.TRAINING_TAGS}
     scalars[report.LOSS] = [(1, 2.0), (2, 1.5), (3, 1.25)]
+    scalars["supervised tokens"], scalars["row fill"] = [(1, 700.0), (2, 500), (3, 600)], [(1, 0.95)] * 3
     scalars["lm loss validation"] = [(2, 1.75), (3, 1.625)]
     scalars["trust validation"] = [(2, 0.5), (3, 0.625)]
     return scalars
@@ -291,8 +292,6 @@ def synthetic_summary() -> dict:
         MemoryPeaks(per_rank={1: 2 * 2**30, 0: 2**30}, together=3 * 2**30),
         before=HeldOutScore(loss=1.5, trust=0.5, num_tokens=77),
         after=HeldOutScore(loss=1.25, trust=0.625, num_tokens=77),
-        global_batch_size=6,
-        seq_length=100,
     )
 
 
@@ -303,7 +302,8 @@ def test_summary_figures_by_hand():
     assert summary["training"]["lm loss"]["last"] == 1.25
     assert summary["training"]["trust"]["mean"] == 0.75
     assert summary["step_seconds_median"] == 3.0
-    assert summary["positions_per_second"] == 200.0
+    assert summary["supervised_tokens_per_second"] == 200.0
+    assert summary["training"]["row fill"]["mean"] == pytest.approx(0.95)
     assert summary["peak_memory_per_rank"] == [2**30, 2 * 2**30]
     assert summary["held_out_by_transformers"]["after"]["loss"] == 1.25
     assert json.loads(json.dumps(summary))["steps"] == 3
@@ -327,8 +327,6 @@ def test_a_run_without_steps_is_an_error():
             MemoryPeaks(),
             HeldOutScore(1, 1, 1),
             HeldOutScore(1, 1, 1),
-            global_batch_size=1,
-            seq_length=1,
         )
 
 

@@ -13,6 +13,8 @@ import transformers
 from megatron_reset import reset
 
 SEQ_LENGTH, MICRO_BATCH, CHUNK, ENTRIES = 256, 2, 128, 64
+# Tokens of the samples in a packed row.
+SAMPLES = (96, 24, 80, 56)
 # The vocabulary's matrices weigh about as much as the layers; no tensor-parallel size divides it.
 _SIZES = dict(vocab_size=6001, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8)
 MODELS = {
@@ -49,6 +51,7 @@ def words_of(folder: Path, model: str, *extra, teacher: bool = False) -> list[st
     """Words of finetune for one case."""
     words = ["--cpu", "--hf-model", folder / model, "--seq-length", SEQ_LENGTH, "--micro-batch-size", MICRO_BATCH]
     words += ["--global-batch-size", 8, "--qtarget-chunk-size", CHUNK, "--lr", 1e-3, "--train-iters", 1]
+    words += [] if "--pack" in extra else ["--no-pack"]
     words += ["--objective", "target-sft", "--teacher-hf", folder / "teacher"] if teacher else []
     return [str(word) for word in (*words, *extra)]
 
@@ -184,7 +187,8 @@ def _saved_bytes(model, args: argparse.Namespace, student) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model(*_inputs(args, student), output_processor=_hidden_states)
+        tokens, positions, mask, packed = _inputs(args, student)
+        hidden = model(tokens, positions, mask, packed_seq_params=packed, output_processor=_hidden_states)
     return storage_bytes([*saved.values(), hidden])
 
 
@@ -192,21 +196,33 @@ def _step_bytes(model, args: argparse.Namespace, student, objective) -> int:
     from qtarget_megatron.megatron.training.step import LossContext, LossSettings, output_processor
     from tools.benchmarking.measure import Subject, memory
 
-    tokens, positions, mask = _inputs(args, student)
+    tokens, positions, mask, packed = _inputs(args, student)
     context = LossContext(LossSettings(objective, student.vocab_size, "auto", CHUNK), teacher=None)
     labels = tokens.roll(-1)
 
     def run():
         keywords = dict(labels=labels, output_processor=output_processor, output_processor_context=context)
+        keywords |= dict(packed_seq_params=packed)
         model(tokens, positions, mask, **keywords).sum().backward()
 
     return min(memory(Subject(run), torch.device("cpu"))[0].peak for _ in range(2))
 
 
 def _inputs(args: argparse.Namespace, student):
-    """Tokens, all over the vocabulary so that experts are chosen about equally often; positions; no mask."""
-    tokens = torch.randint(student.vocab_size, (args.micro_batch_size, _length(args)))
-    return tokens, torch.arange(_length(args)).expand_as(tokens), None
+    """Tokens, all over the vocabulary so that experts are chosen about equally often; positions; no mask; where the
+    samples of packed rows lie."""
+    rows = args.micro_batch_size
+    if not args.pack:
+        tokens = torch.randint(student.vocab_size, (rows, _length(args)))
+        return tokens, torch.arange(_length(args)).expand_as(tokens), None, None
+    from qtarget_megatron.data import Batch
+    from qtarget_megatron.megatron.training.batches import on_this_rank
+
+    positions = torch.cat([torch.arange(length) for length in SAMPLES]).expand(rows, -1)
+    tokens = torch.randint(student.vocab_size, positions.shape)
+    padding = torch.zeros(positions.shape, dtype=torch.bool)
+    own = on_this_rank(Batch(tokens, tokens, positions, padding, packed=True))
+    return own.batch.tokens, own.batch.position_ids, None, own.packed
 
 
 def _length(args: argparse.Namespace) -> int:

@@ -141,7 +141,7 @@ def _layout(args: argparse.Namespace) -> Layout:
         context=args.context_parallel_size,
         # Megatron turns it off for one rank.
         sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
-        seq_length=args.seq_length,
+        seq_length=args.max_tokens_per_row or args.seq_length,
         micro_batch_size=args.micro_batch_size,
         global_batch_size=args.global_batch_size,
     )
