@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 # Flags of other trainers -> what they are called here.
 SYNONYMS = {
     ("learning-rate",): ("--lr",),
-    ("num-epochs", "num-train-epochs", "epochs", "max-epochs", "epoch"): ("--train-samples", "--train-iters"),
+    ("num-epochs", "num-train-epochs", "max-epochs", "epoch"): ("--epochs",),
     ("max-steps", "max-iters", "train-steps", "num-train-steps", "total-steps", "steps"): ("--train-iters",),
     ("per-device-train-batch-size", "train-batch-size", "train-micro-batch-size-per-gpu"): (
         "--micro-batch-size",
@@ -33,6 +33,9 @@ SYNONYMS = {
     ("train-file", "train-data", "train-dataset", "dataset", "dataset-name", "dataset-path", "data-file"): (
         "--sft-train",
     ),
+    ("packing", "sample-packing", "sequence-packing", "pack-sequences", "neat-packing"): ("--pack",),
+    ("truncation-strategy", "overlong-filter"): ("--long-samples",),
+    ("max-tokens", "max-tokens-per-batch", "max-packed-tokens"): ("--max-tokens-per-row",),
     ("validation-file", "eval-file", "valid-data", "eval-dataset", "val-file"): ("--sft-valid",),
     ("warmup-steps", "num-warmup-steps", "warmup-iters", "lr-warmup-steps"): ("--lr-warmup-iters",),
     ("warmup-ratio",): ("--lr-warmup-fraction",),

@@ -241,7 +241,7 @@ def test_a_nan_stops_all_ranks_and_names_rank_step_and_sample(workspace, spoiled
     printed = launch_to_its_end(nan_command(workspace, step), workspace, None, speaker=1)
     (line,) = error_lines(printed)
     assert line.startswith(f"finetune: error on rank 1: step {step}: the loss of record(s) [")
-    assert f"{spoiled[step]}" in re.search(r"record\(s\) \[(.*)\] \(counted from 0\) is nan on rank 1", line)[1]
+    assert f"{spoiled[step]}" in re.search(r"record\(s\) \[(.*)\] of \S+ \(counted from 0\) is nan on rank 1", line)[1]
     assert "--qtarget-on-nan skip" in line
 
 
@@ -273,7 +273,9 @@ def test_a_skipped_step_changes_nothing_on_any_rank(workspace, spoiled):
         # The log line is the last rank's.
         printed = "".join(result[f"{name}, skip"]["printed"] for result in results)
         assert re.search(r"iteration\s+3/.*number of skipped iterations:\s+1 ", printed)
-        said = re.findall(r"step 3 is skipped: the loss of record\(s\) \[(.*)\] \(counted from 0\) is nan on", printed)
+        said = re.findall(
+            r"step 3 is skipped: the loss of record\(s\) \[(.*)\] of \S+ \(counted from 0\) is nan on", printed
+        )
         assert len(said) == 1 and str(spoiled[3]) in said[0].split(", ")
         skip, expected = (tensors(workspace / f"{name}, {way}") for way in ("skip", "nothing"))
         assert all(torch.equal(skip[key], tensor) for key, tensor in expected.items()), name

@@ -1,6 +1,7 @@
 """Bad input to finetune: one clear line, exit code 2, and nothing written."""
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -158,7 +159,7 @@ CASES = {
         {"--learning-rate": 1e-4, "--num-epochs": 3},
         [
             "unknown flags --learning-rate (did you mean --lr?)",
-            "--num-epochs (did you mean --train-samples or",
+            "--num-epochs (did you mean --epochs",
         ],
     ),
     # Megatron would take it for a flag that is not given.
@@ -200,7 +201,7 @@ PATHS = ("--hf-model", "--teacher-hf", "--teacher-load", "--sft-train", "--save-
 
 def command_line(workspace, changes):
     flags = (
-        dict(zip(COMMON[::2], COMMON[1::2], strict=True))
+        dict(itertools.batched((word for word in COMMON if word != "--no-pack"), 2))
         | {
             "--hf-model": "untied",
             "--sft-train": "train.jsonl",

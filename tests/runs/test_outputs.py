@@ -54,7 +54,9 @@ def args_of(tmp_path, **changes):
     values |= dict(
         train_iters=100, train_samples=None, global_batch_size=8, save_interval=30, save_retain_interval=None
     )
-    values |= dict(bf16=False, fp16=False, no_save_optim=None, optimizer="adam", sgd_momentum=0.9)
+    values |= dict(
+        epochs=None, end=None, bf16=False, fp16=False, no_save_optim=None, optimizer="adam", sgd_momentum=0.9
+    )
     values |= dict(use_precision_aware_optimizer=False, tensorboard_dir=None, wandb_project="", wandb_exp_name="")
     return SimpleNamespace(**values | dict(wandb_save_dir="") | changes)
 

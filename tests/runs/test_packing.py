@@ -188,6 +188,8 @@ def test_a_nan_is_traced_to_the_records_of_its_row(workspace, rows):
     words += ["--objective-file", workspace / "spoiled.py", "--objective", "spoiled"]
     with Launch([sys.executable, "-m", "qtarget_megatron.finetune", *words], {}) as launched:
         done = launched.wait(timeout=120)
-    (found,) = re.findall(r"finetune: error.*the loss of record\(s\) \[([\d, ]+)\] .* is nan", done.stdout)
+    (found,) = re.findall(
+        r"finetune: error.*the loss of record\(s\) \[([\d, ]+)\] of \S+ \(counted from 0\) is nan", done.stdout
+    )
     named = [int(number) for number in found.split(", ")]
     assert done.returncode == 1 and 17 in named and 1 < len(named) < SAMPLES / 3, done.stdout[-2000:]

@@ -16,24 +16,29 @@ pytestmark = [
 ]
 
 NUMBER, TIME = r"[\d.,:eE+-]+", r"\[?[\d-]+ [\d:.]+\]?"
+DATA = [
+    r"\$/train\.jsonl: 24 samples, 0 truncated to 32 tokens, 0 skipped \(no supervised token\)",
+    r"24 samples share 21 rows of 32 tokens, 65\.5% of them filled",
+    r"\$/valid\.jsonl: 8 samples, 0 truncated to 32 tokens, 0 skipped \(no supervised token\)",
+]
 # Of the package, in the order in which they come: "$" stands for the folder.
 OURS = {
     "trained": [
         r"no CUDA device, running Megatron on the CPU over gloo",
+        *DATA,
         r"objective target-sft\(eta=0\.5\), starting from the weights of \$/untied",
-        r"\$/train\.jsonl: 24 samples, 0 truncated to 32 tokens, 0 skipped \(no supervised token\)",
-        r"\$/train\.jsonl: training reads 16 samples of the 24 usable: 0\.67 epochs",
-        r"\$/valid\.jsonl: 8 samples, 0 truncated to 32 tokens, 0 skipped \(no supervised token\)",
+        r"training reads 16 rows of the 21 of an epoch: 0\.76 epochs",
+        r"an evaluation reads 8 held-out samples in 8 rows",
         rf"peak memory per rank \(GiB\): {NUMBER} {NUMBER} {NUMBER} {NUMBER}",
     ],
     "resumed": [
         r"no CUDA device, running Megatron on the CPU over gloo",
+        *DATA,
         r"going on with --train-iters 3 \(2 until now\); --use-checkpoint-opt-param-scheduler would keep the .*",
         r"objective target-sft\(eta=0\.5\), starting from the checkpoint in \$/saved",
         r"the state that was loaded is what was saved, bit for bit \(\d+ tensors\)",
-        r"\$/train\.jsonl: 24 samples, 0 truncated to 32 tokens, 0 skipped \(no supervised token\)",
-        r"\$/train\.jsonl: training reads 24 samples of the 24 usable: 1\.00 epochs",
-        r"\$/valid\.jsonl: 8 samples, 0 truncated to 32 tokens, 0 skipped \(no supervised token\)",
+        r"training reads 24 rows of the 21 of an epoch: 1\.14 epochs",
+        r"an evaluation reads 8 held-out samples in 8 rows",
         r"exported the model to \$/out",
         rf"peak memory per rank \(GiB\): {NUMBER} {NUMBER} {NUMBER} {NUMBER}",
     ],
@@ -50,6 +55,7 @@ EVERY_RANK = [
 ]
 # On the first: the start, the layout, the data, checkpoints.
 FIRST_RANK = [
+    r"torch distributed is already initialized, skipping initialization \.\.\.",
     r"using world size: 4, data-parallel size: 1, .*, tensor-model-parallel size: 2, pipeline-model-parallel size: 2",
     r"Number of virtual stages per pipeline stage: None",
     r"accumulate and all-reduce gradients in fp32 for bfloat16 data type\.",

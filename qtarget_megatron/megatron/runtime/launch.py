@@ -132,13 +132,14 @@ def initialize(args: argparse.Namespace) -> None:
 
 
 def initialize_distributed(store: Store | None) -> None:
-    """The process group and Megatron's groups, which pretrain() then finds there.
+    """The process group of all ranks, as pretrain() would make it, which then finds it there.
 
-    store: that the ranks meet at. Megatron's global state must be there; nothing is done where the groups are.
+    store: that the ranks meet at. Megatron's global state must be there; nothing is done where the group is.
     """
     from megatron.training.initialize import _initialize_distributed
 
-    _initialize_distributed(None, None, None if dist.is_initialized() else store)
+    if not dist.is_initialized():
+        _initialize_distributed(None, None, store, skip_model_parallel_init=True)
 
 
 def _shows_arguments(args: argparse.Namespace) -> bool:
