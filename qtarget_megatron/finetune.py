@@ -203,7 +203,7 @@ def _check(run: Run) -> None:
     if args.sft_train is None and not args.skip_train:
         raise ValueError("there is nothing to train on: give --sft-train FILE (or --skip-train to evaluate only)")
     for path in (args.sft_train, args.sft_valid):
-        if path is not None and len(open_records(path)) == 0:
+        if path is not None and len(open_records(path, args.data_format)) == 0:
             raise ValueError(f"data file {str(path)!r} holds no records: expected a record of JSON in each line")
     resumes = None not in (args.load, args.save) and Path(args.load).absolute() == Path(args.save).absolute()
     if not resumes and launch.has_checkpoint(args.save):
@@ -257,7 +257,7 @@ def _open_caches(run: Run) -> dict[Path, TeacherCache]:
         if directory is not None:
             caches[data] = TeacherCache(directory)
             caches[data].check(
-                data_digest=open_records(data).digest,
+                data_digest=open_records(data, args.data_format).digest,
                 tokenizer=run.tokenizer,
                 seq_length=args.seq_length,
                 vocab_size=run.student.vocab_size,

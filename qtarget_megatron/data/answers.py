@@ -45,20 +45,26 @@ class Tokens:
     ends: np.ndarray
 
 
-def locate(template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequence[int]) -> tuple[str, list[Answer]]:
+def locate(
+    template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequence[int], *, apart: bool = False
+) -> tuple[str, list[Answer]]:
     """The text of a conversation, and the answers in it that targets names, by index of the message.
+
+    apart: there must be one answer for each target, in order, which generation blocks of another number cannot tell.
 
     The text is what the template writes; where its generation prompt opens a thinking block that it does not write in
     an answer, what is read and generated in inference: that prompt and the answer. Raises ValueError where an answer is
     not found, or not as a whole.
     """
     if template.has_blocks:
-        return _in_blocks(template, messages, targets)
+        return _in_blocks(template, messages, targets, apart)
     text = template.render(messages)
     if not targets:
         return text, []
     if targets[0] == 0:
-        raise ValueError("message 0: expected a system or user message first, got an assistant's")
+        raise ValueError(
+            'message 0: expected a system or user message first, got an assistant\'s: drop it, or give it "weight": 0'
+        )
     filled = [i for i, m in enumerate(messages) if m.get("content") and m["content"].strip()]
     ends = _content_ends(template, messages, text, filled)
     plain = [i for i in targets if not messages[i].get("tool_calls")]
@@ -94,17 +100,19 @@ def locate(template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequ
 
 
 def _in_blocks(
-    template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequence[int]
+    template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequence[int], apart: bool
 ) -> tuple[str, list[Answer]]:
     # The blocks' characters, not apply_chat_template's token mask: that one runs on to the end of the conversation when
     # a block ends in a character that no token covers.
     text, blocks = template.render_blocks(messages)
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     known = len(blocks) == len(replies)
-    if not known and any(i not in targets and (messages[i].get("content") or "").strip() for i in replies):
+    left_out = any(i not in targets and (messages[i].get("content") or "").strip() for i in replies)
+    if not known and (apart or left_out):
         raise ValueError(
             f"{len(replies)} assistant messages, but {len(blocks)} {{% generation %}} blocks in this chat template: an "
-            "answer that is not to be trained on cannot be told apart; drop its weight or train field"
+            f"answer that {'is not to be trained on' if left_out else 'has another weight'} cannot be told apart; drop "
+            "its weight, loss or train field"
         )
     answers = []
     for i, (begin, end) in zip(replies if known else [None] * len(blocks), blocks, strict=True):

@@ -73,6 +73,11 @@ def inspect_samples(
     statuses = []
     for index in indices:
         sample = encode_at(file, tokenizer, seq_length, index, token_inputs, date)
+        if sample.weighted:
+            raise ValueError(
+                f'{file.where(index)}: an answer has a "weight" that is neither 0 nor 1, which this objective does not '
+                'read: train with one that has the side input "weight", as iw-sft, or give weights 0 and 1'
+            )
         if check is not None:
             check(int(index), sample)
         status = SampleStatus.TRUNCATED if sample.truncated else SampleStatus.OK

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Says of an assistant message whether it is trained on, as OpenAI's and axolotl's data have it.
-_SWITCHES = ("weight", "train", "training", "train_on_turn")
+# Says of an assistant message whether it is trained on, as OpenAI's, axolotl's and LLaMA-Factory's data have it.
+_SWITCHES = ("weight", "loss", "train", "training", "train_on_turn")
+_WORDS = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
 # Other programs' fields that would train on parts of a message.
 _PARTIAL = ("train_detail", "training_detail", "train_details")
 
@@ -17,9 +19,21 @@ _PARTIAL = ("train_detail", "training_detail", "train_details")
 def expect(kind: type, value: Any, name: str) -> None:
     """ValueError unless a value of JSON is of this type."""
     if not isinstance(value, kind):
-        words = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
-        came = words.get(type(value)) or json.dumps(value, default=str)
-        raise ValueError(f"{name}: expected {words[kind]}, got {came}")
+        raise ValueError(f"{name}: expected {_WORDS[kind]}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value of JSON in an error message: a number as it is, of anything large what it is."""
+    text = _WORDS.get(type(value)) or json.dumps(value, default=str)
+    return text if len(text) <= 30 else f"{text[:27]}..."
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value of JSON is a number, true and false included, that a float64 can hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer that no double holds
+        return False
 
 
 def check_messages(messages: Any) -> None:
@@ -52,7 +66,7 @@ def _check_content(message: dict[str, Any], where: str) -> None:
             kind = part.get("type") if isinstance(part, dict) else part
             raise ValueError(
                 f'{where}, "content": expected text, or parts {{"type": "text", "text": ...}}, got a part of type '
-                f"{json.dumps(kind)[:60]}"
+                f"{json.dumps(kind) if isinstance(kind, str) else shown(kind)}"
             )
 
 
@@ -90,12 +104,11 @@ def _check_switches(message: dict[str, Any], where: str) -> None:
         if (value := message.get(name)) is None:
             continue
         # True and 1.0 are 1 too.
-        if not isinstance(value, int | float) or value not in (0, 1):
-            hint = " (a weight of the whole record stands beside messages)" if name == "weight" else ""
-            raise ValueError(
-                f'{where}, "{name}": expected 0 or 1, false or true: whether the answer is trained on; got '
-                f"{json.dumps(value)[:60]}{hint}"
-            )
+        good = is_finite_number(value) and (value >= 0 if name == "weight" else value in (0, 1))
+        if not good:
+            expected = "a number, 0 or more: what its tokens count" if name == "weight" else "0 or 1, false or true"
+            left_out = "(0: the answer is read, but not trained on)"
+            raise ValueError(f'{where}, "{name}": expected {expected} {left_out}, got {shown(value)}')
         if value and message["role"] != "assistant":
             raise ValueError(
                 f'{where}, "{name}": only assistant messages are trained on, got role {message["role"]!r}: remove it'
@@ -106,10 +119,21 @@ def _check_switches(message: dict[str, Any], where: str) -> None:
 
 
 def is_trained(message: dict[str, Any]) -> bool:
-    """Whether a message is a target: an assistant's, not empty, and not left out by its weight or train."""
-    if message["role"] != "assistant" or not all(message.get(name) in (None, 1) for name in _SWITCHES):
+    """Whether a message is a target: an assistant's, not empty, and not left out by its weight, loss or train."""
+    if message["role"] != "assistant" or any(message.get(name) is not None and not message[name] for name in _SWITCHES):
         return False
     return bool(content_text(message).strip() or message.get("tool_calls"))
+
+
+def message_weight(message: dict[str, Any]) -> float:
+    """What the tokens of a message count: its "weight", else 1."""
+    weight = message.get("weight")
+    return 1.0 if weight is None else float(weight)
+
+
+def has_weights(messages: Sequence[dict[str, Any]]) -> bool:
+    """Whether an assistant message says what its tokens count."""
+    return any(message["role"] == "assistant" and message.get("weight") is not None for message in messages)
 
 
 def content_text(message: dict[str, Any]) -> str:

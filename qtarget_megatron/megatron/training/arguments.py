@@ -11,6 +11,7 @@ import torch
 
 from qtarget_megatron import kernels, objectives
 from qtarget_megatron.data import alignment, open_records
+from qtarget_megatron.data.forms import add_data_format
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.loss.linear_cross_entropy import AUTO
@@ -100,7 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--sft-train",
         type=Path,
         metavar="FILE",
-        help='training data, JSONL: each line {"messages": [...]} or {"prompt": ..., "completion": ...}',
+        help='training data, JSONL: a record in each line, {"messages": [...]}, {"prompt": ..., "completion": ...} or '
+        "another form of --data-format",
     )
     group.add_argument(
         "--sft-valid",
@@ -109,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="held-out data, same format; evaluated every --eval-interval steps (default: at the end), as a "
         "whole or its first --eval-iters * --global-batch-size samples",
     )
+    add_data_format(group)
     group.add_argument(
         "--pack",
         action="store_true",
@@ -243,7 +246,7 @@ def fill_in(run: Run) -> None:
     elif not args.eval_iters:
         model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
         batch = args.global_batch_size or args.micro_batch_size * max(args.world_size // model_size, 1)
-        args.eval_iters = max(len(open_records(args.sft_valid)) // batch, 1)
+        args.eval_iters = max(len(open_records(args.sft_valid, args.data_format)) // batch, 1)
 
 
 def apply_nan_choice(args: argparse.Namespace) -> None:

@@ -165,7 +165,7 @@ class DatasetProvider:
     def _inspected(self, path: Path) -> tuple[Records, np.ndarray, np.ndarray]:
         """The file, and the status and number of tokens of each of its samples: every rank inspects its share, once."""
         if path not in self._built:
-            file, seq_length = open_records(path), self.args.seq_length
+            file, seq_length = open_records(path, self.args.data_format), self.args.seq_length
 
             ranges = InputRanges(self.objective.token_inputs)
             look = Inspection(f"qtarget_megatron: reading {path}", len(file))
