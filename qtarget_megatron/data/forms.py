@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from qtarget_megatron.data.messages import ROLES, check_messages, content_text, expect, shown
+from qtarget_megatron.data.messages import ROLES, check_messages, content_text, expect, shown, wrapped
 from qtarget_megatron.statistics import IGNORE_INDEX
 
 AUTO = "auto"
@@ -167,13 +167,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
         raise ValueError(f"{where}: expected at least one call of a function_call, got none")
     for call in calls:
         expect(dict, call, f"{where}, function_call")
-    return [{"type": "function", **(call if "function" in call else _wrapped(call))} for call in calls]
-
-
-def _wrapped(call: dict[str, Any]) -> dict[str, Any]:
-    """A call {"name", "arguments", ...} as {"function": {"name", "arguments"}, ...}."""
-    function = {name: call[name] for name in ("name", "arguments") if name in call}
-    return {**{name: value for name, value in call.items() if name not in function}, "function": function}
+    return [wrapped(call) for call in calls]
 
 
 def _alpaca(record: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:

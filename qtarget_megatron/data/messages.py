@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -146,9 +147,9 @@ def for_template(messages: list[dict[str, Any]], source: str) -> Iterator[list[d
     """A conversation in the forms that a chat template (source: its text) may ask for, the likeliest first.
 
     Without fields that are null, as transformers passes them, and without those that say what is trained on. A
-    developer becomes a system message where the template does not mention that role. Arguments of tool calls are
-    objects, as transformers documents, else JSON text; content that a message with tool calls lacks stays missing,
-    else it is empty, else null.
+    developer becomes a system message where the template does not mention that role. Tool calls are as they came, else
+    with "type" and "function"; their arguments are objects, as transformers documents, else JSON text; content that a
+    message with tool calls lacks stays missing, else it is empty, else null.
     """
     plain = []
     for message in messages:
@@ -163,16 +164,26 @@ def for_template(messages: list[dict[str, Any]], source: str) -> Iterator[list[d
         yield plain
         return
     silent = any("content" not in plain[i] for i in calling)
-    for as_text in (False, True):
+    short = any(not {"type", "function"} <= call.keys() for i in calling for call in plain[i]["tool_calls"])
+    for complete, as_text in itertools.product((False, True) if short else (False,), (False, True)):
         for content in ({}, {"content": ""}, {"content": None}) if silent else ({},):
             result = list(plain)
             for i in calling:
-                calls = [_call(call, as_text) for call in plain[i]["tool_calls"]]
+                calls = [_call(call, complete, as_text) for call in plain[i]["tool_calls"]]
                 result[i] = {**content, **plain[i], "tool_calls": calls}
             yield result
 
 
-def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
+def wrapped(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with "type" and "function", as transformers documents it, of one that is its name and arguments."""
+    if "function" in call:
+        return {"type": "function", **call}
+    function = {name: call[name] for name in ("name", "arguments") if name in call}
+    return {"type": "function", **{name: call[name] for name in call if name not in function}, "function": function}
+
+
+def _call(call: dict[str, Any], complete: bool, as_text: bool) -> dict[str, Any]:
+    call = wrapped(call) if complete else call
     function = call.get("function", call)
     arguments = function.get("arguments")
     if as_text and not isinstance(arguments, str):

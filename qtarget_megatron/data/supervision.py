@@ -15,7 +15,7 @@ from qtarget_megatron.data.forms import canonical
 from qtarget_megatron.data.messages import for_template, has_weights, is_trained, message_weight, shown
 from qtarget_megatron.data.records import Records
 from qtarget_megatron.data.side_inputs import WEIGHT, read_side_inputs
-from qtarget_megatron.data.template import ChatTemplate
+from qtarget_megatron.data.template import ChatTemplate, Unrenderable
 from qtarget_megatron.data.tokenizer import all_ids
 from qtarget_megatron.statistics import IGNORE_INDEX
 
@@ -29,6 +29,7 @@ class EncodedSample:
     ``answers``: how many answers are targets; ``unended``: of these, those without an end of turn that is a target. Of
     a record of token ids nothing is known of either: 0.
     ``dated``: a chat template was used that asks for the date.
+    ``leaves_tools``: the record has tools, at which its chat template does not look.
     ``weighted``: an answer has a weight, neither 0 nor 1, that no side input takes.
     """
 
@@ -39,6 +40,7 @@ class EncodedSample:
     answers: int = 0
     unended: int = 0
     dated: bool = False
+    leaves_tools: bool = False
     weighted: bool = False
 
 
@@ -54,6 +56,7 @@ class _Tokens:
     answers: int = 0
     unended: int = 0
     dated: bool = False
+    leaves_tools: bool = False
     weights: np.ndarray | None = None
     weighted: bool = False
 
@@ -107,7 +110,15 @@ def encode(
     weights = None if read.weights is None else read.weights[: seq_length + 1]
     inputs = read_side_inputs(record, token_inputs, supervised, truncated=truncated, answer_weights=weights)
     return EncodedSample(
-        input_ids, supervised, truncated, inputs, read.answers, read.unended, read.dated, read.weighted
+        input_ids,
+        supervised,
+        truncated,
+        inputs,
+        answers=read.answers,
+        unended=read.unended,
+        dated=read.dated,
+        leaves_tools=read.leaves_tools,
+        weighted=read.weighted,
     )
 
 
@@ -175,6 +186,7 @@ def _read_messages(
         answers=len(answers),
         unended=unended,
         dated=template.dated,
+        leaves_tools=template.leaves_tools,
         weights=weights if weigh and has_weights(messages) else None,
         weighted=not weigh and any(weight != 1 for weight in of_targets),
     )
@@ -189,7 +201,9 @@ def _located(
         try:
             return locate(template, form, targets, apart=apart)
         except ValueError as error:
-            problem = problem or error
+            # What is wrong with a form that the template writes says more than why it does not write another one.
+            if problem is None or (isinstance(problem, Unrenderable) and not isinstance(error, Unrenderable)):
+                problem = error
     assert problem is not None  # there is a form at least
     raise problem
 
