@@ -254,7 +254,7 @@ def _data_digest(args: argparse.Namespace) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for flag, paths in _data_paths(args).items():
         for path in paths:
-            records = open_records(path)
+            records = open_records(path, args.data_format)
             if len(records) == 0:
                 raise ValueError(f"data file {str(path)!r} holds no records: expected a record of JSON in each line")
             found.setdefault(flag, []).append(records.digest)

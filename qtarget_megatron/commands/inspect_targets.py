@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from qtarget_megatron.commands.parsers import command_parser
+from qtarget_megatron.data.forms import add_data_format
 
 FILES = ("targets.png", "targets.html", "targets.json")
 # Characters that would show as nothing, or break the line.
@@ -214,7 +215,7 @@ def _sample(args: argparse.Namespace, tokenizer: Any, names: list[str]) -> tuple
         return encode(tokenizer, record, args.seq_length, names), "prompt and completion"
     if args.prompt is not None or args.completion is not None:
         raise ValueError("expected --prompt and --completion, or --data, got both")
-    file, index = open_records(args.data), args.index or 0
+    file, index = open_records(args.data, args.data_format), args.index or 0
     if not 0 <= index < len(file):
         raise ValueError(f"--index must be in 0..{len(file) - 1}, the records of {args.data}, got {index}")
     return encode_at(file, tokenizer, args.seq_length, index, names), f"{args.data.name}, record {index}"
@@ -249,6 +250,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="with --completion: the sample, in which the completion is supervised")
     add("--completion", metavar="TEXT", help="see --prompt")
     add("--data", type=Path, metavar="FILE", help="instead: JSON lines as training reads them")
+    add_data_format(parser)
     add("--index", type=int, metavar="I", help="which record of --data, from 0 (default: 0)")
     add("--out", type=Path, required=True, metavar="DIR", help="where the three files go; older ones are replaced")
     add("--top", type=int, default=5, metavar="K", help="alternatives to list, under p and under Q each (default: 5)")

@@ -8,6 +8,7 @@ from typing import Any
 
 from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
+from qtarget_megatron.data.forms import add_data_format
 
 MEGATRON = "Megatron's flags as well: layout, --micro-batch-size, --bf16, ..."
 
@@ -46,6 +47,7 @@ def add_run(parser: argparse.ArgumentParser, *, model: str, what: str, out: tupl
     add_path(parser, "--load", "CKPT", f"Megatron checkpoint with its weights (default: those of {model})")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of --load (default: the latest)")
     add_path(parser, "--data", "FILE", "JSONL as for training", required=True)
+    add_data_format(parser)
     parser.add_argument(
         "--data-date",
         metavar="YYYY-MM-DD",
@@ -63,5 +65,5 @@ def add_run(parser: argparse.ArgumentParser, *, model: str, what: str, out: tupl
 
 def run_options(ours: argparse.Namespace, hf_model: Path) -> dict[str, Any]:
     """The fields of a dataset_run.RunOptions that add_run()'s flags say."""
-    names = ("data", "out", "seq_length", "load", "ckpt_step", "data_date")
+    names = ("data", "data_format", "out", "seq_length", "load", "ckpt_step", "data_date")
     return {"hf_model": hf_model} | {name: getattr(ours, name) for name in names}

@@ -1,10 +1,10 @@
 """Instruction data from JSON lines: which tokens are trained on, nothing of how ranks share them.
 
-One record per line: ``{"messages": [{"role": ..., "content": ...}, ...]}``, rendered by the
-tokenizer's chat template, with the assistant messages as targets; or ``{"prompt": ...,
-"completion": ...}`` with the completion as target. Fields that an objective asks for are its side
-inputs (qtarget_megatron.data.side_inputs), other fields are ignored. Everything here depends on the
-record, the tokenizer and the seed only, so every parallel layout sees the same samples.
+One record per line, of one of five forms (qtarget_megatron.data.forms): a conversation, rendered by the tokenizer's
+chat template, with the assistant messages as targets; a prompt with its completion as target; or token ids with their
+labels. Fields that an objective asks for are its side inputs (qtarget_megatron.data.side_inputs), other fields are
+ignored. Everything here depends on the record, the tokenizer and the seed only, so every parallel layout sees the same
+samples.
 """
 
 from qtarget_megatron.data.batch import Batch
@@ -15,6 +15,7 @@ from qtarget_megatron.data.dataset import (
     measure_samples,
     training_item,
 )
+from qtarget_megatron.data.forms import AUTO, FORMS, canonical, form_of
 from qtarget_megatron.data.jsonl import JsonlFile
 from qtarget_megatron.data.messages import ROLES
 from qtarget_megatron.data.order import SampleOrder
@@ -28,6 +29,8 @@ from qtarget_megatron.data.tokenizer import compare_tokenizers, load_tokenizer
 from qtarget_megatron.statistics import IGNORE_INDEX
 
 __all__ = [
+    "AUTO",
+    "FORMS",
     "IGNORE_INDEX",
     "ROLES",
     "Batch",
@@ -48,9 +51,11 @@ __all__ = [
     "aligned_lengths",
     "alignment",
     "balance",
+    "canonical",
     "compare_tokenizers",
     "encode",
     "encode_at",
+    "form_of",
     "held_out_sets",
     "load_tokenizer",
     "measure_samples",

@@ -7,7 +7,7 @@ import datetime
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -45,20 +45,27 @@ class Tokens:
     ends: np.ndarray
 
 
-def locate(template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequence[int]) -> tuple[str, list[Answer]]:
+def locate(
+    template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequence[int], *, apart: bool = False
+) -> tuple[str, list[Answer]]:
     """The text of a conversation, and the answers in it that targets names, by index of the message.
 
-    The text is what the template writes; where its generation prompt opens a thinking block that it does not write in
-    an answer, what is read and generated in inference: that prompt and the answer. Raises ValueError where an answer is
-    not found, or not as a whole.
+    The text is what the template writes; where this does not begin with the generation prompt of an answer that is the
+    only target and the last message, what is read and generated in inference: that prompt and the answer.
+
+    apart: there must be one answer for each target, in order, which generation blocks of another number cannot tell.
+
+    Raises ValueError where an answer is not found, or not as a whole.
     """
     if template.has_blocks:
-        return _in_blocks(template, messages, targets)
+        return _in_blocks(template, messages, targets, apart)
     text = template.render(messages)
     if not targets:
         return text, []
     if targets[0] == 0:
-        raise ValueError("message 0: expected a system or user message first, got an assistant's")
+        raise ValueError(
+            'message 0: expected a system or user message first, got an assistant\'s: drop it, or give it "weight": 0'
+        )
     filled = [i for i, m in enumerate(messages) if m.get("content") and m["content"].strip()]
     ends = _content_ends(template, messages, text, filled)
     plain = [i for i in targets if not messages[i].get("tool_calls")]
@@ -78,33 +85,48 @@ def locate(template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequ
         else:
             prefix = template.render(messages[:i], True)
             if not text.startswith(prefix):
-                if i == len(messages) - 1 and targets == [i] and prefix.rstrip().endswith("<think>"):
-                    return _after_open_thinking(messages, i, text, ends, prefix, closing)
+                if i == len(messages) - 1 and targets == [i]:
+                    return _behind_prompt(template, messages, text, ends, prefix, closing)
                 raise ValueError(_rewritten(i, prefix, text))
             begin = len(prefix)
             if before is not None and before <= begin:
                 headers[role] = text[before:begin]
-        if messages[i].get("tool_calls"):
-            answer = _calls(template, messages, i, text, begin)
-        else:
-            answer = Answer(begin, ends[i], closing)
-        _check_whole(messages, i, text[begin : answer.end])
-        answers.append(answer)
+        answers.append(_answer(template, messages, i, text, begin, ends, closing))
     return text, answers
 
 
+def _answer(
+    template: ChatTemplate,
+    messages: list[dict[str, Any]],
+    i: int,
+    text: str,
+    begin: int,
+    ends: dict[int, int],
+    closing: str | None,
+) -> Answer:
+    """Answer i, which begins there."""
+    if messages[i].get("tool_calls"):
+        answer = _calls(template, messages, i, text, begin)
+    else:
+        answer = Answer(begin, ends[i], closing)
+    _check_whole(messages, i, text[begin : answer.end])
+    return answer
+
+
 def _in_blocks(
-    template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequence[int]
+    template: ChatTemplate, messages: list[dict[str, Any]], targets: Sequence[int], apart: bool
 ) -> tuple[str, list[Answer]]:
     # The blocks' characters, not apply_chat_template's token mask: that one runs on to the end of the conversation when
     # a block ends in a character that no token covers.
     text, blocks = template.render_blocks(messages)
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     known = len(blocks) == len(replies)
-    if not known and any(i not in targets and (messages[i].get("content") or "").strip() for i in replies):
+    left_out = any(i not in targets and (messages[i].get("content") or "").strip() for i in replies)
+    if not known and (apart or left_out):
         raise ValueError(
             f"{len(replies)} assistant messages, but {len(blocks)} {{% generation %}} blocks in this chat template: an "
-            "answer that is not to be trained on cannot be told apart; drop its weight or train field"
+            f"answer that {'is not to be trained on' if left_out else 'has another weight'} cannot be told apart; drop "
+            "its weight, loss or train field"
         )
     answers = []
     for i, (begin, end) in zip(replies if known else [None] * len(blocks), blocks, strict=True):
@@ -133,6 +155,28 @@ def _rewritten(i: int, prefix: str, text: str) -> str:
         'the whole one): use one answer per record, or "weight": 0 for all but the last, a template with '
         "{% generation %} blocks or prompt/completion records"
     )
+
+
+def _behind_prompt(
+    template: ChatTemplate,
+    messages: list[dict[str, Any]],
+    text: str,
+    ends: dict[int, int],
+    prefix: str,
+    closing: str | None,
+) -> tuple[str, list[Answer]]:
+    """The last message as the answer to the prompt of inference (prefix), with which the whole text does not begin."""
+    i = len(messages) - 1
+    if prefix.rstrip().endswith("<think>") and not messages[i].get("tool_calls"):
+        return _after_open_thinking(messages, i, text, ends, prefix, closing)
+    # What leads from the message before to the answer must be the same in both.
+    end = (_content_ends(template, messages[:i], prefix, [i - 1], True) or {}).get(i - 1) if i - 1 in ends else None
+    if end is None or not text.startswith(prefix[end:], ends[i - 1]):
+        raise ValueError(_rewritten(i, prefix, text))
+    begin = ends[i - 1] + len(prefix) - end
+    answer = _answer(template, messages, i, text, begin, ends, closing)
+    further = len(prefix) - begin
+    return prefix + text[begin:], [replace(answer, begin=answer.begin + further, end=answer.end + further)]
 
 
 def _after_open_thinking(
@@ -178,7 +222,11 @@ def _mark(text: str) -> str:
 
 
 def _content_ends(
-    template: ChatTemplate, messages: list[dict[str, Any]], text: str, which: list[int]
+    template: ChatTemplate,
+    messages: list[dict[str, Any]],
+    text: str,
+    which: list[int],
+    generation_prompt: bool = False,
 ) -> dict[int, int] | None:
     """Message -> where its content ends in ``text``, with the blanks behind it, for ``which``.
 
@@ -193,7 +241,7 @@ def _content_ends(
         solid = content.rstrip()  # the mark goes before the blanks, which many templates strip
         blanks[i] = content[len(solid) :]
         marked[i]["content"] = f"{solid}{mark}{i}{mark}{blanks[i]}"
-    pieces = re.split(f"{mark}([0-9]+){mark}", template.render(marked))
+    pieces = re.split(f"{mark}([0-9]+){mark}", template.render(marked, generation_prompt))
     if "".join(pieces[::2]) != text:
         return None
     found = [int(number) for number in pieces[1::2]]
@@ -222,7 +270,7 @@ def _closing(
 def _no_calls(i: int) -> str:
     return (
         f"message {i}: this chat template does not write its tool calls once and as they came: use a template that "
-        "knows tool calls"
+        "knows tool calls, or write them as content"
     )
 
 

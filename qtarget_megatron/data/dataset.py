@@ -42,17 +42,19 @@ class SampleSizes:
 @dataclass
 class SampleNotes:
     """What is to be said of samples, counted: answers that are targets; of these, without an end of turn among the
-    targets; samples of a template that asks for the date."""
+    targets; samples of a template that asks for the date; samples with tools at which the template does not look."""
 
     answers: int = 0
     unended: int = 0
     dated: int = 0
+    leaves_tools: int = 0
 
     def add(self, sample: EncodedSample) -> None:
         """Count a sample."""
         self.answers += sample.answers
         self.unended += sample.unended
         self.dated += sample.dated
+        self.leaves_tools += sample.leaves_tools
 
     def __add__(self, other: SampleNotes) -> SampleNotes:
         """The counts of both."""
@@ -70,6 +72,11 @@ class SampleNotes:
                 f"WARNING: no end of turn is trained in {self.unended} of {self.answers} answers, as the chat template "
                 "writes none behind them (or leaves it out of its {% generation %} blocks): the model may not learn to "
                 "stop"
+            )
+        if self.leaves_tools:
+            found.append(
+                f"WARNING: the tools of {self.leaves_tools} samples are not in their text, as the chat template does "
+                "not look at them: use a template that does, or write them into the system message"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Records of a JSON lines file, by index; which forms a record may have."""
+"""Records of a JSON lines file, by index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from qtarget_megatron.cache_folder import cache_folder, keep, load_kept
-from qtarget_megatron.data.messages import check_messages, expect
+from qtarget_megatron.data.forms import AUTO, canonical, form_of
+from qtarget_megatron.data.messages import expect
 
 # Bytes of a file from which on reading it takes seconds.
 _KEPT_FROM = 1 << 26
@@ -37,46 +38,6 @@ _BINARY = {
     b"SQLite format 3": ("an SQLite database", "export its rows as JSON lines"),
 }  # fmt: skip
 _LINES = "jq -c '.[]' FILE > data.jsonl"
-_SHAREGPT = (
-    'jq -c \'{messages: [.conversations[] | {role: ({human: "user", gpt: "assistant"}[.from] // .from), '
-    "content: .value}]}' FILE > data.jsonl"
-)
-_ALPACA = (
-    'jq -c \'{messages: [{role: "user", content: (.instruction + (if (.input // "") == "" then "" else "\\n\\n" + '
-    '.input end))}, {role: "assistant", content: .output}]}\' FILE > data.jsonl'
-)
-
-
-def check_record(record: Any) -> None:
-    """Raise ValueError unless the record has one of the two forms."""
-    expect(dict, record, "record")
-    if "messages" not in record:
-        for key in ("prompt", "completion"):
-            if key not in record:
-                found = ", ".join(f'"{k}"' for k in list(record)[:8]) or "no keys"
-                wanted = '"messages", or "prompt" and "completion"'
-                raise ValueError(f"record: expected {wanted}, got {found}{_recipe(record)}")
-            expect(str, record[key], f'"{key}"')
-        return
-    if "prompt" in record or "completion" in record:
-        raise ValueError('record: expected "messages" or "prompt" and "completion", got both')
-    check_messages(record["messages"])
-    if (tools := record.get("tools")) is not None:
-        expect(list, tools, '"tools"')
-        for i, tool in enumerate(tools):
-            expect(dict, tool, f"tool {i}")
-
-
-def _recipe(record: dict[str, Any]) -> str:
-    """How a record of another program's form is converted."""
-    if isinstance(record.get("conversations"), list):
-        first = next(iter(record["conversations"]), None)
-        if isinstance(first, dict) and "role" in first:
-            return ": rename the field: jq -c '.messages = .conversations | del(.conversations)' FILE > data.jsonl"
-        return f" (ShareGPT's form): convert it: {_SHAREGPT}"
-    if "instruction" in record and "output" in record:
-        return f" (Alpaca's form): convert it: {_ALPACA}"
-    return ""
 
 
 class JsonlFile:
@@ -85,13 +46,15 @@ class JsonlFile:
     Keeps 24 bytes per record (start, length, line number) and never the text; forked and spawned
     worker processes may read it. Records count from 0, the lines in error messages from 1.
 
+    form: one of forms.FORMS, that of every record; auto: that of the first one.
+
     Raises ValueError, when it is opened, for a file of another format, or one whose first record has
-    neither of the two forms; and when it is read, once its contents have changed. That is looked for
+    no form or another; and when it is read, once its contents have changed. That is looked for
     at each record, by size and time. A file may be empty.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = str(path)
+    def __init__(self, path: str | os.PathLike[str], form: str = AUTO):
+        self.path, self.form = str(path), form
         self._handle: FileIO | None = None
         try:
             with open(self.path, "rb") as file:
@@ -117,6 +80,7 @@ class JsonlFile:
     def _check_first(self) -> None:
         try:
             self.record(0)
+            self.form = form_of(self.raw(0)) if self.form == AUTO else self.form
         except ValueError as error:
             where, line = self.where(0), self.text(0).strip()
             if isinstance(error.__cause__, RecursionError):
@@ -131,7 +95,7 @@ class JsonlFile:
             if not line.startswith(("{", "[", '"')) and ("," in line or "\t" in line):
                 advice = _PANDAS.format("read_csv").replace("FILE", self.path)
                 raise ValueError(f"{several} what looks like CSV ({line[:40]!r}): {advice}") from error
-            raise ValueError(str(error).replace("FILE >", f"{self.path} >")) from error
+            raise
 
     def __len__(self) -> int:
         return len(self._index)
@@ -149,11 +113,19 @@ class JsonlFile:
         return f"{self.path}:{self._index[index, 2]}"
 
     def record(self, index: int) -> dict[str, Any]:
-        """The record at ``index``, of one of the two forms; otherwise ValueError with its line."""
+        """The record at ``index`` as forms.canonical gives it; ValueError with its line where it has another form."""
+        raw = self.raw(index)
+        try:
+            return canonical(raw, self.form)
+        except ValueError as error:
+            raise ValueError(f"{self.where(index)}: {error}".replace("FILE >", f"{self.path} >")) from error
+
+    def raw(self, index: int) -> dict[str, Any]:
+        """The record at ``index`` as it stands in the file, an object of any fields; otherwise ValueError."""
         text = self.text(index)
         try:
             record: dict[str, Any] = json.loads(text)
-            check_record(record)
+            expect(dict, record, "record")
         except json.JSONDecodeError as error:
             came = f"{error.msg} at column {error.colno}"
             raise ValueError(f"{self.where(index)}: expected JSON, got {came}") from error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Says of an assistant message whether it is trained on, as OpenAI's and axolotl's data have it.
-_SWITCHES = ("weight", "train", "training", "train_on_turn")
+# Says of an assistant message whether it is trained on, as OpenAI's, axolotl's and LLaMA-Factory's data have it.
+_SWITCHES = ("weight", "loss", "train", "training", "train_on_turn")
+_WORDS = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
 # Other programs' fields that would train on parts of a message.
 _PARTIAL = ("train_detail", "training_detail", "train_details")
 
@@ -17,9 +20,21 @@ _PARTIAL = ("train_detail", "training_detail", "train_details")
 def expect(kind: type, value: Any, name: str) -> None:
     """ValueError unless a value of JSON is of this type."""
     if not isinstance(value, kind):
-        words = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
-        came = words.get(type(value)) or json.dumps(value, default=str)
-        raise ValueError(f"{name}: expected {words[kind]}, got {came}")
+        raise ValueError(f"{name}: expected {_WORDS[kind]}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value of JSON in an error message: a number as it is, of anything large what it is."""
+    text = _WORDS.get(type(value)) or json.dumps(value, default=str)
+    return text if len(text) <= 30 else f"{text[:27]}..."
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value of JSON is a number, true and false included, that a float64 can hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer that no double holds
+        return False
 
 
 def check_messages(messages: Any) -> None:
@@ -52,7 +67,7 @@ def _check_content(message: dict[str, Any], where: str) -> None:
             kind = part.get("type") if isinstance(part, dict) else part
             raise ValueError(
                 f'{where}, "content": expected text, or parts {{"type": "text", "text": ...}}, got a part of type '
-                f"{json.dumps(kind)[:60]}"
+                f"{json.dumps(kind) if isinstance(kind, str) else shown(kind)}"
             )
 
 
@@ -90,12 +105,11 @@ def _check_switches(message: dict[str, Any], where: str) -> None:
         if (value := message.get(name)) is None:
             continue
         # True and 1.0 are 1 too.
-        if not isinstance(value, int | float) or value not in (0, 1):
-            hint = " (a weight of the whole record stands beside messages)" if name == "weight" else ""
-            raise ValueError(
-                f'{where}, "{name}": expected 0 or 1, false or true: whether the answer is trained on; got '
-                f"{json.dumps(value)[:60]}{hint}"
-            )
+        good = is_finite_number(value) and (value >= 0 if name == "weight" else value in (0, 1))
+        if not good:
+            expected = "a number, 0 or more: what its tokens count" if name == "weight" else "0 or 1, false or true"
+            left_out = "(0: the answer is read, but not trained on)"
+            raise ValueError(f'{where}, "{name}": expected {expected} {left_out}, got {shown(value)}')
         if value and message["role"] != "assistant":
             raise ValueError(
                 f'{where}, "{name}": only assistant messages are trained on, got role {message["role"]!r}: remove it'
@@ -106,10 +120,21 @@ def _check_switches(message: dict[str, Any], where: str) -> None:
 
 
 def is_trained(message: dict[str, Any]) -> bool:
-    """Whether a message is a target: an assistant's, not empty, and not left out by its weight or train."""
-    if message["role"] != "assistant" or not all(message.get(name) in (None, 1) for name in _SWITCHES):
+    """Whether a message is a target: an assistant's, not empty, and not left out by its weight, loss or train."""
+    if message["role"] != "assistant" or any(message.get(name) is not None and not message[name] for name in _SWITCHES):
         return False
     return bool(content_text(message).strip() or message.get("tool_calls"))
+
+
+def message_weight(message: dict[str, Any]) -> float:
+    """What the tokens of a message count: its "weight", else 1."""
+    weight = message.get("weight")
+    return 1.0 if weight is None else float(weight)
+
+
+def has_weights(messages: Sequence[dict[str, Any]]) -> bool:
+    """Whether an assistant message says what its tokens count."""
+    return any(message["role"] == "assistant" and message.get("weight") is not None for message in messages)
 
 
 def content_text(message: dict[str, Any]) -> str:
@@ -122,9 +147,9 @@ def for_template(messages: list[dict[str, Any]], source: str) -> Iterator[list[d
     """A conversation in the forms that a chat template (source: its text) may ask for, the likeliest first.
 
     Without fields that are null, as transformers passes them, and without those that say what is trained on. A
-    developer becomes a system message where the template does not mention that role. Arguments of tool calls are
-    objects, as transformers documents, else JSON text; content that a message with tool calls lacks stays missing,
-    else it is empty, else null.
+    developer becomes a system message where the template does not mention that role. Tool calls are as they came, else
+    with "type" and "function"; their arguments are objects, as transformers documents, else JSON text; content that a
+    message with tool calls lacks stays missing, else it is empty, else null.
     """
     plain = []
     for message in messages:
@@ -139,16 +164,26 @@ def for_template(messages: list[dict[str, Any]], source: str) -> Iterator[list[d
         yield plain
         return
     silent = any("content" not in plain[i] for i in calling)
-    for as_text in (False, True):
+    short = any(not {"type", "function"} <= call.keys() for i in calling for call in plain[i]["tool_calls"])
+    for complete, as_text in itertools.product((False, True) if short else (False,), (False, True)):
         for content in ({}, {"content": ""}, {"content": None}) if silent else ({},):
             result = list(plain)
             for i in calling:
-                calls = [_call(call, as_text) for call in plain[i]["tool_calls"]]
+                calls = [_call(call, complete, as_text) for call in plain[i]["tool_calls"]]
                 result[i] = {**content, **plain[i], "tool_calls": calls}
             yield result
 
 
-def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
+def wrapped(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call with "type" and "function", as transformers documents it, of one that is its name and arguments."""
+    if "function" in call:
+        return {"type": "function", **call}
+    function = {name: call[name] for name in ("name", "arguments") if name in call}
+    return {"type": "function", **{name: call[name] for name in call if name not in function}, "function": function}
+
+
+def _call(call: dict[str, Any], complete: bool, as_text: bool) -> dict[str, Any]:
+    call = wrapped(call) if complete else call
     function = call.get("function", call)
     arguments = function.get("arguments")
     if as_text and not isinstance(arguments, str):

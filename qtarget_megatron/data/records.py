@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
+from qtarget_megatron.data.forms import AUTO
 from qtarget_megatron.data.jsonl import JsonlFile
 
 
@@ -12,6 +13,8 @@ class Records(Protocol):
     """Random access to the records of a file or folder. Records count from 0."""
 
     path: str
+    # One of forms.FORMS; auto where there is no record to tell it.
+    form: str
 
     def __len__(self) -> int:
         """Number of records."""
@@ -28,12 +31,17 @@ class Records(Protocol):
         """Where a record stands, for messages."""
 
     def record(self, index: int) -> dict[str, Any]:
-        """A record as supervision.encode reads it. ValueError names where it stands and what is wrong with it."""
+        """A record as supervision.encode reads it (forms.canonical). ValueError names where it stands and what is wrong
+        with it, which may be another form than that of the others."""
+
+    def raw(self, index: int) -> dict[str, Any]:
+        """A record with its fields as they were written."""
 
     def text(self, index: int) -> str:
         """A record as it was written, JSON in one line."""
 
 
-def open_records(path: str | os.PathLike[str]) -> Records:
-    """The records at a path. ValueError for one that cannot be read."""
-    return JsonlFile(path)
+def open_records(path: str | os.PathLike[str], form: str = AUTO) -> Records:
+    """The records at a path. form: one of forms.FORMS, or auto: that of the first record. ValueError for a path that
+    cannot be read, and for a first record of another form."""
+    return JsonlFile(path, form)

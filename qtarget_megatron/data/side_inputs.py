@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-# What a record holds under a name of its own.
-_RECORD_FIELDS = frozenset({"messages", "prompt", "completion", "tools"})
+from qtarget_megatron.data.forms import FIELDS
+from qtarget_megatron.data.messages import is_finite_number, shown
+
+# The side input that an answer's own weight belongs to.
+WEIGHT = "weight"
 _PREFIX = "input "
 _WHERE_FROM = {
     "old_log_prob": "qtarget score computes it",
-    "weight": "add it, or let qtarget score --reference-hf compute importance weights",
+    WEIGHT: "add it, to the record or its answers, or let qtarget score --reference-hf compute importance weights",
 }
 
 
@@ -29,25 +31,40 @@ def input_name(key: str) -> str | None:
 
 
 def read_side_inputs(
-    record: dict[str, Any], names: Sequence[str], supervised: np.ndarray, *, truncated: bool
+    record: dict[str, Any],
+    names: Sequence[str],
+    supervised: np.ndarray,
+    *,
+    truncated: bool,
+    answer_weights: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """A record's fields of these names, float64 [n] like supervised (bool [n]), 0 where not supervised.
 
     A field is a number (true and false are 1 and 0), which every supervised token gets, or a list with one number per
-    supervised token, in order. truncated: the sample has been cut, so that the list may be longer; its rest is cut
-    likewise. Where no token is supervised the field may be missing. Raises ValueError for a missing field, another
-    number of entries, anything that is no finite number, and a name that is another part of the record.
+    supervised token, in order. Where no token is supervised the field may be missing.
+
+    truncated:      the sample has been cut, so that the list may be longer; its rest is cut likewise.
+    answer_weights: float64 [n], what each token's answer counts, by which "weight" is multiplied; that field may then
+                    be missing too. None where no answer says it.
+
+    Raises ValueError for a missing field, another number of entries, anything that is no finite number, and a name that
+    is another part of the record.
     """
-    if taken := sorted(_RECORD_FIELDS.intersection(names)):
+    if taken := sorted(FIELDS.intersection(names)):
         raise ValueError(f"an objective's token_inputs cannot be named {', '.join(taken)}: rename it")
     inputs = {name: np.zeros(len(supervised)) for name in names}
     if count := int(supervised.sum()):
         for name, values in inputs.items():
-            values[supervised] = _read(record, name, count, truncated)
+            if name != WEIGHT or answer_weights is None:
+                values[supervised] = _read(record, name, count, truncated)
+            elif record.get(name) is None:
+                values[supervised] = answer_weights[supervised]
+            else:
+                values[supervised] = _read(record, name, count, truncated) * answer_weights[supervised]
     return inputs
 
 
-def _read(record: dict[str, Any], name: str, count: int, truncated: bool) -> list[float]:
+def _read(record: dict[str, Any], name: str, count: int, truncated: bool) -> np.ndarray:
     if name not in record:
         hint = _WHERE_FROM.get(name, "add a number, or a list with one number per supervised token")
         raise ValueError(f'the objective needs "{name}", this record has none: {hint}')
@@ -57,23 +74,10 @@ def _read(record: dict[str, Any], name: str, count: int, truncated: bool) -> lis
         numbers = f"{'at least ' if truncated else ''}{count} number{'s' if count > 1 else ''}"
         raise ValueError(f'"{name}": expected a number or {numbers} (one per supervised token), got {len(entries)}')
     for position, entry in enumerate(entries):
-        if not _is_finite_number(entry):
+        if not is_finite_number(entry):
             where = f' at entry {position} of "{name}"' if isinstance(value, list) else ""
-            raise ValueError(f'"{name}": expected a finite number or a list of them, got {_shown(entry)}{where}')
-    return [float(entry) for entry in entries[:count]]
-
-
-def _is_finite_number(value: Any) -> bool:
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # an integer that no double holds
-        return False
-
-
-def _shown(value: Any) -> str:
-    words: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
-    text = words.get(type(value)) or json.dumps(value)
-    return text if len(text) <= 30 else f"{text[:27]}..."
+            raise ValueError(f'"{name}": expected a finite number or a list of them, got {shown(entry)}{where}')
+    return np.array(entries[:count], dtype=np.float64)
 
 
 def importance_weight(

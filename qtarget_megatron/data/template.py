@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import jinja2.compiler
+import jinja2.meta
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -27,13 +28,18 @@ _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+class Unrenderable(ValueError):
+    """A chat template refuses a conversation, fails at it, or passes its bounds."""
+
+
 class ChatTemplate:
     """The chat template of a tokenizer, for one conversation's tools; writes what apply_chat_template writes.
 
-    date:       what strftime_now gives in the template, at midnight.
-    dated:      whether the template asks for it.
-    source:     the template's text, where it is known.
-    has_blocks: whether it marks the assistant's part itself, with ``{% generation %}`` blocks.
+    date:         what strftime_now gives in the template, at midnight.
+    dated:        whether the template asks for it.
+    source:       the template's text, where it is known.
+    has_blocks:   whether it marks the assistant's part itself, with ``{% generation %}`` blocks.
+    leaves_tools: whether there are tools, which the template does not look at.
 
     Raises ValueError where the tokenizer has no template, or one that is no Jinja.
     """
@@ -56,9 +62,10 @@ class ChatTemplate:
         self._date, self._template = date, _compiled(self.source)
         self.has_blocks = bool(_GENERATION_BLOCK.search(self.source))
         self.dated = "strftime_now" in self.source
+        self.leaves_tools = bool(tools) and "tools" not in _variables(self.source)
 
     def render(self, messages: Sequence[dict[str, Any]], generation_prompt: bool = False) -> str:
-        """The text of a conversation. ValueError where the template refuses it, fails, or passes its bounds."""
+        """The text of a conversation. Unrenderable where the template makes none."""
         return self.render_blocks(messages, generation_prompt)[0]
 
     def render_blocks(
@@ -82,12 +89,12 @@ class ChatTemplate:
                     size += len(piece)
                     environment.check_size(size)
         except _PassedBounds as error:
-            raise ValueError(f"{error}: look at the template, and at this record") from None
+            raise Unrenderable(f"{error}: look at the template, and at this record") from None
         except Exception as error:  # whatever the template's expressions may raise
             reason = f"{type(error).__name__}: {one_line(error)}"
             if isinstance(error, jinja2.TemplateError | TypeError):
                 reason = one_line(error)
-            raise ValueError(f"the chat template cannot render this conversation: {reason}") from error
+            raise Unrenderable(f"the chat template cannot render this conversation: {reason}") from error
         return "".join(pieces), blocks
 
 
@@ -121,6 +128,12 @@ def _compiled(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except (jinja2.TemplateError, RecursionError, MemoryError) as error:
         raise ValueError(f"the tokenizer's chat template is no Jinja template: {one_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _variables(source: str) -> frozenset[str]:
+    """The names that a template takes from its caller."""
+    return frozenset(jinja2.meta.find_undeclared_variables(_compiled(source).environment.parse(source)))
 
 
 class _PassedBounds(Exception):

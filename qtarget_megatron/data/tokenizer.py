@@ -54,6 +54,12 @@ def compare_tokenizers(student: Any, teacher: Any, *, limit: int = 3) -> None:
 
 
 @lru_cache(maxsize=8)
+def all_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids that a tokenizer has a token for."""
+    return frozenset(tokenizer.get_vocab().values())
+
+
+@lru_cache(maxsize=8)
 def added_ids(tokenizer: Any) -> frozenset[int]:
     """The ids of a tokenizer's added tokens, special or not, and of its special tokens."""
     return frozenset(tokenizer.added_tokens_decoder) | special_ids(tokenizer)

@@ -35,10 +35,10 @@ HALF = 2**-11 * 12 + TOLERANCE
 TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
 RECORDS = [
     chat("s:Be brief.", "u:Hi", "a:One", "u:And?", "a:Two"),
-    {"prompt": "What is 1 + 1?", "completion": " 2"},
-    {"prompt": "What is the capital?", "completion": " "},  # nothing supervised
-    {"prompt": "é👧", "completion": "Paris " * 40},  # cut to the sequence length
-    {"prompt": "x" * 100, "completion": "cut away"},  # nothing supervised is left
+    chat("u:1 + 1", "a:2"),
+    chat("u:What is the capital?", "a: "),  # nothing supervised
+    chat("u:é👧", "a:" + "Paris " * 40),  # cut to the sequence length
+    chat("u:" + "x" * 100, "a:cut away"),  # nothing supervised is left
 ]
 
 

@@ -33,6 +33,9 @@ def workspace(tmp_path_factory):
     bare = [{"messages": record["messages"]} for record in records]
     write_records(folder / "no-side-inputs.jsonl", bare)
     write_records(folder / "short-side-input.jsonl", [*records[:4], records[4] | {"critical": [1]}, *records[5:]])
+    write_records(folder / "mixed.jsonl", [*records[:3], {"instruction": "a", "output": "b"}])
+    weighed = [*bare[2]["messages"][:1], bare[2]["messages"][1] | {"weight": 0.5}]
+    write_records(folder / "weighed.jsonl", [*records[:2], {"messages": weighed}])
     write_records(folder / "nan.jsonl", [records[0], records[1] | {"weight": float("nan")}])
     (folder / "broken.py").write_text("x = 1\nx / 0\n")
     (folder / "empty.py").write_text("")
@@ -176,6 +179,18 @@ CASES = {
     "training data absent": ({"--sft-train": "absent.jsonl"}, ["absent.jsonl"]),
     "line that is no JSON": ({"--sft-train": "no-json.jsonl"}, ["no-json.jsonl:7", "JSON"]),
     "line without the keys": ({"--sft-train": "no-keys.jsonl"}, ["no-keys.jsonl:4", "messages"]),
+    "record of another form": (
+        {"--sft-train": "mixed.jsonl"},
+        ["mixed.jsonl:4", "the form messages", "got the form alpaca", "split the file", "convert it"],
+    ),
+    "another form than is said": (
+        {"--data-format": "sharegpt"},
+        ["train.jsonl:1", "the form sharegpt", "--data-format", "got the form messages"],
+    ),
+    "weight of an answer that the objective does not read": (
+        {"--sft-train": "weighed.jsonl"},
+        ["weighed.jsonl:3", '"weight"', "neither 0 nor 1", "iw-sft", "weights 0 and 1"],
+    ),
     "model directory absent": ({"--hf-model": "absent"}, ["absent"]),
     "model directory without weights": (
         {"--hf-model": "no-weights"},

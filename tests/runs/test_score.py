@@ -39,13 +39,21 @@ REFERENCE = ["--reference-hf", "teacher"]
 
 RECORDS = [
     chat("s:Be brief.", "u:Hi", "a:One", "u:And?", "a:Two"),
-    {"prompt": "What is 1 + 1?", "completion": " 2", "id": 7, "nested": {"a": [1, 2.5]}},
-    {"prompt": "What is the capital?", "completion": " "},  # nothing supervised
-    {"prompt": "é👧", "completion": "Paris " * 40},  # cut to the sequence length
-    {"prompt": "x" * 100, "completion": "cut away"},  # nothing supervised is left
+    chat("u:1 + 1", "a:2") | {"id": 7, "nested": {"a": [1, 2.5]}},
+    chat("u:What is the capital?", "a: "),  # nothing supervised
+    chat("u:é👧", "a:" + "Paris " * 40),  # cut to the sequence length
+    chat("u:" + "x" * 100, "a:cut away"),  # nothing supervised is left
 ]
 # How it is written must come through: blanks, escapes, a number with a zero at its end, a key given twice.
-ODD = '  {"prompt":"a\\u00e9",   "completion": "b",  "x": 1.50, "x": 1.50 }  '
+QUESTION = '{"role":"user","content":"a\\u00e9"}'
+ODD = f'  {{"messages":[{QUESTION},   {{"role": "assistant","content":"b"}}],  "x": 1.50, "x": 1.50 }}  '
+# One has a weight that scoring does not read.
+FORMS = {
+    "prompt": {"prompt": "1 + 1 =", "completion": " 2"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "é", "weight": 0.5}]},
+    "alpaca": {"instruction": "1 + 1", "input": None, "output": "2"},
+    "tokens": {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,11 @@ def workspace(tmp_path_factory):
     # The first and the last record have no supervised token.
     lines = [special[2], *lines[:9], special[0], "", special[1], ODD, *lines[9:], special[3], special[4], special[2]]
     (folder / "train.jsonl").write_text("\n".join(lines))
-    (folder / "has-field.jsonl").write_text(lines[1] + '\n{"prompt": "a", "completion": "b", "old_log_prob": [3]}\n')
+    scored = json.dumps(chat("u:a", "a:b") | {"old_log_prob": [3]})
+    (folder / "has-field.jsonl").write_text(f"{lines[1]}\n{scored}\n")
+    for form, record in FORMS.items():
+        (folder / f"{form}.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n")
+    (folder / "mixed.jsonl").write_text(f"{lines[1]}\n{json.dumps(FORMS['alpaca'])}\n")
     stale = {"prompt": "a", "completion": "b", "weight": "stale", "note": "n", "old_log_prob": None}
     (folder / "stale.jsonl").write_text("".join(json.dumps(stale | {"completion": c}) + "\n" for c in ("b", " ")))
     (folder / "no-json.jsonl").write_text(lines[1] + "\n{'role': 1}\n")
@@ -130,6 +142,8 @@ BAD = {
     "no folder": (["none/o.jsonl"], "there is no directory none"),
     "no data": (["o.jsonl", "--data", "absent.jsonl"], "absent.jsonl"),
     "no json": (["o.jsonl", "--data", "no-json.jsonl"], "no-json.jsonl:2: expected JSON"),
+    "another form": (["o.jsonl", "--data", "mixed.jsonl"], "mixed.jsonl:2: record: expected the form messages, "),
+    "asked form": (["o.jsonl", "--data-format", "tokens"], "train.jsonl:1: record: expected the form tokens, "),
     "field exists": (["o.jsonl", "--data", "has-field.jsonl"], 'field.jsonl:2: the record has "old_log_prob" already'),
     "no model": (["o.jsonl", "--hf-model", "absent"], "absent"),
     "no reference": (["o.jsonl", "--reference-hf", "absent"], "absent"),
@@ -169,6 +183,7 @@ def one(workspace):
             "overwrite": job("stale-out.jsonl", "--overwrite", *REFERENCE, data="stale.jsonl"),
             "keep": job("stale-kept.jsonl", "--overwrite", data="stale.jsonl"),
             "empty": job("empty-out.jsonl", data="empty.jsonl"),
+            **{form: job(f"{form}-out.jsonl", "--data-format", form, data=f"{form}.jsonl") for form in FORMS},
             "psft": [*training, "--objective", "psft", "--tensorboard-dir", "board-psft"],
             "iw-sft": [*training, "--objective", "iw-sft", "--tensorboard-dir", "board-iw-sft"],
             **{f"bad {name}": job(*words) for name, (words, _) in BAD.items()},
@@ -255,7 +270,7 @@ def test_one_process_scores_like_transformers(workspace, one, log_p):
     weights = [record["weight"] for record in read(workspace / "options.jsonl") if "weight" in record]
     assert 1.25 in weights and min(weights) < 1.25, "both sides of the clamp are met"
     counts = [len(values) for values in log_p["untied"]]
-    assert counts[0] == counts[-1] == counts[-2] == 0 and counts[-3] > 20
+    assert counts[0] == counts[-1] == counts[-2] == 0 and counts[-3] > 15
 
 
 @pytest.mark.parametrize(
@@ -302,6 +317,17 @@ def test_every_line_comes_back_unchanged_but_for_the_fields(workspace, one):
         assert new.startswith(old[:-1].rstrip() + ', "old_log_prob": [')
         assert set(json.loads(new)) - set(json.loads(old)) <= {"old_log_prob", "weight"}
     assert sum(json.loads(line)["old_log_prob"] == [] for line in after) == 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_scored_file_has_the_form_of_the_data(workspace, one, form):
+    assert one[form][0] == 0, one[form]
+    (scored,) = read(workspace / f"{form}-out.jsonl")
+    (name, model), *_ = _models(workspace)
+    expected = _log_p(model, load_tokenizer(workspace / name), FORMS[form])
+    assert len(expected) >= 2
+    assert scored.pop("old_log_prob") == pytest.approx(expected.tolist(), rel=0, abs=TOLERANCE)
+    assert scored == FORMS[form]
 
 
 def test_numbers_restore_every_bit_of_float32(workspace, one, log_p):
@@ -468,7 +494,7 @@ def test_what_is_written_lies_between_the_bounds_that_the_disk_is_looked_at_for(
     for values in numbers:
         lines = [
             scoring.with_fields(
-                file.text(i), file.record(i), options.fields, {"old_log_prob": values, "weight": values[0]}
+                file.text(i), file.raw(i), options.fields, {"old_log_prob": values, "weight": values[0]}
             )
             for i in range(len(file))
         ]

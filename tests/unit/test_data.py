@@ -1,7 +1,13 @@
 """Files of records, tokenizers, and which sample is drawn when."""
 
+import bz2
+import gzip
 import json
+import lzma
+import os
 import pickle
+import shutil
+import subprocess
 from collections import Counter
 
 import numpy as np
@@ -133,6 +139,176 @@ def test_items_outside_the_dataset_are_refused(twenty):
 def test_an_order_without_a_seed_is_refused():
     with pytest.raises(ValueError, match="seed: expected 0 or more, got -1"):
         SampleOrder([3], seed=-1)
+
+
+# ---- files
+
+
+def test_records_are_found_around_blank_lines_and_without_a_last_newline(tmp_path):
+    path = tmp_path / "d.jsonl"
+    records = [{"prompt": "é👧\u2028", "completion": str(i)} for i in range(3)]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_bytes(("\ufeff" + lines[0] + "\r\n\n   \n" + lines[1] + "\n\n" + lines[2]).encode())
+    file = JsonlFile(path)
+    assert len(file) == 3
+    assert [file.record(i) for i in (2, 0, 1)] == [records[2], records[0], records[1]]
+    assert file.where(1) == f"{path}:4"
+    with pytest.raises(IndexError):
+        file.record(3)
+
+
+GOOD = '{"prompt": "a", "completion": "b"}'
+CHATTED = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "One"}]}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a",', "expected JSON, got .* at column"),
+        ("[1]", "record: expected an object, got a list"),
+        ('{"text": "x", "id": 3}', 'expected "prompt" and "completion", got "text", "id"'),
+        ('{"prompt": "a"}', 'expected "prompt" and "completion", got "prompt"'),
+        ('{"prompt": "a", "completion": 3}', '"completion": expected a string, got 3'),
+        ('{"messages": []}', '"messages": expected at least one message, got none'),
+        ('{"messages": {"role": "user"}}', '"messages": expected a list, got an object'),
+        ('{"messages": ["hi"]}', "message 0: expected an object, got a string"),
+        (
+            '{"messages": [{"role": "user"}]}',
+            'message 0: expected "role" and "content", got no "content"',
+        ),
+        (
+            '{"messages": [{"role": "user", "content": null}]}',
+            'message 0, "content": expected a string, got null',
+        ),
+        (
+            '{"messages": [{"role": "bot", "content": "x"}]}',
+            "message 0: expected role system, .*; got 'bot'",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x"}], "tools": {}}',
+            '"tools": expected a list, got an object',
+        ),
+    ],
+)
+def test_malformed_lines_are_named_with_their_number(tmp_path, line, message):
+    good = json.dumps(CHATTED) if "messages" in line else GOOD
+    file = write_lines(tmp_path / "bad.jsonl", [good + "\n", "\n", line + "\n"])
+    assert file.record(0) == json.loads(good)
+    with pytest.raises(ValueError, match=r"bad\.jsonl:3: .*" + message) as caught:
+        file.record(1)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "\xff", "completion": ""}\n')
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: expected UTF-8"):
+        JsonlFile(tmp_path / "d.jsonl").record(0)
+
+
+def test_missing_or_changed_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="No such file"):
+        JsonlFile(tmp_path / "none.jsonl")
+    file = write_lines(tmp_path / "d.jsonl", [GOOD + "\n"])
+    (tmp_path / "d.jsonl").write_text("\n" + GOOD + "\n")
+    with pytest.raises(ValueError, match="changed: it had 35 bytes, now 36"):
+        file.record(0)
+
+
+def rewritten(path, text):
+    """Write into the file that there is, a moment later: another time, the same file and size."""
+    later = os.stat(path).st_mtime_ns + 10**6
+    with open(path, "r+") as file:
+        file.write(text)
+    os.utime(path, ns=(later, later))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_data_that_is_rewritten_with_the_same_size_is_noticed(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(GOOD + "\n" + GOOD + "\n")
+    file = JsonlFile(path)
+    worker = pickle.loads(pickle.dumps(file))
+    assert file.record(1) == worker.record(1) == json.loads(GOOD)
+    # the same contents at another time are the same data: copied again, or touched
+    rewritten(path, GOOD)
+    assert file.record(0) == json.loads(GOOD)
+    rewritten(path, GOOD.replace("b", "c"))
+    for reader in (file, worker, pickle.loads(pickle.dumps(file))):
+        with pytest.raises(ValueError, match="d.jsonl' changed: it has other contents of the same size") as caught:
+            reader.record(1)
+        assert "\n" not in str(caught.value)
+    # a file that takes its place is looked at when it is opened
+    data = JsonlFile(path)
+    other = tmp_path / "other.jsonl"
+    other.write_text(GOOD + "\n" + GOOD + "\n")
+    os.replace(other, path)
+    with pytest.raises(ValueError, match="other contents"):
+        data_in_a_worker = pickle.loads(pickle.dumps(data))
+        data_in_a_worker.record(0)
+    # in a worker of the data loader
+    read = write_lines(tmp_path / "read.jsonl", [GOOD + "\n"] * 20)
+    samples = dataset(read, byte_tokenizer(), num_samples=40)
+    rewritten(read.path, GOOD.replace("b", "c"))
+    with pytest.raises(ValueError, match="other contents of the same size"):
+        list(torch.utils.data.DataLoader(samples, batch_size=5, num_workers=1))
+
+
+def test_a_file_is_indexed_once_in_a_process(tmp_path, monkeypatch):
+    file = write_lines(tmp_path / "d.jsonl", [GOOD + "\n"])
+    again = JsonlFile(tmp_path / "d.jsonl")
+    assert again._index is file._index
+    (tmp_path / "d.jsonl").write_text(GOOD + "\n" + GOOD + "\n")
+    assert len(JsonlFile(tmp_path / "d.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (gzip.compress(GOOD.encode(), mtime=0), "is gzip, expected JSON lines in UTF-8: unpack it: gunzip"),
+        (bz2.compress(GOOD.encode()), "is bzip2"),
+        (lzma.compress(GOOD.encode()), "is xz"),
+        (b"\x28\xb5\x2f\xfd\x24\x00", "is zstd"),
+        (b"PK\x03\x04\x14\x00", "is a zip archive"),
+        (b"PAR1\x15\x04\x15", "is parquet, .*read_parquet"),
+        (b"ARROW1\x00\x00", "is arrow, "),
+        (b"\xff\xff\xff\xff\x10\x00", "is an arrow stream"),
+        (GOOD.encode("utf-16"), "is UTF-16 text, .*iconv -f UTF-16"),
+        (GOOD.encode("utf-32"), "is UTF-32 text"),
+        (GOOD.encode("utf-16-le"), "holds zero bytes"),
+        (f"[{GOOD}, {GOOD}]".encode(), r":1: .*a JSON array: .*jq -c '\.\[\]'"),
+        (f"[\n{GOOD},\n{GOOD}]".encode(), r":1: .*a JSON array"),
+        (json.dumps([CHATTED], indent=1).encode(), r":1: .*a JSON array"),
+        (("\n" + json.dumps(CHATTED, indent=1)).encode(), r":2: .*JSON spread over lines: .*jq -c \."),
+        (b"prompt,completion\na,b\n", r":1: .*CSV.*read_csv"),
+        (b"prompt\tcompletion\na\tb\n", r":1: .*CSV"),
+        (b'"prompt', r":1: expected JSON"),
+        (b"[" * 100_000, r":1: expected a record, got JSON nested too deep"),
+        (b'{"prompt": "a", "completion": ' + b"[" * 100_000 + b"\n", ":1: expected a record, got JSON nested too deep"),
+    ],
+    ids=lambda value: ascii(value[:24]) if isinstance(value, bytes) else "",
+)
+def test_a_file_of_another_format_is_named_when_it_is_opened(tmp_path, contents, message):
+    (tmp_path / "d.jsonl").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"d\.jsonl.*" + message) as caught:
+        JsonlFile(tmp_path / "d.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="the recipes are jq's")
+@pytest.mark.parametrize(
+    "contents",
+    [json.dumps([CHATTED, CHATTED], indent=1), json.dumps(CHATTED, indent=1)],
+    ids=["array", "spread"],
+)
+def test_the_recipe_that_is_given_makes_the_records(tmp_path, contents):
+    path = tmp_path / "d.jsonl"
+    path.write_text(contents)
+    with pytest.raises(ValueError) as caught:
+        JsonlFile(path)
+    recipe = str(caught.value)[str(caught.value).index("jq ") :].replace("> data.jsonl", f"> {tmp_path}/data.jsonl")
+    subprocess.run(recipe, shell=True, check=True)
+    converted = JsonlFile(tmp_path / "data.jsonl")
+    assert all(converted.record(i) == CHATTED for i in range(len(converted)))
 
 
 # ---- tokenizers

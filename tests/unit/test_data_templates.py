@@ -356,7 +356,7 @@ def test_an_answer_goes_on_from_the_thinking_that_the_prompt_opens():
 
 
 @pytest.mark.parametrize("form", [CHATML, GENERATION])
-@pytest.mark.parametrize("field", ["weight", "train", "training", "train_on_turn"])
+@pytest.mark.parametrize("field", ["weight", "loss", "train", "training", "train_on_turn"])
 def test_an_answer_can_be_left_out(form, field):
     tokenizer = byte_tokenizer(form)
     record = chat("u:Hi", "a:One", "u:And?", "a:Two")
@@ -375,8 +375,13 @@ def test_an_answer_can_be_left_out(form, field):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": 0.5}, '"weight": expected 0 or 1, .* got 0.5 .*whole record'),
-        ({"weight": -1}, "expected 0 or 1"),
+        ({"weight": -1}, '"weight": expected a number, 0 or more.* got -1'),
+        ({"weight": "0.5"}, '"weight": expected a number, 0 or more.* got a string'),
+        ({"weight": float("nan")}, "got NaN"),
+        ({"weight": 10**400}, "got 10000"),
+        ({"weight": 0.5, "train": False}, "weight and train contradict"),
+        ({"loss": 0.5}, '"loss": expected 0 or 1, false or true.* got 0.5'),
+        ({"loss": True, "weight": 0}, "weight and loss contradict"),
         ({"train": "no"}, '"train": expected 0 or 1, false or true'),
         ({"weight": 1, "train": False}, "weight and train contradict"),
         ({"train_detail": []}, '"train_detail" .* is not supported'),

@@ -57,10 +57,10 @@ def workspace(tmp_path_factory):
     (folder / "no-model").mkdir()
     byte_tokenizer(CHATML).save_pretrained(folder / "no-model")
     turns = [("user", "Hi"), ("assistant", "The capital"), ("user", "More <b>?"), ("assistant", HOSTILE)]
+    speakers = {"user": "human", "assistant": "gpt"}
     records = [
-        {"prompt": "1 + 1 =", "completion": " 2"},
-        {"messages": [{"role": role, "content": text} for role, text in turns], "weight": 1.5},
-        {"prompt": "1 + 1 =", "completion": "  "},
+        {"conversations": [{"from": speakers[role], "value": text} for role, text in talk], "weight": 1.5}
+        for talk in (turns[:2], turns, [*turns[:1], ("assistant", "  ")])
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
@@ -278,6 +278,10 @@ ONE = ("--prompt", "1", "--completion", "2")
         (("--data", "{}/data.jsonl", "--index", "3"), "--index must be in 0..2"),
         (("--data", "{}/data.jsonl", "--index", "2"), "no token is supervised within --seq-length 1024"),
         (("--data", "{}/missing.jsonl"), "No such file"),
+        (
+            ("--data", "{}/data.jsonl", "--data-format", "alpaca"),
+            "data.jsonl:1: .*form alpaca, .*got the form sharegpt",
+        ),
         (("--data", "{}/data.jsonl", "--objective", "psft"), 'data.jsonl:1: .*"old_log_prob"'),
         ((*ONE, "--hf-model", "{}/missing"), "expected a directory"),
         ((*ONE, "--hf-model", "{}/no-model"), "transformers cannot load a model"),

@@ -72,7 +72,7 @@ def cache_teacher(options: CacheOptions, words: list[str], *, cpu: bool = False)
         teacher_tokenizer, tokenizer = tokenizer, load_model_tokenizer(options.student, student)
         compare_tokenizers(tokenizer, teacher_tokenizer)
         vocab_size = min(vocab_size, student.vocab_size)
-    file = open_records(options.data)
+    file = open_records(options.data, options.data_format)
     options.check(arch)
     digests = options.model_digests()
     header = CacheHeader(

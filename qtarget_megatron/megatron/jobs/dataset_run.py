@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from qtarget_megatron import kernels
-from qtarget_megatron.data import Batch, EncodedSample, Records, encode_at, training_item
+from qtarget_megatron.data import AUTO, Batch, EncodedSample, Records, encode_at, training_item
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.megatron.jobs.open_model import OpenModel, open_model
 from qtarget_megatron.megatron.model.output_context import OutputContext
@@ -44,6 +44,7 @@ class RunOptions:
     """What runs over what, into what.
 
     data:            JSONL as for training.
+    data_format:     form of its records, one of forms.FORMS, or auto.
     seq_length:      samples are cut to it as in training.
     load, ckpt_step: Megatron checkpoint with the model's weights, and its iteration; default the weights of hf_model.
     data_date:       YYYY-MM-DD, of chat templates that write it; default today on the first rank.
@@ -53,6 +54,7 @@ class RunOptions:
     data: Path
     out: Path
     seq_length: int
+    data_format: str = AUTO
     load: Path | None = None
     ckpt_step: int | None = None
     data_date: str | None = None

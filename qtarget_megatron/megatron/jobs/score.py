@@ -81,7 +81,7 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
     cpu_platform.activate(requested=cpu)
     arch = Architecture.from_hf(options.hf_model)
     tokenizer = load_model_tokenizer(options.hf_model, arch)
-    file = open_records(options.data)
+    file = open_records(options.data, options.data_format)
     options.check(arch)
     if writes_date(tokenizer):
         options = replace(options, data_date=options.data_date or _date_begun(options))
@@ -114,6 +114,7 @@ def _made_from(options: ScoreOptions, file: Records, words: list[str]) -> dict[s
     """What the result depends on, by the flag that says it; not the layout."""
     made_from: dict[str, Any] = {
         "--data": file.digest,
+        "--data-format": file.form,
         "--seq-length": options.seq_length,
         "precision (--bf16, --fp16)": precision_flags(words),
         **options.model_digests(),
@@ -150,7 +151,7 @@ def check_room(options: ScoreOptions, file: Records, num_tokens: int, written: i
 def _check_record(options: ScoreOptions, file: Records, index: int) -> None:
     if options.overwrite:
         return
-    record = file.record(index)
+    record = file.raw(index)
     if present := [f'"{name}"' for name in options.fields if name in record]:
         raise ValueError(
             f"{file.where(index)}: the record has {' and '.join(present)} already: give --overwrite to replace it"
@@ -211,7 +212,7 @@ class _Scoring:
                 *log_p.tolist(), temperature=self.options.temperature, maximum=self.options.max_weight
             )
             fields["weight"] = _rounded(weight)
-        return with_fields(self.file.text(index), self.file.record(index), self.options.fields, fields)
+        return with_fields(self.file.text(index), self.file.raw(index), self.options.fields, fields)
 
     def _check_finite(self, index: int, log_p: np.ndarray) -> None:
         models = [f"--hf-model {self.options.hf_model}", f"--reference-hf {self.options.reference}"]

@@ -11,6 +11,7 @@ import torch
 
 from qtarget_megatron import kernels, objectives
 from qtarget_megatron.data import alignment
+from qtarget_megatron.data.forms import add_data_format
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.loss.linear_cross_entropy import AUTO
@@ -102,9 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--sft-train",
         nargs="+",
         metavar="FILE[:WEIGHT]",
-        help='training data, JSONL: each line {"messages": [...]} or {"prompt": ..., "completion": ...}. Of several '
-        "sources an epoch has every sample once, or, with weights, as many samples in these shares: a.jsonl:0.7 "
-        "b.jsonl:0.3",
+        help='training data, JSONL: a record in each line, {"messages": [...]}, {"prompt": ..., "completion": ...} or '
+        "another form of --data-format. Of several sources an epoch has every sample once, or, with weights, as many "
+        "samples in these shares: a.jsonl:0.7 b.jsonl:0.3",
     )
     group.add_argument(
         "--sft-valid",
@@ -114,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "whole, every sample once, or its first --eval-iters * --global-batch-size rows. Of several sets each has its "
         "own lines in the log, by its name or the file's",
     )
+    add_data_format(group)
     group.add_argument(
         "--pack",
         action=argparse.BooleanOptionalAction,

@@ -214,9 +214,15 @@ class DatasetProvider:
         """Every rank reads its share of the source, once."""
         if path not in self._opened:
             args, cache = self.args, self._caches.get(path)
-            records, cut = open_records(path), cut_length(args)
+            records, cut = open_records(path, args.data_format), cut_length(args)
 
             def check(index: int, sample: EncodedSample) -> None:
+                if sample.weighted:
+                    raise ValueError(
+                        f'{records.where(index)}: an answer has a "weight" that is neither 0 nor 1, which objective '
+                        f'{self.objective.name} does not read: train with one that has the side input "weight", as '
+                        "iw-sft, or give weights 0 and 1"
+                    )
                 if sample.truncated and args.long_samples == "refuse":
                     raise ValueError(
                         f"{records.where(index)}: the record has more than --seq-length {cut} tokens: raise it, or "

@@ -68,7 +68,7 @@ def inspect(
     path = None
     if len(records) >= _KEPT_FROM and (check is None or checked_by is not None):
         path = on_first_rank(
-            lambda: _kept_at(records, tokenizer, [seq_length, list(token_inputs), str(date), checked_by])
+            lambda: _kept_at(records, tokenizer, [records.form, seq_length, list(token_inputs), str(date), checked_by])
         )
     if path is not None and (known := on_first_rank(lambda: _read(path, len(records)))) is not None:
         return known
