@@ -36,6 +36,9 @@ def workspace(tmp_path_factory):
     write_records(folder / "mixed.jsonl", [*records[:3], {"instruction": "a", "output": "b"}])
     weighed = [*bare[2]["messages"][:1], bare[2]["messages"][1] | {"weight": 0.5}]
     write_records(folder / "weighed.jsonl", [*records[:2], {"messages": weighed}])
+    weighted = [turn | ({"weight": 0.5} if turn["role"] == "assistant" else {}) for turn in records[1]["messages"]]
+    write_records(folder / "weighted.jsonl", [bare[0], {"messages": weighted}])
+    (folder / "blank.jsonl").write_text("\n\n")
     write_records(folder / "nan.jsonl", [records[0], records[1] | {"weight": float("nan")}])
     (folder / "broken.py").write_text("x = 1\nx / 0\n")
     (folder / "empty.py").write_text("")
@@ -118,6 +121,40 @@ CASES = {
     "side input that is no number": (
         {"--objective": "iw-sft", "--objective-args": None, "--sft-train": "nan.jsonl"},
         ["nan.jsonl:2", '"weight"', "finite number", "NaN"],
+    ),
+    "a weight that the objective does not read": (
+        {"--sft-train": "weighted.jsonl"},
+        ["weighted.jsonl:2", '"weight"', "neither 0 nor 1", "iw-sft"],
+    ),
+    "a source of no weight": ({"--sft-train": "train.jsonl:0"}, ["train.jsonl:0", "a weight above 0, got 0"]),
+    "a source that is gone": ({"--sft-train": "gone.jsonl:2"}, ["gone.jsonl'", "No such file"]),
+    "a source that is empty": ({"--sft-train": "blank.jsonl"}, ["blank.jsonl", "holds no records"]),
+    "held-out data that are gone": ({"--sft-valid": "name=gone.jsonl"}, ["gone.jsonl", "No such file"]),
+    "epochs and steps": ({"--epochs": 2}, ["--epochs", "--train-iters", "drop one of them"]),
+    "no epochs": ({"--epochs": 0, "--train-iters": None}, ["--epochs", "above 0, got 0"]),
+    "a warm-up that is longer than the epochs": (
+        {"--epochs": 1, "--train-iters": None, "--lr-warmup-iters": 400},
+        ["--lr-warmup-iters 400", "shorter warm-up"],
+    ),
+    "rows that hold no sample": (
+        {"--max-tokens-per-row": 16},
+        ["--max-tokens-per-row 16", "--seq-length 32"],
+    ),
+    "samples longer than a row, not to be cut": (
+        {"--long-samples": "refuse", "--seq-length": 16},
+        ["train.jsonl:", "more than --seq-length 16", "cut or skip"],
+    ),
+    "rows that cannot be packed": (
+        {"--moe-router-load-balancing-type": "seq_aux_loss"},
+        ["seq_aux_loss", "--no-pack"],
+    ),
+    "held-out sets in Megatron's words": (
+        {"--validation-set-names": "one"},
+        ["--sft-valid NAME=FILE"],
+    ),
+    "caches for other sources": (
+        {"--objective": "kd", "--objective-args": None, "--teacher-cache": "used", "--sft-train": None},
+        ["--sft-train"],
     ),
     "objective file absent": ({"--objective-file": "absent.py"}, ["absent.py", "expected a Python file"]),
     "objective file that fails": ({"--objective-file": "broken.py"}, ["broken.py:2", "ZeroDivisionError"]),

@@ -323,7 +323,7 @@ class DatasetProvider:
 
     @property
     def held_out_names(self) -> tuple[str, ...]:
-        """Of the held-out sets, where there are several."""
+        """Names of the held-out sets, where there are several."""
         return tuple(held_out.name for held_out, _ in self._held_out) if len(self._held_out) > 1 else ()
 
     def _samples(self, source: Inspected, held_out: int | None) -> Any:
