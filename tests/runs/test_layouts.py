@@ -21,9 +21,11 @@ FACTORS = {
     "PP": (1, 2),
     "VPP": (1, 2),
     "DP": (1, 2),
+    "CP": (1, 2),
     "EP": (1, 2),
     "sequence parallel": (False, True),
     "distributed optimizer": (False, True),
+    "packed": (False, True),
     "dtype": ("float32", "bfloat16"),
     "student": ("untied", "tied", "experts"),
     "teacher": (False, True),
@@ -31,7 +33,7 @@ FACTORS = {
 
 
 def world_size(row):
-    return row["TP"] * row["PP"] * row["DP"]
+    return row["TP"] * row["PP"] * row["DP"] * row["CP"]
 
 
 def possible(row):
@@ -71,12 +73,14 @@ def student(row):
 
 def kind(row):
     """What one process has to train to be compared with a row."""
-    return f"{student(row)} {'target-sft' if row['teacher'] else 'sft'} in {row['dtype']}"
+    packed = ", packed" if row["packed"] else ""
+    return f"{student(row)} {'target-sft' if row['teacher'] else 'sft'} in {row['dtype']}{packed}"
 
 
 def name(row):
-    degrees = "".join(f"{key}{row[key]}" for key in ("TP", "PP", "VPP", "DP", "EP") if row[key] > 1)
-    return " ".join([kind(row), "at", degrees, *(key for key, value in row.items() if value is True)])
+    degrees = "".join(f"{key}{row[key]}" for key in ("TP", "PP", "VPP", "DP", "CP", "EP") if row[key] > 1)
+    more = (key for key in ("sequence parallel", "distributed optimizer") if row[key])
+    return " ".join([kind(row), "at", degrees, *more])
 
 
 def words(workspace, row):
@@ -85,11 +89,12 @@ def words(workspace, row):
         flags += ["--objective", "target-sft", "--objective-args", "eta=0.4", "--teacher-hf", workspace / "teacher"]
     else:
         flags += ["--objective", "sft"]
+    flags += ["--pack", "--seq-length", 64] if row["packed"] else []
     return flags + (["--bf16"] if row["dtype"] == "bfloat16" else []) + OPTIONS
 
 
 def layout(row):
-    flags = [*tp(row["TP"]), *pp(row["PP"])]
+    flags = [*tp(row["TP"]), *pp(row["PP"]), "--context-parallel-size", row["CP"]]
     if row["VPP"] > 1:
         flags += ["--num-virtual-stages-per-pipeline-rank", row["VPP"]]
     if row["student"] == "experts":
