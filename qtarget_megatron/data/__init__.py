@@ -18,7 +18,7 @@ from qtarget_megatron.data.dataset import (
 from qtarget_megatron.data.jsonl import JsonlFile
 from qtarget_megatron.data.messages import ROLES
 from qtarget_megatron.data.packed import PackedDataset
-from qtarget_megatron.data.records import Records, open_records
+from qtarget_megatron.data.records import ConcatenatedRecords, Records, open_records
 from qtarget_megatron.data.rows import alignment
 from qtarget_megatron.data.supervision import EncodedSample, encode, encode_at
 from qtarget_megatron.data.template import writes_date
@@ -29,6 +29,7 @@ __all__ = [
     "IGNORE_INDEX",
     "ROLES",
     "Batch",
+    "ConcatenatedRecords",
     "EncodedSample",
     "JsonlFile",
     "PackedDataset",

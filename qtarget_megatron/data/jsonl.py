@@ -8,11 +8,13 @@ import json
 import os
 from array import array
 from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qtarget_megatron.data.messages import check_messages, expect
+from qtarget_megatron.resumable import file_digest
 
 _PANDAS = (
     "convert it: python -c \"import pandas as p; p.{}('FILE').to_json('data.jsonl', orient='records', lines=True)\""
@@ -42,6 +44,11 @@ _ALPACA = (
     'jq -c \'{messages: [{role: "user", content: (.instruction + (if (.input // "") == "" then "" else "\\n\\n" + '
     '.input end))}, {role: "assistant", content: .output}]}\' FILE > data.jsonl'
 )
+
+
+def binary_kind(head: bytes) -> tuple[str, str] | None:
+    """What the first 16 bytes of a file say that it is, and how JSON lines are made of it; None for text."""
+    return next((known for magic, known in _BINARY.items() if head.startswith(magic)), None)
 
 
 def check_record(record: Any) -> None:
@@ -87,24 +94,28 @@ class JsonlFile:
     at each record, by size and time. A file may be empty.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], *, unpacked: str | os.PathLike[str] | None = None):
+        """unpacked: the file that is read, where the one of this path is compressed."""
         self.path = str(path)
+        self._file = str(unpacked or path)
         self._handle: FileIO | None = None
         try:
-            with open(self.path, "rb") as file:
-                self._state = _state(file.fileno())
+            with open(self._file, "rb") as file:
+                self._state = file_state(file.fileno())
                 self._check_format(file.read(16))
-            self._index, self.digest = _indexed(os.path.abspath(self.path), self._state)
+            self._index, self.digest = self._read_index()
         except OSError as error:
-            raise ValueError(f"data file {self.path!r}: {error.strerror}") from error
+            raise ValueError(f"data file {self._file!r}: {error.strerror}") from error
         if len(self._index):
             self._check_first()
 
+    def _read_index(self) -> tuple[np.ndarray, str]:
+        return _indexed(os.path.abspath(self._file), self._state)
+
     def _check_format(self, head: bytes) -> None:
-        for magic, (kind, advice) in _BINARY.items():
-            if head.startswith(magic):
-                advice = advice.replace("FILE", self.path)
-                raise ValueError(f"data file {self.path!r} is {kind}, expected JSON lines in UTF-8: {advice}")
+        if (found := binary_kind(head)) is not None:
+            kind, advice = found[0], found[1].replace("FILE", self._file)
+            raise ValueError(f"data file {self.path!r} is {kind}, expected JSON lines in UTF-8: {advice}")
         if b"\x00" in head and head.strip(b"\x00"):
             raise ValueError(
                 f"data file {self.path!r} holds zero bytes, as UTF-16 or a binary format does, expected JSON lines in "
@@ -120,15 +131,15 @@ class JsonlFile:
                 raise
             several = f"data file {where}: expected one record in each line, got"
             if line.startswith("[") and line.lstrip("[ {")[:1] in ('"', ""):
-                advice = _LINES.replace("FILE", self.path)
+                advice = _LINES.replace("FILE", self._file)
                 raise ValueError(f"{several} a JSON array: write its entries as lines: {advice}") from error
             if line.startswith("{") and not line.endswith("}") and _is_spread(line):
-                advice = f"jq -c . {self.path} > data.jsonl"
+                advice = f"jq -c . {self._file} > data.jsonl"
                 raise ValueError(f"{several} JSON spread over lines: write each record in one: {advice}") from error
             if not line.startswith(("{", "[", '"')) and ("," in line or "\t" in line):
-                advice = _PANDAS.format("read_csv").replace("FILE", self.path)
+                advice = _PANDAS.format("read_csv").replace("FILE", self._file)
                 raise ValueError(f"{several} what looks like CSV ({line[:40]!r}): {advice}") from error
-            raise ValueError(str(error).replace("FILE >", f"{self.path} >")) from error
+            raise ValueError(str(error).replace("FILE >", f"{self._file} >")) from error
 
     def __len__(self) -> int:
         return len(self._index)
@@ -147,13 +158,13 @@ class JsonlFile:
 
     def record(self, index: int) -> dict[str, Any]:
         """The record at ``index``, of one of the two forms; otherwise ValueError with its line."""
-        text = self.text(index)
+        text = self._written(index).rstrip(" \t\r\n")
         try:
             record: dict[str, Any] = json.loads(text)
             check_record(record)
         except json.JSONDecodeError as error:
-            came = f"{error.msg} at column {error.colno}"
-            raise ValueError(f"{self.where(index)}: expected JSON, got {came}") from error
+            where = f"{self.path}:{self._index[index, 2] + error.lineno - 1}"
+            raise ValueError(f"{where}: expected JSON, got {error.msg} at column {error.colno}") from error
         except RecursionError as error:
             raise ValueError(f"{self.where(index)}: expected a record, got JSON nested too deep to read") from error
         except ValueError as error:
@@ -162,14 +173,17 @@ class JsonlFile:
 
     def text(self, index: int) -> str:
         """The line of a record as it stands in the file; ValueError where it is not UTF-8."""
+        return self._written(index)
+
+    def _written(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.path}")
         if self._handle is None:
             try:
-                self._handle = open(self.path, "rb", buffering=0)
+                self._handle = open(self._file, "rb", buffering=0)
             except OSError as error:
-                raise ValueError(f"data file {self.path!r}: {error.strerror}") from error
-        if (state := _state(self._handle.fileno())) != self._state:
+                raise ValueError(f"data file {self._file!r}: {error.strerror}") from error
+        if (state := file_state(self._handle.fileno())) != self._state:
             self._check_contents(state)
         start, length, _ = self._index[index].tolist()
         # pread, not seek and read: forked workers share one file position.
@@ -180,28 +194,37 @@ class JsonlFile:
             raise ValueError(f"{self.where(index)}: expected UTF-8, got {error.reason}") from error
 
     def _check_contents(self, state: tuple[int, ...]) -> None:
-        """ValueError unless a file that was touched, replaced or moved still has the same contents."""
-        before, now = self._state[0], state[0]
-        what = f"it had {before} bytes, now {now}" if before != now else "it has other contents of the same size"
-        digest = ""
-        if before == now:
-            with open(self.path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if before != now or digest != self.digest:
+        try:
+            check_contents(self._file, self.digest, self._state, state)
+        except ValueError:
             if self._handle is not None:
                 self._handle.close()
                 self._handle = None
-            raise ValueError(f"data file {self.path!r} changed: {what}: start again from data that stays as it is")
+            raise
         self._state = state
 
 
-def _state(descriptor: int) -> tuple[int, ...]:
-    """What changes when a file is written: size first."""
-    found = os.fstat(descriptor)
+def file_state(file: int | str) -> tuple[int, ...]:
+    """What changes when a file, a path or descriptor, is written: size first."""
+    found = os.stat(file)
     return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
 
 
-@functools.lru_cache(maxsize=4)
+def check_contents(path: str, digest: str, before: tuple[int, ...], now: tuple[int, ...]) -> None:
+    """ValueError unless a file that was touched, replaced or moved still has the same contents.
+
+    digest: SHA-256 of what they were. before, now: its file_state() then and now.
+    """
+    what = f"it had {before[0]} bytes, now {now[0]}"
+    if before[0] == now[0]:
+        what = "it has other contents of the same size"
+        if file_digest(Path(path)) == digest:
+            return
+    raise ValueError(f"data file {path!r} changed: {what}: start again from data that stays as it is")
+
+
+# As many as a folder may hold.
+@functools.lru_cache(maxsize=1024)
 def _indexed(path: str, state: tuple[int, ...]) -> tuple[np.ndarray, str]:
     """(start, length, line number) of each record, int64 [n, 3], and the file's SHA-256: read once in a process."""
     index, position, digest = array("q"), 0, hashlib.sha256()
