@@ -22,7 +22,7 @@ def cache_folder(name: str) -> Path:
 
 def cannot_write(what: str, folder: str | os.PathLike[str], error: OSError) -> ValueError:
     """The error of a copy that cannot be written to a folder."""
-    why = error.strerror or str(error)
+    why = str(error) if error.errno is None else os.strerror(error.errno)
     return ValueError(
         f"{what} cannot be written to {os.fspath(folder)}: {why}: make room there, or name another folder by {VARIABLE}"
     )

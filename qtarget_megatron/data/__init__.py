@@ -1,10 +1,10 @@
-"""Instruction data from JSON lines: which tokens are trained on, nothing of how ranks share them.
+"""Instruction data: which tokens are trained on, nothing of how ranks share them.
 
-One record per line: ``{"messages": [{"role": ..., "content": ...}, ...]}``, rendered by the
-tokenizer's chat template, with the assistant messages as targets; or ``{"prompt": ...,
-"completion": ...}`` with the completion as target. Fields that an objective asks for are its side
-inputs (qtarget_megatron.data.side_inputs), other fields are ignored. Everything here depends on the
-record, the tokenizer and the seed only, so every parallel layout sees the same samples.
+Records come from JSON lines or other files (qtarget_megatron.data.records). One holds ``{"messages": [{"role": ...,
+"content": ...}, ...]}``, rendered by the tokenizer's chat template, with the assistant messages as targets; or
+``{"prompt": ..., "completion": ...}`` with the completion as target. Fields that an objective asks for are its side
+inputs (qtarget_megatron.data.side_inputs), other fields are ignored. Everything here depends on the record, the
+tokenizer and the seed only, so every parallel layout sees the same samples.
 """
 
 from qtarget_megatron.data.batch import Batch

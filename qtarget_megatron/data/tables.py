@@ -197,7 +197,7 @@ def _reading(kind: Any, path: str, column: str) -> _Reading:
         return _readings(kind, path, f"{column}.")
     elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         entries = _reading(kind.value_type, path, column)
-        return entries and [entries]
+        return None if entries is None else [entries]
     raise ValueError(
         f'data file {path!r}, column "{column}": expected text, numbers, true and false, lists or objects, got '
         f"{name[:60]}, which JSON does not have: leave the column out, or write it as text"
@@ -246,6 +246,8 @@ def _opened(file: str, path: str, kind: str, digest: str, cache: str | None, map
     with _one_line(path):
         schema = _schema(file, kind)
     _readings(schema, path)
+    if "::" in file and not mapped:
+        raise ValueError(f"data file {path!r}: expected a path without '::', which datasets takes apart: rename it")
     with _one_line(path, None if mapped else cache or str(datasets.config.HF_DATASETS_CACHE)):
         rows = datasets.Dataset.from_file(file) if mapped else _copied(file, path, kind, digest, cache)
         return rows.with_format("arrow") if rows is not None and len(rows) else None
@@ -280,7 +282,7 @@ def _copied(file: str, path: str, kind: str, digest: str, cache: str | None) -> 
         "cache_dir": cache,
         # Not the time of the file: other contents are another copy.
         "hash": f"{digest[:32]}-{datasets.__version__}",
-        "data_files": DataFilesDict({"train": DataFilesList([file], [(digest,)])}),
+        "data_files": DataFilesDict({"train": DataFilesList([file], [()])}),
     }
     builder = Parquet(batch_size=_ROWS, **options) if kind == "parquet" else Arrow(**options)
     if not os.path.exists(builder.cache_dir):
@@ -301,6 +303,10 @@ def _one_line(path: str, copies: str | None = None) -> Iterator[None]:
             chain.append(cause)
         # An error of the system has a number, one of the contents has none.
         found = next((e for e in chain if isinstance(e, OSError) and e.errno is not None), None)
+        if isinstance(found, FileNotFoundError) and copies is not None:
+            raise ValueError(
+                f"data file {path!r}: its Arrow copy lacks a file: delete the rest of that folder: {found}"
+            ) from error
         if found is not None and copies is not None:
             raise cannot_write(f"data file {path!r}, as an Arrow copy,", copies, found) from error
         why = next((e for e in chain if type(e).__name__ != "DatasetGenerationError"), error)
