@@ -62,7 +62,9 @@ ALLOWED = {
     # The wings of the plug-in, each above those that it imports.
     "megatron": {"data", "objectives", "statistics", "loss.linear_cross_entropy", "megatron.training"},
     "megatron.runtime": {"command_line", "data", "huggingface", "objectives", "parallel_layout"},
-    "megatron.faults": {"_version", "command_line", "huggingface", "output_lock", "resumable", "megatron.runtime"},
+    "megatron.faults": {
+        "_version", "command_line", "data", "huggingface", "output_lock", "resumable", "megatron.runtime",
+    },
     "megatron.weights": {"huggingface", "megatron.runtime", "megatron.faults"},
     "megatron.model": {"huggingface", "megatron.runtime", "megatron.weights"},
     "megatron.training": {

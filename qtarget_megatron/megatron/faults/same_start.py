@@ -21,12 +21,13 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from qtarget_megatron._version import versions
+from qtarget_megatron.data import open_records
 from qtarget_megatron.resumable import file_digest
 
 # What these name is compared by its contents: nodes may have copies of their own.
-_FILES = ("sft_train", "sft_valid", "objective_file")
+_DATA = ("sft_train", "sft_valid")
 _MODELS = ("hf_model", "teacher_hf", "teacher_cache", "teacher_cache_valid")
-_FREE = {*_FILES, *_MODELS, "tensorboard_dir", "wandb_save_dir", "local_rank"}
+_FREE = {*_DATA, *_MODELS, "objective_file", "tensorboard_dir", "wandb_save_dir", "local_rank"}
 _TEXTS = (".json", ".jinja", ".model", ".txt")
 _starts = itertools.count()
 
@@ -42,7 +43,12 @@ def identity(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, str]:
         key = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and key not in _FREE:
             found[flag] = f"{flag} {getattr(args, key, '')}".strip()
-    for key, digest in (*((key, file_digest) for key in _FILES), *((key, _contents_digest) for key in _MODELS)):
+    digests: dict[str, Callable[[Path], str]] = {
+        **dict.fromkeys(_DATA, lambda path: open_records(path).digest),
+        "objective_file": file_digest,
+        **dict.fromkeys(_MODELS, _contents_digest),
+    }
+    for key, digest in digests.items():
         if (path := getattr(args, key)) is not None:
             flag = f"--{key.replace('_', '-')}"
             found[flag] = f"{flag} of SHA-256 {digest(path)[:16]}"
