@@ -37,6 +37,13 @@ def seeded():
 
 
 @pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """The folder of all copies of data."""
+    monkeypatch.setenv("QTARGET_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def printed_log(capsys):
     """capsys, where the package's log is printed as a command does it."""
     with logs.shown():

@@ -249,7 +249,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     add("--prompt", metavar="TEXT", help="with --completion: the sample, in which the completion is supervised")
     add("--completion", metavar="TEXT", help="see --prompt")
-    add("--data", type=Path, metavar="FILE", help="instead: JSON lines as training reads them")
+    add("--data", type=Path, metavar="FILE", help="instead: a file or folder as training reads it")
     add_data_format(parser)
     add("--index", type=int, metavar="I", help="which record of --data, from 0 (default: 0)")
     add("--out", type=Path, required=True, metavar="DIR", help="where the three files go; older ones are replaced")

@@ -46,7 +46,7 @@ def add_run(parser: argparse.ArgumentParser, *, model: str, what: str, out: tupl
     add_path(parser, model, "DIR", f"Hugging Face directory of {what}", required=True)
     add_path(parser, "--load", "CKPT", f"Megatron checkpoint with its weights (default: those of {model})")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of --load (default: the latest)")
-    add_path(parser, "--data", "FILE", "JSONL as for training", required=True)
+    add_path(parser, "--data", "FILE", "the data, a file or folder as for training", required=True)
     add_data_format(parser)
     parser.add_argument(
         "--data-date",

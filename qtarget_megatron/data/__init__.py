@@ -1,10 +1,10 @@
-"""Instruction data from JSON lines: which tokens are trained on, nothing of how ranks share them.
+"""Instruction data: which tokens are trained on, nothing of how ranks share them.
 
-One record per line, of one of five forms (qtarget_megatron.data.forms): a conversation, rendered by the tokenizer's
-chat template, with the assistant messages as targets; a prompt with its completion as target; or token ids with their
-labels. Fields that an objective asks for are its side inputs (qtarget_megatron.data.side_inputs), other fields are
-ignored. Everything here depends on the record, the tokenizer and the seed only, so every parallel layout sees the same
-samples.
+Records come from JSON lines or other files (qtarget_megatron.data.records) and are of one of five forms
+(qtarget_megatron.data.forms): a conversation, rendered by the tokenizer's chat template, with the assistant messages as
+targets; a prompt with its completion as target; or token ids with their labels. Fields that an objective asks for are
+its side inputs (qtarget_megatron.data.side_inputs), other fields are ignored. Everything here depends on the record,
+the tokenizer and the seed only, so every parallel layout sees the same samples.
 """
 
 from qtarget_megatron.data.batch import Batch
@@ -19,7 +19,7 @@ from qtarget_megatron.data.forms import AUTO, FORMS, canonical, form_of
 from qtarget_megatron.data.jsonl import JsonlFile
 from qtarget_megatron.data.messages import ROLES
 from qtarget_megatron.data.order import SampleOrder
-from qtarget_megatron.data.records import Records, open_records
+from qtarget_megatron.data.records import ConcatenatedRecords, Records, open_records
 from qtarget_megatron.data.row_dataset import KeptSamples, Packing, RowDataset, aligned_lengths
 from qtarget_megatron.data.rows import EvaluationRows, RowPlan, alignment, balance
 from qtarget_megatron.data.sources import HeldOutSet, Source, held_out_sets, training_sources
@@ -34,6 +34,7 @@ __all__ = [
     "IGNORE_INDEX",
     "ROLES",
     "Batch",
+    "ConcatenatedRecords",
     "EncodedSample",
     "EvaluationRows",
     "HeldOutSet",

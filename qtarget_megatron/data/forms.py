@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from qtarget_megatron.data.messages import ROLES, check_messages, content_text, expect, shown, wrapped
 from qtarget_megatron.statistics import IGNORE_INDEX
@@ -86,6 +86,27 @@ def canonical(record: Any, form: str = AUTO) -> dict[str, Any]:
         )
     rest = {name: value for name, value in record.items() if name not in _KNOWN_BY}
     return _READERS[form](record, rest)
+
+
+class _Raw(Protocol):
+    """What a record is read from."""
+
+    form: str
+
+    def raw(self, index: int) -> dict[str, Any]:
+        """The record with its fields as they were written."""
+
+    def where(self, index: int) -> str:
+        """Where the record stands, for messages."""
+
+
+def record_at(records: _Raw, index: int, *, file: str) -> dict[str, Any]:
+    """canonical() of a source's record. ValueError says where it stands; file: that commands in the text name."""
+    raw = records.raw(index)
+    try:
+        return canonical(raw, records.form)
+    except ValueError as error:
+        raise ValueError(f"{records.where(index)}: {error}".replace("FILE >", f"{file} >")) from error
 
 
 def _forms(record: dict[str, Any]) -> list[str]:

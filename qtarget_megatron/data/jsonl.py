@@ -8,13 +8,15 @@ import json
 import os
 from array import array
 from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qtarget_megatron.cache_folder import cache_folder, keep, load_kept
-from qtarget_megatron.data.forms import AUTO, canonical, form_of
+from qtarget_megatron.data.forms import AUTO, form_of, record_at
 from qtarget_megatron.data.messages import expect
+from qtarget_megatron.resumable import file_digest
 
 # Bytes of a file from which on reading it takes seconds.
 _KEPT_FROM = 1 << 26
@@ -40,6 +42,11 @@ _BINARY = {
 _LINES = "jq -c '.[]' FILE > data.jsonl"
 
 
+def binary_kind(head: bytes) -> tuple[str, str] | None:
+    """What the first 16 bytes of a file say that it is, and how JSON lines are made of it; None for text."""
+    return next((known for magic, known in _BINARY.items() if head.startswith(magic)), None)
+
+
 class JsonlFile:
     """Random access to the records of a JSON lines file (UTF-8); blank lines are ignored.
 
@@ -53,24 +60,30 @@ class JsonlFile:
     at each record, by size and time. A file may be empty.
     """
 
-    def __init__(self, path: str | os.PathLike[str], form: str = AUTO):
+    def __init__(
+        self, path: str | os.PathLike[str], form: str = AUTO, *, unpacked: str | os.PathLike[str] | None = None
+    ):
+        """unpacked: the file that is read, where the one of this path is compressed."""
         self.path, self.form = str(path), form
+        self._file = str(unpacked or path)
         self._handle: FileIO | None = None
         try:
-            with open(self.path, "rb") as file:
-                self._state = _state(file.fileno())
+            with open(self._file, "rb") as file:
+                self._state = file_state(file.fileno())
                 self._check_format(file.read(16))
-            self._index, self.digest = _indexed(os.path.abspath(self.path), self._state)
+            self._index, self.digest = self._read_index()
         except OSError as error:
-            raise ValueError(f"data file {self.path!r}: {error.strerror}") from error
+            raise ValueError(f"data file {self._file!r}: {error.strerror}") from error
         if len(self._index):
             self._check_first()
 
+    def _read_index(self) -> tuple[np.ndarray, str]:
+        return _indexed(os.path.abspath(self._file), self._state)
+
     def _check_format(self, head: bytes) -> None:
-        for magic, (kind, advice) in _BINARY.items():
-            if head.startswith(magic):
-                advice = advice.replace("FILE", self.path)
-                raise ValueError(f"data file {self.path!r} is {kind}, expected JSON lines in UTF-8: {advice}")
+        if (found := binary_kind(head)) is not None:
+            kind, advice = found[0], found[1].replace("FILE", self._file)
+            raise ValueError(f"data file {self.path!r} is {kind}, expected JSON lines in UTF-8: {advice}")
         if b"\x00" in head and head.strip(b"\x00"):
             raise ValueError(
                 f"data file {self.path!r} holds zero bytes, as UTF-16 or a binary format does, expected JSON lines in "
@@ -87,13 +100,13 @@ class JsonlFile:
                 raise
             several = f"data file {where}: expected one record in each line, got"
             if line.startswith("[") and line.lstrip("[ {")[:1] in ('"', ""):
-                advice = _LINES.replace("FILE", self.path)
+                advice = _LINES.replace("FILE", self._file)
                 raise ValueError(f"{several} a JSON array: write its entries as lines: {advice}") from error
             if line.startswith("{") and not line.endswith("}") and _is_spread(line):
-                advice = f"jq -c . {self.path} > data.jsonl"
+                advice = f"jq -c . {self._file} > data.jsonl"
                 raise ValueError(f"{several} JSON spread over lines: write each record in one: {advice}") from error
             if not line.startswith(("{", "[", '"')) and ("," in line or "\t" in line):
-                advice = _PANDAS.format("read_csv").replace("FILE", self.path)
+                advice = _PANDAS.format("read_csv").replace("FILE", self._file)
                 raise ValueError(f"{several} what looks like CSV ({line[:40]!r}): {advice}") from error
             raise
 
@@ -114,21 +127,17 @@ class JsonlFile:
 
     def record(self, index: int) -> dict[str, Any]:
         """The record at ``index`` as forms.canonical gives it; ValueError with its line where it has another form."""
-        raw = self.raw(index)
-        try:
-            return canonical(raw, self.form)
-        except ValueError as error:
-            raise ValueError(f"{self.where(index)}: {error}".replace("FILE >", f"{self.path} >")) from error
+        return record_at(self, index, file=self._file)
 
     def raw(self, index: int) -> dict[str, Any]:
         """The record at ``index`` as it stands in the file, an object of any fields; otherwise ValueError."""
-        text = self.text(index)
+        text = self._written(index).rstrip(" \t\r\n")
         try:
             record: dict[str, Any] = json.loads(text)
             expect(dict, record, "record")
         except json.JSONDecodeError as error:
-            came = f"{error.msg} at column {error.colno}"
-            raise ValueError(f"{self.where(index)}: expected JSON, got {came}") from error
+            where = f"{self.path}:{self._index[index, 2] + error.lineno - 1}"
+            raise ValueError(f"{where}: expected JSON, got {error.msg} at column {error.colno}") from error
         except RecursionError as error:
             raise ValueError(f"{self.where(index)}: expected a record, got JSON nested too deep to read") from error
         except ValueError as error:
@@ -137,14 +146,17 @@ class JsonlFile:
 
     def text(self, index: int) -> str:
         """The line of a record as it stands in the file; ValueError where it is not UTF-8."""
+        return self._written(index)
+
+    def _written(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.path}")
         if self._handle is None:
             try:
-                self._handle = open(self.path, "rb", buffering=0)
+                self._handle = open(self._file, "rb", buffering=0)
             except OSError as error:
-                raise ValueError(f"data file {self.path!r}: {error.strerror}") from error
-        if (state := _state(self._handle.fileno())) != self._state:
+                raise ValueError(f"data file {self._file!r}: {error.strerror}") from error
+        if (state := file_state(self._handle.fileno())) != self._state:
             self._check_contents(state)
         start, length, _ = self._index[index].tolist()
         # pread, not seek and read: forked workers share one file position.
@@ -155,28 +167,37 @@ class JsonlFile:
             raise ValueError(f"{self.where(index)}: expected UTF-8, got {error.reason}") from error
 
     def _check_contents(self, state: tuple[int, ...]) -> None:
-        """ValueError unless a file that was touched, replaced or moved still has the same contents."""
-        before, now = self._state[0], state[0]
-        what = f"it had {before} bytes, now {now}" if before != now else "it has other contents of the same size"
-        digest = ""
-        if before == now:
-            with open(self.path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if before != now or digest != self.digest:
+        try:
+            check_contents(self._file, self.digest, self._state, state)
+        except ValueError:
             if self._handle is not None:
                 self._handle.close()
                 self._handle = None
-            raise ValueError(f"data file {self.path!r} changed: {what}: start again from data that stays as it is")
+            raise
         self._state = state
 
 
-def _state(descriptor: int) -> tuple[int, ...]:
-    """What changes when a file is written: size first."""
-    found = os.fstat(descriptor)
+def file_state(file: int | str) -> tuple[int, ...]:
+    """What changes when a file, a path or descriptor, is written: size first."""
+    found = os.stat(file)
     return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
 
 
-@functools.lru_cache(maxsize=16)
+def check_contents(path: str, digest: str, before: tuple[int, ...], now: tuple[int, ...]) -> None:
+    """ValueError unless a file that was touched, replaced or moved still has the same contents.
+
+    digest: SHA-256 of what they were. before, now: its file_state() then and now.
+    """
+    what = f"it had {before[0]} bytes, now {now[0]}"
+    if before[0] == now[0]:
+        what = "it has other contents of the same size"
+        if file_digest(Path(path)) == digest:
+            return
+    raise ValueError(f"data file {path!r} changed: {what}: start again from data that stays as it is")
+
+
+# As many as a folder may hold.
+@functools.lru_cache(maxsize=1024)
 def _indexed(path: str, state: tuple[int, ...]) -> tuple[np.ndarray, str]:
     """(start, length, line number) of each record, int64 [n, 3], and the file's SHA-256: read once in a process, a
     large file once as long as it stays as it is."""

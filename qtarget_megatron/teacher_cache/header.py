@@ -36,7 +36,7 @@ _MADE_FROM = {
 class CacheHeader:
     """What a cache was made from.
 
-    data: SHA-256 of the JSONL file, which has num_samples records.
+    data: Records.digest of the data, which have num_samples records.
     tokenizer, chat_template: digests of them.
     teacher: its name.
     teacher_files: digest of the names, sizes and times of its files.

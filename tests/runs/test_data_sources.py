@@ -1,10 +1,13 @@
 """Trainings whose data come from several sources, by epochs, and with several held-out sets, next to one file."""
 
+import gzip
 import json
 import math
 import re
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -66,9 +69,19 @@ def test_several_sources_train_as_one_file_does_with_teachers_of_their_own(works
     two = [*model(workspace), "--sft-train", workspace / "a.jsonl", workspace / "b.jsonl", *TARGET]
     cached = [*two, "--teacher-cache", workspace / "cache-a", workspace / "cache-b"]
     live = [*two, "--teacher-hf", workspace / "teacher"]
-    found = launch(1, {"one": one, "live": live, "cached": cached}, workspace, timeout=240)
-    assert_same_training(found["live"], found["one"])
-    assert_same_training(found["cached"], found["one"])
+    # The same records in other files.
+    with gzip.open(workspace / "a.jsonl.gz", "wb") as file:
+        file.write((workspace / "a.jsonl").read_bytes())
+    (workspace / "b").mkdir()
+    table = pyarrow.Table.from_pylist([json.loads(line) for line in (workspace / "b.jsonl").read_text().splitlines()])
+    for name, begin in (("0.parquet", 0), ("1.parquet", 10)):
+        pyarrow.parquet.write_table(table.slice(begin, 10 if begin == 0 else None), workspace / "b" / name)
+    others = [workspace / "a.jsonl.gz", workspace / "b", *TARGET, "--teacher-hf", workspace / "teacher"]
+    others = [*model(workspace), "--sft-train", *others]
+    runs = {"one": one, "live": live, "cached": cached, "others": others}
+    found = launch(1, runs, workspace, timeout=240)
+    for name in ("live", "cached", "others"):
+        assert_same_training(found[name], found["one"])
     sharded = launch(2, {"TP2": [*cached, *tp(2)], "DP2": [*cached, *DISTRIBUTED_OPTIMIZER]}, workspace, timeout=240)
     for result in sharded.values():
         assert_same_training(result, found["one"])

@@ -12,6 +12,8 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -65,6 +67,10 @@ def workspace(tmp_path_factory):
     # The first and the last record have no supervised token.
     lines = [special[2], *lines[:9], special[0], "", special[1], ODD, *lines[9:], special[3], special[4], special[2]]
     (folder / "train.jsonl").write_text("\n".join(lines))
+    (folder / "tables").mkdir()
+    records = [json.loads(line) for line in lines if line]
+    for name, part in (("a", records[:20]), ("b", records[20:])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_struct_array(pyarrow.array(part)), folder / "tables" / name)
     scored = json.dumps(chat("u:a", "a:b") | {"old_log_prob": [3]})
     (folder / "has-field.jsonl").write_text(f"{lines[1]}\n{scored}\n")
     for form, record in FORMS.items():
@@ -99,6 +105,7 @@ def run_all(jobs, folder):
 
     tools = {"score": score, "convert": convert_hf, "finetune": finetune}
     os.chdir(folder)
+    os.environ["QTARGET_CACHE_DIR"] = str(folder) + "/cache"
     results = {}
     for name, (tool, *words) in jobs.items():
         printed = io.StringIO()
@@ -138,6 +145,7 @@ def read(path):
 BAD = {
     "data is out": (["train.jsonl"], "train.jsonl is the input, which would be lost"),
     "data is partial": (["train.jsonl.partial", "--out", "train.jsonl"], "is the input, which would be lost"),
+    "out in data": (["tables/o.jsonl", "--data", "tables"], "--out tables/o.jsonl would be a file of --data tables"),
     "out exists": (["occupied.jsonl"], "exists already: give --overwrite"),
     "no folder": (["none/o.jsonl"], "there is no directory none"),
     "no data": (["o.jsonl", "--data", "absent.jsonl"], "absent.jsonl"),
@@ -182,6 +190,7 @@ def one(workspace):
             "bf16": job("bf16.jsonl", "--bf16", *REFERENCE),
             "overwrite": job("stale-out.jsonl", "--overwrite", *REFERENCE, data="stale.jsonl"),
             "keep": job("stale-kept.jsonl", "--overwrite", data="stale.jsonl"),
+            "tables": job("tables-out.jsonl", data="tables"),
             "empty": job("empty-out.jsonl", data="empty.jsonl"),
             **{form: job(f"{form}-out.jsonl", "--data-format", form, data=f"{form}.jsonl") for form in FORMS},
             "psft": [*training, "--objective", "psft", "--tensorboard-dir", "board-psft"],
@@ -197,6 +206,7 @@ def two(workspace):
         2,
         workspace,
         {
+            "tables": job("tables-out2.jsonl", data="tables"),
             "dp2": job("dp2.jsonl", *REFERENCE, "--micro-batch-size", 3),
             "tp2": job("tp2.jsonl", *REFERENCE, *TP2, "--sequence-parallel"),
             "pp2-vpp2": job("pp2-vpp2.jsonl", *PP2, *VPP2, "--micro-batch-size", 2),
@@ -328,6 +338,16 @@ def test_the_scored_file_has_the_form_of_the_data(workspace, one, form):
     assert len(expected) >= 2
     assert scored.pop("old_log_prob") == pytest.approx(expected.tolist(), rel=0, abs=TOLERANCE)
     assert scored == FORMS[form]
+
+
+def test_tables_come_back_as_json_lines(workspace, one, two, log_p):
+    """A row's fields that are null belong to other rows."""
+    assert [result["tables"][0] for result in (one, *two)] == [0] * 3, (one["tables"], two)
+    before = read(workspace / "train.jsonl")
+    for name in ("tables-out.jsonl", "tables-out2.jsonl"):
+        assert_scores(workspace / name, log_p["untied"])
+        for old, new in zip(before, read(workspace / name), strict=True):
+            assert {key: value for key, value in new.items() if key != "old_log_prob"} == old
 
 
 def test_numbers_restore_every_bit_of_float32(workspace, one, log_p):

@@ -25,8 +25,8 @@ ALLOWED = {
     "statistics": set(),
     "collectives": set(),
     "output_lock": set(),
-    "cache_folder": set(),
     "resumable": {"output_lock"},
+    "cache_folder": set(),
     "command_line": set(),
     "objectives": {"statistics"},
     "kernels.backend": {"statistics"},
@@ -48,7 +48,7 @@ ALLOWED = {
     "loss.linear_top_k": {"statistics", "kernels", "collectives", "loss.per_token"},
     "loss.memory": {"loss.linear_cross_entropy"},
     "inspection": {"objectives", "statistics", "loss.cross_entropy"},
-    "data": {"cache_folder", "statistics"},
+    "data": {"cache_folder", "resumable", "statistics"},
     "teacher_cache": {"data", "output_lock"},
     "huggingface": {"huggingface.config", "huggingface.weights", "huggingface.compare"},
     "huggingface.config": set(),
@@ -62,7 +62,9 @@ ALLOWED = {
     # The wings of the plug-in, each above those that it imports.
     "megatron": {"data", "objectives", "statistics", "loss.linear_cross_entropy", "megatron.training"},
     "megatron.runtime": {"command_line", "data", "huggingface", "objectives", "parallel_layout"},
-    "megatron.faults": {"_version", "command_line", "huggingface", "output_lock", "resumable", "megatron.runtime"},
+    "megatron.faults": {
+        "_version", "command_line", "data", "huggingface", "output_lock", "resumable", "megatron.runtime",
+    },
     "megatron.weights": {"huggingface", "megatron.runtime", "megatron.faults"},
     "megatron.model": {"huggingface", "megatron.runtime", "megatron.weights"},
     "megatron.training": {

@@ -43,7 +43,7 @@ _LENGTH_STEP = 64
 class RunOptions:
     """What runs over what, into what.
 
-    data:            JSONL as for training.
+    data:            a file or folder of records, as for training.
     data_format:     form of its records, one of forms.FORMS, or auto.
     seq_length:      samples are cut to it as in training.
     load, ckpt_step: Megatron checkpoint with the model's weights, and its iteration; default the weights of hf_model.

@@ -87,6 +87,8 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
         options = replace(options, data_date=options.data_date or _date_begun(options))
     lines = ResumableLines(options.out, _made_from(options, file, words))
     lines.check(overwrite=options.overwrite, inputs=[options.data])
+    if options.data.is_dir() and options.data.samefile(options.out.absolute().parent):
+        raise ValueError(f"--out {options.out} would be a file of --data {options.data}: choose another folder")
     if is_first_rank():
         lines.reserve()
 
