@@ -1,4 +1,5 @@
-"""What packed rows save: useful tokens per second of a training, and the attention that makes them possible."""
+"""What packed rows save: useful tokens per second of a training, the attention that makes them possible, and what it
+costs to plan them: the inspection of the data, and the balance of the ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import io
 import json
 import random
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -71,6 +73,72 @@ def measure_training(*, say: Callable[[str], None], shapes: list[dict[str, Any]]
                 row = {"part": "training", "way": way, "fill": fill, "tokens": tokens, "speed": speed}
                 rows.append(row | asdict(shape) | {"seconds": seconds, **figures.summary(speed)})
     return rows
+
+
+def measure_balance(*, say: Callable[[str], None], samples: int, row_length: int, ranks: list[int]) -> list[dict]:
+    """One row for each number of data-parallel ranks: how much the fullest has of a step's mean, by balance()."""
+    import numpy as np
+
+    from qtarget_megatron.data import RowPlan, SampleOrder, aligned_lengths, balance
+
+    taken = aligned_lengths(np.array(lengths(samples, seed=8)), 8)
+    started = time.perf_counter()
+    epoch = RowPlan(SampleOrder([samples], seed=1), taken, row_length).epoch(0)
+    seconds = time.perf_counter() - started
+    fill = float(epoch.sums(np.array(lengths(samples, seed=8))).sum() / (len(epoch) * row_length))
+    say(f"{samples} samples in {len(epoch)} rows, planned in {seconds:.1f} s")
+    rows = []
+    for number in ranks:
+        # A row for each rank and micro-batch of four, as a step of a pipeline has them.
+        of_tokens, of_attention = (
+            balance(epoch.sums(taken.astype(np.float64) ** power), number, 4 * number) for power in (1, 2)
+        )
+        row = {"part": "balance", "ranks": number, "tokens": of_tokens, "attention": of_attention}
+        rows.append(row | {"samples": samples, "row_length": row_length, "fill": fill, "seconds": seconds})
+    return rows
+
+
+def prepare_records(*, say: Callable[[str], None], folder: str, count: int) -> None:
+    """Write records.jsonl, conversations of the benchmark's lengths in words of one token; and a tokenizer."""
+    path = Path(folder)
+    known = step.write_tokenizer(path, 4000)
+    template = "{% for m in messages %}{{ m.role + ' ' + m.content + ' <end> ' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    (path / "chat_template.jinja").write_text(template)
+    draw = random.Random(9)
+    words = [" ".join(draw.choices(known, k=length // 3)) for length in lengths(200, seed=9)]
+    with (path / "records.jsonl").open("w") as file:
+        for _ in range(count):
+            turns = [{"role": role, "content": draw.choice(words)} for role in ("user", "assistant")]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def measure_inspection(*, say: Callable[[str], None], folder: str, start: str) -> dict[str, Any]:
+    """On every rank: seconds of opening the records, of inspecting them and of planning an epoch, and the bytes of
+    memory that stay and that were there meanwhile, for each record. start: which one it is, in the report."""
+    import psutil
+
+    from qtarget_megatron.data import RowPlan, SampleOrder, aligned_lengths, load_tokenizer, open_records
+    from qtarget_megatron.megatron.training.inspection import inspect
+
+    tokenizer = load_tokenizer(folder)
+    process = psutil.Process()
+    marks, clock = [process.memory_info().rss], [time.perf_counter()]
+    records = open_records(Path(folder) / "records.jsonl")
+    clock.append(time.perf_counter())
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = inspect("benchmark: reading", records, tokenizer, 2048)
+    clock.append(time.perf_counter())
+    lengths = aligned_lengths(found.sizes.tokens.clip(max=2048), 8)
+    plan = RowPlan(SampleOrder([len(lengths)], seed=1), lengths, 2048)
+    rows = len(plan.epoch(0))
+    clock.append(time.perf_counter())
+    marks.append(process.memory_info().rss)
+    opened, inspected, planned = (end - begin for begin, end in zip(clock, clock[1:], strict=False))
+    say(f"{len(records)} records, {start}: {inspected:.1f} s, {rows} rows")
+    row = {"part": "inspection", "start": start, "records": len(records), "bytes": records.num_bytes}
+    row |= {"opened": opened, "inspected": inspected, "planned": planned}
+    return row | {"memory": (marks[1] - marks[0]) / len(records)}
 
 
 def write(shape: Shape, folder: Path) -> None:

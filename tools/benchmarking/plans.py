@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -142,8 +143,34 @@ def data(say: Say, quick: bool) -> Rows:
         shapes = [packing.Shape("small", **small, global_batch=2, steps=4)]
     arguments = dict(tokens=lengths, heads=4, width=64, seconds=0.2 if quick else 4.0, min_rounds=3)
     attention = workers.run(f"{_PACKAGE}.packing:measure_attention", arguments, say=say, threads=1, timeout=600)[0]
+    arguments = dict(samples=2000 if quick else 100_000, row_length=2048, ranks=[2, 8, 64])
+    planned = workers.run(f"{_PACKAGE}.packing:measure_balance", arguments, say=say, timeout=600)[0]
+    planned += inspection(say, records=2000 if quick else 1_000_000)
     arguments = dict(shapes=[asdict(shape) for shape in shapes], timeout=900)
-    return attention + workers.run(f"{_PACKAGE}.packing:measure_training", arguments, say=say, timeout=1800)[0]
+    return (
+        attention + planned + workers.run(f"{_PACKAGE}.packing:measure_training", arguments, say=say, timeout=1800)[0]
+    )
+
+
+def inspection(say: Say, records: int) -> Rows:
+    """Two starts of two ranks on the same records: of the rows the first rank's."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="qtarget-benchmark-") as folder:
+        before = os.environ.get("QTARGET_CACHE_DIR")
+        os.environ["QTARGET_CACHE_DIR"] = folder
+        try:
+            workers.run(f"{_PACKAGE}.packing:prepare_records", dict(folder=folder, count=records), say=say, timeout=900)
+            for start in ("first start", "second start"):
+                arguments = dict(folder=folder, start=start)
+                rows += workers.run(
+                    f"{_PACKAGE}.packing:measure_inspection", arguments, say=say, ranks=2, timeout=3600
+                )[:1]
+        finally:
+            if before is None:
+                del os.environ["QTARGET_CACHE_DIR"]
+            else:
+                os.environ["QTARGET_CACHE_DIR"] = before
+    return rows
 
 
 _PACKAGE = __name__.rpartition(".")[0]

@@ -308,6 +308,7 @@ def data(rows: list[Row]) -> list[str]:
             more = "-" if row is group[0] else compare(row, group[0])
             cells.append([f"{length:,}", row["attention"], spread(row, 1000), more, figure(row["extra_bytes"] / 2**20)])
     lines += table(["tokens", "attention", "ms", "times ours", "MiB"], cells)
+    lines += ["", *_planning([row for row in rows if row["part"] in ("balance", "inspection")])]
     lines += [
         "",
         f"`python -m qtarget_megatron.finetune` in float32 on random models, data of {SHORTEST} to {LONGEST:,} tokens "
@@ -323,6 +324,32 @@ def data(rows: list[Row]) -> list[str]:
             size = f"{row['global_batch']} x {row['seq_length']:,}"
             cells.append([name, size, row["way"], spread(row), more, fill])
     return lines + table(["model", "tokens a step", "rows", "useful tokens per s", "times the first", "filled"], cells)
+
+
+def _planning(rows: list[Row]) -> list[str]:
+    """What it costs to know the data's lengths, and how evenly the planned rows are shared."""
+    inspected = [row for row in rows if row["part"] == "inspection"]
+    first, shared = inspected[0], [row for row in rows if row["part"] == "balance"]
+    known = shared[0]
+    lines = [
+        f"Reading {first['records']:,} conversations ({first['bytes'] / 1e9:.2f} GB of JSON lines) on two ranks, with a "
+        "tokenizer of words, and planning the rows of an epoch; memory: what stays on a rank, for each record.",
+        "",
+    ]
+    cells = []
+    for row in inspected:
+        seconds = [figure(row[key]) for key in ("opened", "inspected", "planned")]
+        cells.append([row["start"], *seconds, figure(row["memory"])])
+    lines += table(["", "s to open", "s to inspect", "s to plan an epoch", "bytes a record"], cells)
+    lines += [
+        "",
+        f"{known['samples']:,} such samples in rows of {known['row_length']:,} tokens, {known['fill']:.1%} of them filled, "
+        "four rows a step for each data-parallel rank: the fullest rank against the mean, averaged over the steps, of "
+        "tokens and of the squares of the samples' lengths, with which attention's work goes.",
+        "",
+    ]
+    cells = [[str(row["ranks"]), f"{row['tokens']:.3f}", f"{row['attention']:.2f}"] for row in shared]
+    return lines + table(["data-parallel ranks", "tokens", "attention"], cells)
 
 
 def _faster(row: Row, than: Row) -> str:

@@ -98,6 +98,7 @@ def measure(
 def training(shape: Any, words: list[str]) -> list[str]:
     """The fine-tuning command on what `write` wrote, as words behind ``python -m``."""
     command = ["qtarget_megatron.finetune", "--hf-model", "student", "--sft-train", "train.jsonl", *words]
+    command += [] if "--pack" in words else ["--no-pack"]
     command += ["--seq-length", str(shape.seq_length)]
     command += ["--micro-batch-size", "1", "--global-batch-size", str(shape.global_batch)]
     return [*command, "--train-iters", str(shape.steps), "--lr", "1e-5", "--log-interval", "1"]
