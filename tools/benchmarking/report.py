@@ -333,7 +333,7 @@ def _planning(rows: list[Row]) -> list[str]:
     known = shared[0]
     lines = [
         f"Reading {first['records']:,} conversations ({first['bytes'] / 1e9:.2f} GB of JSON lines) on two ranks, with a "
-        "tokenizer of words, and planning the rows of an epoch; memory: what stays on a rank, for each record.",
+        "tokenizer of words, and planning the rows of an epoch; memory: what more a rank has then, for each record.",
         "",
     ]
     cells = []
@@ -343,7 +343,7 @@ def _planning(rows: list[Row]) -> list[str]:
     lines += table(["", "s to open", "s to inspect", "s to plan an epoch", "bytes a record"], cells)
     lines += [
         "",
-        f"{known['samples']:,} such samples in rows of {known['row_length']:,} tokens, {known['fill']:.1%} of them filled, "
+        f"{known['samples']:,} such samples in rows of {known['row_length']:,} tokens, {known['fill']:.1%} filled, "
         "four rows a step for each data-parallel rank: the fullest rank against the mean, averaged over the steps, of "
         "tokens and of the squares of the samples' lengths, with which attention's work goes.",
         "",
