@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -94,13 +95,13 @@ def measure_samples(
 
     ValueError names the first record that cannot be read, or is check's.
     """
-    rows = []
+    columns = array("i")  # a list would take ten times as much
     for index in indices:
         sample = encode_at(records, tokenizer, seq_length, index, token_inputs, date)
         if check is not None:
             check(int(index), sample)
-        rows.append((len(sample.input_ids), int(sample.supervised.sum()), sample.truncated))
-    return np.array(rows, dtype=np.int32).reshape(-1, 3)
+        columns.extend((len(sample.input_ids), int(sample.supervised.sum()), sample.truncated))
+    return np.array(columns, dtype=np.int32).reshape(-1, 3)
 
 
 class SupervisedSamples:

@@ -113,13 +113,16 @@ class RowPlan:
         if self._row_length is None:
             return EpochRows(order, np.arange(len(order) + 1))
         places = self._order.generator(number, 1)
-        rows: list[np.ndarray] = []
+        counts: list[np.ndarray] = []
         for begin in range(0, len(order), WINDOW):
             window = order[begin : begin + WINDOW]
             filled = first_fit_decreasing(self._lengths[window], self._row_length)
-            # Rows of long samples come first out of the algorithm.
-            rows += [window[filled[place]] for place in places.permutation(len(filled))]
-        return EpochRows.of(rows)
+            # Rows of long samples come first out of the algorithm. In place: an array for each row would take more
+            # than all else that is known of its samples.
+            rows = [filled[place] for place in places.permutation(len(filled))]
+            order[begin : begin + WINDOW] = window[np.concatenate(rows)]
+            counts.append(np.fromiter(map(len, rows), np.int64, len(rows)))
+        return EpochRows(order, np.concatenate([[0], np.cumsum(np.concatenate(counts))]))
 
 
 class EvaluationRows:

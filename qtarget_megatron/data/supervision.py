@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -167,7 +168,8 @@ def _read_messages(
     text, answers = _located(template, messages, targets, apart)
     encoding = _tokenise(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoding["input_ids"]
-    offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:limit]
+    places = itertools.chain.from_iterable(encoding["offset_mapping"])
+    offsets = np.fromiter(places, np.int64, 2 * len(ids)).reshape(-1, 2)[:limit]
     tokens = Tokens(np.array(ids[:limit], dtype=np.int64), offsets[:, 0], offsets[:, 1])
     starts, ends = tokens.starts, tokens.ends
     # Tokenizers that trim offsets give a lone space no width: let it reach back to its neighbour.

@@ -54,6 +54,8 @@ def inspected(path, cache):
     results["template"] = start(system="{{ 'x' }}")
     results["inputs"] = start(token_inputs=())
     results["date"] = start(date=None)
+    results["template of the day"] = start(system="{{ strftime_now('%Y') }}")
+    results["another day"] = start(system="{{ strftime_now('%Y') }}", date=None)
     results["checked"] = start(check=lambda index, sample: None, checked_by="one")
     results["checked again"] = start(check=lambda index, sample: None, checked_by="one")
     results["checked otherwise"] = start(check=lambda index, sample: None, checked_by="another")
@@ -86,8 +88,8 @@ def inspected(path, cache):
     return results, printed.getvalue()
 
 
-READ = {"first", "longer", "template", "inputs", "date", "checked", "checked otherwise", "damaged", "other data", "few"}
-READ |= {"checked by what has no name", "few again", "nowhere to keep it"}
+READ = {"first", "longer", "template", "inputs", "template of the day", "another day", "checked", "checked otherwise"}
+READ |= {"checked by what has no name", "damaged", "other data", "few", "few again", "nowhere to keep it"}
 
 
 def test_a_second_start_does_not_read_the_data_again(tmp_path):
@@ -106,6 +108,34 @@ def test_a_second_start_does_not_read_the_data_again(tmp_path):
             assert inspection.ranges == {"weight": (1.0, 3.0)}
         assert found["second"][0].known is not None and found["first"][0].known is None
     assert "the next start will read the data again; QTARGET_CACHE_DIR names another folder" in results[0][1]
+
+
+def memory(path, cache):
+    """Bytes for each record at most while a start opens, inspects and plans them, beside those of a few records."""
+    import tracemalloc
+
+    from qtarget_megatron.data import RowPlan, SampleOrder, aligned_lengths
+    from qtarget_megatron.megatron.training.inspection import inspect
+
+    os.environ["QTARGET_CACHE_DIR"] = str(cache)
+    peaks = []
+    for name in ("few", "many"):
+        tracemalloc.start()
+        records = JsonlFile(f"{path}-{name}")
+        found = inspect("reading", records, tokenizer(), 40)
+        taken = aligned_lengths(found.sizes.tokens.clip(max=40), 8)
+        RowPlan(SampleOrder([len(taken)], seed=1), taken, 40).epoch(0)
+        peaks.append((len(records), tracemalloc.get_traced_memory()[1]))
+        tracemalloc.stop()
+    (few, before), (many, peak) = peaks
+    return (peak - before) / (many - few)
+
+
+def test_a_record_takes_less_than_a_hundred_bytes(tmp_path):
+    for name, count in (("few", 4500), ("many", 13_500)):
+        write(tmp_path / f"d-{name}", count)
+    found = run_ranks(2, memory, (tmp_path / "d", tmp_path / "cache"), timeout=200, megatron=True)
+    assert all(0 < value < 100 for value in found), found
 
 
 def test_the_places_of_a_large_files_records_are_kept(tmp_path, monkeypatch):

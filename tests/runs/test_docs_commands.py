@@ -118,6 +118,8 @@ def workspace(tmp_path_factory):
     # score adds the side inputs.
     lines = [json.dumps({"messages": record["messages"]}) for record in records]
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    for name in ("chat", "maths", "held-out", "maths-valid"):
+        shutil.copy(folder / "train.jsonl", folder / f"{name}.jsonl")
     (folder / "examples").symlink_to(REPOSITORY / "examples")
     return folder
 

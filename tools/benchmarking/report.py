@@ -332,7 +332,7 @@ def _planning(rows: list[Row]) -> list[str]:
     first, shared = inspected[0], [row for row in rows if row["part"] == "balance"]
     known = shared[0]
     lines = [
-        f"Reading {first['records']:,} conversations ({first['bytes'] / 1e9:.2f} GB of JSON lines) on two ranks, with a "
+        f"Reading {first['records']:,} conversations ({first['bytes'] / 1e9:.2f} GB of JSON) on two ranks, with a "
         "tokenizer of words, and planning the rows of an epoch; memory: what more a rank has then, for each record.",
         "",
     ]

@@ -240,7 +240,7 @@ class DatasetProvider:
                 token_inputs=self.objective.token_inputs,
                 date=self._date(path),
                 check=check,
-                checked_by=[args.long_samples, None if cache is None else cache_identity(cache)],
+                checked_by=[args.long_samples == "refuse", None if cache is None else cache_identity(cache)],
             )
             if found.known is not None:
                 _log.info("%s: known from an earlier start: %s", path, found.known)
@@ -291,13 +291,19 @@ class DatasetProvider:
                 # Megatron counts all steps at today's batch size, also those before a resume.
                 count = max(count, samples_to_train(args))
             train = self._dataset(self._train, self._plan, count, Split.train)
-            _log.info(_epochs(count, self._plan, "rows" if args.pack else "samples"))
+            self._tell(vp_stage, _epochs(count, self._plan, "rows" if args.pack else "samples"))
         if self._held_out:
             # Every evaluation sees the same samples, so that held-out losses can be compared.
             rows, sources = self._evaluation_rows(), [source for _, source in self._held_out]
             valid = self._dataset(sources, rows, num_samples[1], Split.valid)
-            _log.info("an evaluation reads %d held-out samples in %d rows", len(rows.rows.samples), len(rows))
+            self._tell(vp_stage, f"an evaluation reads {len(rows.rows.samples)} held-out samples in {len(rows)} rows")
         return train, valid, None
+
+    @staticmethod
+    def _tell(vp_stage: int | None, line: str) -> None:
+        """Log what is the same for every model chunk of a rank."""
+        if not vp_stage:
+            _log.info(line)
 
     def _dataset(self, sources: Sequence[Inspected], rows: Any, num_rows: int, split: Split) -> RowDataset:
         args = self.args

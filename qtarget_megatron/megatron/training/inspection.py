@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from qtarget_megatron import data
 from qtarget_megatron.cache_folder import cache_folder, keep, load_kept
-from qtarget_megatron.data import EncodedSample, Records, SampleNotes, SampleSizes, measure_samples
+from qtarget_megatron.data import EncodedSample, Records, SampleNotes, SampleSizes, measure_samples, writes_date
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.objectives import Objective, multiple_of_sft
@@ -66,9 +66,11 @@ def inspect(
     ValueError names a record that cannot be read, on every rank. Collective over all ranks: object gathers.
     """
     path = None
+    # Another day is no other text where no template asks for it.
+    written = str(date) if writes_date(tokenizer) else None
     if len(records) >= _KEPT_FROM and (check is None or checked_by is not None):
         path = on_first_rank(
-            lambda: _kept_at(records, tokenizer, [records.form, seq_length, list(token_inputs), str(date), checked_by])
+            lambda: _kept_at(records, tokenizer, [records.form, seq_length, list(token_inputs), written, checked_by])
         )
     if path is not None and (known := on_first_rank(lambda: _read(path, len(records)))) is not None:
         return known
