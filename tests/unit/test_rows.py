@@ -4,9 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qtarget_megatron.data import Packing, RowDataset
 from qtarget_megatron.data.order import SampleOrder, shares
 from qtarget_megatron.data.rows import WINDOW, EvaluationRows, RowPlan, alignment, balance, first_fit_decreasing
 
@@ -178,3 +180,51 @@ def test_epochs_are_counted_in_rows():
     assert made.rows_of(1) == first and made.rows_of(2) == first + second
     assert made.rows_of(1.5) == first + -(-second // 2)
     assert RowPlan(SampleOrder([7]), np.ones(7), None).rows_of(2.5) == 14 + 4
+
+
+# ---- rows as tensors
+
+
+class Numbers:
+    """Samples whose tokens are their number; of as many tokens as lengths say."""
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+    def item(self, index, length):
+        own = self.lengths[index]
+        tokens = torch.cat([torch.full((own,), index), torch.full((length - own,), 99)])
+        padding = torch.arange(length) >= own
+        return {
+            "tokens": tokens,
+            "position_ids": torch.arange(length),
+            "padding": padding,
+            "sample": torch.tensor(index),
+        }
+
+    def empty(self, length):
+        return self.item(0, length) | {"padding": torch.ones(length, dtype=torch.bool), "sample": torch.tensor(-1)}
+
+
+@pytest.mark.parametrize(("step", "length"), [(None, 64), (16, 48), (40, 40), (24, 48)])
+def test_a_row_is_no_longer_than_it_has_to_be(step, length):
+    """Three samples take 8 + 16 + 16 tokens of a row of 64."""
+    lengths = np.array([5, 16, 9])
+    data = RowDataset(
+        Numbers(lengths), [np.array([0, 1, 2])], 64, num_rows=1, pad_id=99, packing=Packing(lengths, 8, step)
+    )
+    item = data[0]
+    rest = length - 40
+    assert item["tokens"].tolist() == [0] * 5 + [99] * 3 + [1] * 16 + [2] * 9 + [99] * (7 + rest)
+    assert item["position_ids"].tolist() == [*range(8), *range(16), *range(16), *range(rest)]
+    assert item["sample"].tolist() == [0] * 5 + [-1] * 3 + [1] * 16 + [2] * 9 + [-1] * (7 + rest)
+    assert (item["sample"] < 0).tolist() == item["padding"].tolist()
+
+
+def test_a_row_without_samples_is_padding():
+    lengths = np.array([5, 16])
+    rows = EvaluationRows(lengths, 64, multiple=4)
+    data = RowDataset(Numbers(lengths), rows, 64, num_rows=4, pad_id=99, packing=Packing(lengths, 8))
+    items = [data[i] for i in range(4)]
+    assert [item["sample"].max().item() for item in items] == [0, 1, -1, -1]
+    assert all(item["sample"].shape == (64,) and item["tokens"].shape == (64,) for item in items)
