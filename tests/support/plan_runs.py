@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -66,9 +67,7 @@ def run_all(cases: dict[str, list[str]], commands: dict[str, list[str]]) -> tupl
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:
-                # oneDNN takes other scratch memory for 16 bits on each kind of processor.
-                with torch.backends.mkldnn.flags(enabled=False):
-                    measured[name] = measure(words)
+                measured[name] = measure(words)
             except BaseException as error:
                 error.add_note(f"in case {name}; printed:\n{printed.getvalue()[-3000:]}")
                 raise
@@ -247,6 +246,10 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
     dtype = args.params_dtype
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     labels = torch.randint(student.vocab_size, (args.micro_batch_size, _length(args)))
+    factors = torch.ones(8, 128, dtype=dtype), torch.ones(128, 4096, dtype=dtype)
+    extra = memory(Subject(lambda: factors[0] @ factors[1]), torch.device("cpu"))[0].extra
+    # As large as the product at least, or nothing.
+    scratch = extra >= 8 * 4096 * dtype.itemsize
     taught = None
     if model.teacher is not None:
         hidden = torch.randn(*shape, model.teacher.config.hidden_size, dtype=dtype)
@@ -283,11 +286,16 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
             )
             loss.sum().backward()
 
-        with _sent() as sent:
+        # oneDNN multiplies 16 bits in scratch memory on processors that have no instructions for them.
+        plain = torch.backends.mkldnn.flags(enabled=False) if chunk_size is None and scratch else nullcontext()
+        with plain, _sent() as sent:
             run()  # makes Megatron's communication buffers, which the layers use as well
         # The least of several: gloo's thread lets go of what it sent some time after it was sent, which adds a message
         # to every third run on a busy machine.
-        peak = min(memory(Subject(run), torch.device("cpu"))[0].peak for _ in range(8))
+        several = 8 if args.tensor_model_parallel_size > 1 else 2
+        plain = torch.backends.mkldnn.flags(enabled=False) if chunk_size is None and scratch else nullcontext()
+        with plain:
+            peak = min(memory(Subject(run), torch.device("cpu"))[0].peak for _ in range(several))
         # The hidden states are made inside of the run, but belong to the layers.
         found[name] = peak - shape[0] * shape[1] * student.hidden_size * dtype.itemsize
         if name == "fused":

@@ -17,7 +17,7 @@ heads of width d, q = a d and k numbers of queries and of keys, MLP width f:
     rotary embedding     4 s d e                        cosine and sine, of queries and of keys
     attention            n (q + k + (q + 2 k)) e        its inputs: rotated queries and keys, the linear layer's output
       not recomputed     4 n a                          logsumexp; its output is the output layer's input
-      of packed rows     n q e                          the samples' outputs besides, of C ranks C times
+      of packed rows     n q e                          the samples' outputs besides; of C ranks as below
       of C ranks         n (q + C (2 q + 2 k)) e        queries and output at their places in the sequence, keys, values
       with a window w    n (4 q e + 4 a) + s (w + B) e  queries, keys and values of every head, the output of blocks of
                                                         B queries; their masks
@@ -104,8 +104,9 @@ class Activations:
                 # The whole sequence's, in place of the rotated ones and values of this rank.
                 numbers = queries + layout.context * (2 * queries + 2 * keys)
                 whole = whole if whole_is_normed else 0
-            # The outputs of a packed row's samples, besides the row that they are put together to.
-            numbers += layout.context * queries if self._args.pack else 0
+            elif self._args.pack:
+                # The outputs of a row's samples, besides the row that they are put together to.
+                numbers += queries
             window = arch.sliding_window - 1 if arch.window_layers and arch.window_layers[index] else None
             if window is not None and window < layout.seq_length - 1:
                 from qtarget_megatron.megatron.model.attention import BLOCK
