@@ -132,7 +132,7 @@ def memory(path, cache):
 
 
 def test_a_record_takes_less_than_a_hundred_bytes(tmp_path):
-    for name, count in (("few", 4500), ("many", 9000)):
+    for name, count in (("few", 4500), ("many", 13_500)):
         write(tmp_path / f"d-{name}", count)
     found = run_ranks(2, memory, (tmp_path / "d", tmp_path / "cache"), timeout=200, megatron=True)
     assert all(0 < value < 100 for value in found), found
