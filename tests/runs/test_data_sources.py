@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from finetune_runs import run_all, run_tool, vocabulary, write_data, write_models
+from finetune_runs import SPOILED, run_all, run_tool, vocabulary, write_data, write_models
 from launching import Launch, run_ranks
 from layout_runs import DISTRIBUTED_OPTIMIZER, assert_same_training, launch, pp, tensors, tp
 from noise_floor import MARGIN, WEIGHTS_FLOOR, bound, update_difference
@@ -267,19 +267,6 @@ def test_a_longer_row_and_long_samples(workspace):
     assert (
         f"both.jsonl:{first}: the record has more than --seq-length {SHORT} tokens" in line and result.returncode == 2
     )
-
-
-SPOILED = """
-import torch
-from qtarget_megatron import objectives
-
-@objectives.register("spoiled")
-def spoiled():
-    def evaluate(stats, inputs):
-        return stats.weighted_nll(stats.p).where(inputs["spoiled"] == 0, torch.nan), stats.p, ()
-
-    return objectives.Objective(evaluate, token_inputs=("spoiled",))
-"""
 
 
 def launch_alone(words):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from finetune_runs import run_all, run_tool, vocabulary, write_data, write_models
+from finetune_runs import SPOILED, run_all, run_tool, vocabulary, write_data, write_models
 from launching import Launch, run_ranks
 from layout_runs import (
     DISTRIBUTED_OPTIMIZER,
@@ -204,19 +204,6 @@ def test_what_is_said_of_rows(workspace, kinds, rows):
     assert f"training reads 4 rows of the {rows} of an epoch" in said
     for line in refused:
         assert done[line]["code"] == 2 and line in done[line]["printed"], done[line]["printed"][-2000:]
-
-
-SPOILED = """
-import torch
-from qtarget_megatron import objectives
-
-@objectives.register("spoiled")
-def spoiled():
-    def evaluate(stats, inputs):
-        return stats.weighted_nll(stats.p).where(inputs["spoiled"] == 0, torch.nan), stats.p, ()
-
-    return objectives.Objective(evaluate, token_inputs=("spoiled",))
-"""
 
 
 def test_a_nan_is_traced_to_the_records_of_its_row(workspace, rows):

@@ -28,6 +28,19 @@ COMMON = [
     "--no-pack",
 ]
 
+# An objective whose loss is NaN where a record has "spoiled": 1.
+SPOILED = """
+import torch
+from qtarget_megatron import objectives
+
+@objectives.register("spoiled")
+def spoiled():
+    def evaluate(stats, inputs):
+        return stats.weighted_nll(stats.p).where(inputs["spoiled"] == 0, torch.nan), stats.p, ()
+
+    return objectives.Objective(evaluate, token_inputs=("spoiled",))
+"""
+
 
 def write_models(folder: Path) -> None:
     """untied: a Llama; tied: a Qwen3 with qk norms and 2 key/value heads; teacher: another width, depth and tie; deep:
