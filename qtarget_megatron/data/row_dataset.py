@@ -36,9 +36,6 @@ class KeptSamples:
         self._kept = [kept for _, kept in sources]
         self._ends = np.cumsum([len(kept) for kept in self._kept])
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
     def item(self, index: int, length: int) -> dict[str, Tensor]:
         """The tensors of a sample, padded to a length that holds it."""
         source = int(np.searchsorted(self._ends, index, side="right"))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from qtarget_megatron import output_lock
+from qtarget_megatron.data import training_sources
 from qtarget_megatron.huggingface import Architecture, copied_files, export_bytes, hf_tensor_shapes
 from qtarget_megatron.megatron.faults.resume_point import newest_iteration
 from qtarget_megatron.resumable import ResumableDirectory
@@ -209,7 +210,7 @@ def end_of(args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     keys = ("epochs", "data_digest", "global_batch_size", "seed", "pack", "long_samples")
     rows = {"sample": args.sample_length or args.seq_length, "row": args.max_tokens_per_row or args.seq_length}
-    weights = [word.rpartition(":")[2] for word in args.sft_train]
+    weights = [source.weight for source in training_sources(args.sft_train)]
     return {key: getattr(args, key) for key in keys} | rows | {"weights": weights}
 
 
