@@ -31,10 +31,9 @@ class SampleSizes:
     truncated: np.ndarray
 
     @classmethod
-    def of(cls, columns: np.ndarray) -> SampleSizes:
-        """From the int32 [n, 3] of measure_samples."""
-        tokens, supervised, truncated = np.ascontiguousarray(columns.T)
-        return cls(tokens, supervised, truncated.astype(bool))
+    def empty(cls, count: int) -> SampleSizes:
+        """Room for those of as many records."""
+        return cls(np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, bool))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -90,18 +89,23 @@ def measure_samples(
     token_inputs: Sequence[str] = (),
     date: datetime.date | None = None,
     check: Callable[[int, EncodedSample], None] | None = None,
-) -> np.ndarray:
-    """int32 [n, 3], the columns of SampleSizes, of the records at ``indices``.
+) -> SampleSizes:
+    """The sizes of the records at ``indices``, in this order.
 
     ValueError names the first record that cannot be read, or is check's.
     """
-    columns = array("i")  # a list would take ten times as much
+    # A list would take ten times as much.
+    tokens, supervised, truncated = array("i"), array("i"), bytearray()
     for index in indices:
         sample = encode_at(records, tokenizer, seq_length, index, token_inputs, date)
         if check is not None:
             check(int(index), sample)
-        columns.extend((len(sample.input_ids), int(sample.supervised.sum()), sample.truncated))
-    return np.array(columns, dtype=np.int32).reshape(-1, 3)
+        tokens.append(len(sample.input_ids))
+        supervised.append(int(sample.supervised.sum()))
+        truncated.append(sample.truncated)
+    return SampleSizes(
+        np.frombuffer(tokens, np.int32), np.frombuffer(supervised, np.int32), np.frombuffer(truncated, bool)
+    )
 
 
 class SupervisedSamples:

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import zlib
-from array import array
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +24,7 @@ import numpy as np
 
 from qtarget_megatron.cache_folder import cache_folder, cannot_write
 from qtarget_megatron.data.forms import AUTO
-from qtarget_megatron.data.jsonl import JsonlFile
+from qtarget_megatron.data.jsonl import PLACE, JsonlFile, packed_place
 from qtarget_megatron.data.source_file import SourceFile
 from qtarget_megatron.resumable import file_digest
 
@@ -56,10 +55,7 @@ class JsonArrayFile(JsonlFile):
     """
 
     def _read_index(self) -> tuple[np.ndarray, str]:
-        try:
-            return _array_indexed(os.path.abspath(self._file), self._state)
-        except ValueError as error:
-            raise ValueError(f"data file {self.path!r}, {error}") from None
+        return _array_indexed(os.path.abspath(self._file), self._state)
 
     def text(self, index: int) -> str:
         """A record as it stands in the file, in one line."""
@@ -76,7 +72,7 @@ def _array_indexed(path: str, state: tuple[int, ...]) -> tuple[np.ndarray, str]:
 
 def _array_index(text: mmap.mmap) -> np.ndarray:
     # depth: how many brackets are open. begin, end: of the newest object. place: up to where the text is read.
-    index, line = array("q"), 1
+    index, line = bytearray(), 1
 
     def check(found: bytes, expected: bytes) -> None:
         """What stands next to an object, and count its lines."""
@@ -98,7 +94,7 @@ def _array_index(text: mmap.mmap) -> np.ndarray:
             check(text[end : place - 1], b"," if index and opens else b"")
             if not opens:
                 check(text[place:], b"")
-                return np.array(index, dtype=np.int64).reshape(-1, 3)
+                return np.frombuffer(index, PLACE)
             if text[place - 1] != ord("{"):
                 raise ValueError(f"line {line}: expected an array of objects, got an array in it")
             depth, begin = 2, place - 1
@@ -106,7 +102,7 @@ def _array_index(text: mmap.mmap) -> np.ndarray:
             depth += 1 if opens else -1
             if depth == 1:
                 end = place
-                index.extend((begin, end - begin, line))
+                index += packed_place(begin, end - begin, line)
                 line += text[begin:end].count(b"\n")
     raise ValueError(f"line {line}: expected the end of the JSON array, got the end of the file")
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from array import array
+import struct
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from qtarget_megatron.resumable import file_digest
 
 # Bytes of a file from which on reading it takes seconds.
 _KEPT_FROM = 1 << 26
+# Where a record stands in its file; lines count from 1.
+PLACE = np.dtype([("start", "<i8"), ("length", "<u4"), ("line", "<u4")])
+_PLACE = struct.Struct("<qII")
 _PANDAS = (
     "convert it: python -c \"import pandas as p; p.{}('FILE').to_json('data.jsonl', orient='records', lines=True)\""
 )
@@ -50,7 +53,7 @@ def binary_kind(head: bytes) -> tuple[str, str] | None:
 class JsonlFile:
     """Random access to the records of a JSON lines file (UTF-8); blank lines are ignored.
 
-    Keeps 24 bytes per record (start, length, line number) and never the text; forked and spawned
+    Keeps 16 bytes per record (start, length, line number) and never the text; forked and spawned
     worker processes may read it. Records count from 0, the lines in error messages from 1.
 
     form: one of forms.FORMS, that of every record; auto: that of the first one.
@@ -71,7 +74,10 @@ class JsonlFile:
             with open(self._file, "rb") as file:
                 self._state = file_state(file.fileno())
                 self._check_format(file.read(16))
-            self._index, self.digest = self._read_index()
+            try:
+                self._index, self.digest = self._read_index()
+            except ValueError as error:
+                raise ValueError(f"data file {self.path!r}, {error}") from None
         except OSError as error:
             raise ValueError(f"data file {self._file!r}: {error.strerror}") from error
         if len(self._index):
@@ -116,14 +122,14 @@ class JsonlFile:
     @property
     def num_bytes(self) -> int:
         """Bytes of all records' lines; blank ones do not count."""
-        return int(self._index[:, 1].sum())
+        return int(self._index["length"].sum(dtype=np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}
 
     def where(self, index: int) -> str:
         """``path:line`` of a record, for messages."""
-        return f"{self.path}:{self._index[index, 2]}"
+        return f"{self.path}:{self._line(index)}"
 
     def record(self, index: int) -> dict[str, Any]:
         """The record at ``index`` as forms.canonical gives it; ValueError with its line where it has another form."""
@@ -136,7 +142,7 @@ class JsonlFile:
             record: dict[str, Any] = json.loads(text)
             expect(dict, record, "record")
         except json.JSONDecodeError as error:
-            where = f"{self.path}:{self._index[index, 2] + error.lineno - 1}"
+            where = f"{self.path}:{self._line(index) + error.lineno - 1}"
             raise ValueError(f"{where}: expected JSON, got {error.msg} at column {error.colno}") from error
         except RecursionError as error:
             raise ValueError(f"{self.where(index)}: expected a record, got JSON nested too deep to read") from error
@@ -148,6 +154,9 @@ class JsonlFile:
         """The line of a record as it stands in the file; ValueError where it is not UTF-8."""
         return self._written(index)
 
+    def _line(self, index: int) -> int:
+        return int(self._index["line"][index])
+
     def _written(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self.path}")
@@ -158,7 +167,7 @@ class JsonlFile:
                 raise ValueError(f"data file {self._file!r}: {error.strerror}") from error
         if (state := file_state(self._handle.fileno())) != self._state:
             self._check_contents(state)
-        start, length, _ = self._index[index].tolist()
+        start, length, _ = self._index[index].item()
         # pread, not seek and read: forked workers share one file position.
         raw = os.pread(self._handle.fileno(), length, start)
         try:
@@ -199,11 +208,11 @@ def check_contents(path: str, digest: str, before: tuple[int, ...], now: tuple[i
 # As many as a folder may hold.
 @functools.lru_cache(maxsize=1024)
 def _indexed(path: str, state: tuple[int, ...]) -> tuple[np.ndarray, str]:
-    """(start, length, line number) of each record, int64 [n, 3], and the file's SHA-256: read once in a process, a
-    large file once as long as it stays as it is."""
+    """The PLACE [n] of each record, and the file's SHA-256: read once in a process, a large file once as long as it
+    stays as it is."""
     if state[0] < _KEPT_FROM:
         return _index(path)
-    name = hashlib.sha256(repr((path, state)).encode()).hexdigest()[:40]
+    name = hashlib.sha256(repr((path, state, PLACE)).encode()).hexdigest()[:40]
     kept = cache_folder("jsonl") / f"{name}.npz"
     found = load_kept(kept, ("index", "digest"))
     if found is not None:
@@ -214,14 +223,22 @@ def _indexed(path: str, state: tuple[int, ...]) -> tuple[np.ndarray, str]:
 
 
 def _index(path: str) -> tuple[np.ndarray, str]:
-    index, position, digest = array("q"), 0, hashlib.sha256()
+    index, position, digest = bytearray(), 0, hashlib.sha256()
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.isspace():
-                index.extend((position, len(line), number))
+                index += packed_place(position, len(line), number)
             position += len(line)
             digest.update(line)
-    return np.frombuffer(index, dtype=np.int64).reshape(-1, 3), digest.hexdigest()
+    return np.frombuffer(index, PLACE), digest.hexdigest()
+
+
+def packed_place(start: int, length: int, line: int) -> bytes:
+    """A PLACE as it lies in memory. ValueError for a record that is too long for it."""
+    try:
+        return _PLACE.pack(start, length, line)
+    except struct.error as error:
+        raise ValueError(f"line {line}: expected a record of less than 4 GiB, got {length} bytes") from error
 
 
 def _is_spread(line: str) -> bool:

@@ -11,7 +11,7 @@ from qtarget_megatron.data.dataset import measure_samples
 def sizes_of(file, tokenizer, seq_length, names=(), indices=None) -> SampleSizes:
     """Of the records at these indices; None: of all."""
     indices = range(len(file)) if indices is None else indices
-    return SampleSizes.of(measure_samples(file, tokenizer, seq_length, indices, names))
+    return measure_samples(file, tokenizer, seq_length, indices, names)
 
 
 def padded_rows(

@@ -443,7 +443,8 @@ DOUBLED = "{%% set ns = namespace(a=%s) %%}{%% for i in range(99) %%}{%% set ns.
     ],
 )  # fmt: skip
 def test_a_template_without_end_is_ended(monkeypatch, form, message):
-    monkeypatch.setattr(template, "MAX_SECONDS", 0.1)
+    if "computes" in message:
+        monkeypatch.setattr(template, "MAX_SECONDS", 0.1)
     begin = time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
         encode(byte_tokenizer(form), chat("u:Hi", "a:One"), 64)

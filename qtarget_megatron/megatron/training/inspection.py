@@ -30,6 +30,8 @@ from qtarget_megatron.teacher_cache import TeacherCache
 _QUIET_SECONDS = 3.0
 # Fewer records are read again in about a second.
 _KEPT_FROM = 1000
+# Records of a rank whose sizes travel at a time.
+_GATHERED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,10 @@ def _measured(
         done = min(done + dist.get_world_size(), total)
         progress.report(done)
 
-    def measure(share: np.ndarray) -> np.ndarray:
+    def measure(share: range) -> SampleSizes:
         return measure_samples(records, tokenizer, seq_length, share, token_inputs, date, look)
 
-    sizes = SampleSizes.of(_for_each_record(records, measure))
+    sizes = _of_every_record(len(records), measure)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (notes, ranges))
     all_notes, all_ranges = zip(*everyone, strict=True)
@@ -118,27 +120,31 @@ def _measured(
     return Inspected(sizes, sum(all_notes[1:], start=all_notes[0]), merged)
 
 
-def _for_each_record(records: Records, measure: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """What measure says of each record: every rank takes its share of the indices, all get the whole.
+def _of_every_record(count: int, measure: Callable[[range], SampleSizes]) -> SampleSizes:
+    """The sizes of all records: every rank measures its share of the indices, all get the whole.
 
-    measure: indices [n] -> array [n, ...]. Its ValueError on any rank is raised on every one. Collective over all
-    ranks: one object gather.
+    measure: its ValueError on any rank is raised on every one. Collective over all ranks: object gathers.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    found: Any = None
-    try:
-        found = measure(np.arange(rank, len(records), world_size))
-    except ValueError as error:
-        found = str(error)
     gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, found)
-    for found in gathered:
-        if isinstance(found, str):
-            raise ValueError(found)
-    result = np.empty((len(records), *gathered[0].shape[1:]), dtype=gathered[0].dtype)
-    for index, found in enumerate(gathered):
-        result[index::world_size] = found
-    return result
+    own, problem = SampleSizes.empty(0), None
+    try:
+        own = measure(range(rank, count, world_size))
+    except ValueError as error:
+        problem = str(error)
+    dist.all_gather_object(gathered, problem)
+    for problem in gathered:
+        if problem is not None:
+            raise ValueError(problem)
+    whole = SampleSizes.empty(count)
+    # In pieces: what an object gather takes is a multiple of what it carries.
+    for begin in range(0, -(-count // world_size), _GATHERED):
+        piece = slice(begin, begin + _GATHERED)
+        dist.all_gather_object(gathered, (own.tokens[piece], own.supervised[piece], own.truncated[piece]))
+        for index, (tokens, supervised, truncated) in enumerate(gathered):
+            places = slice(index + begin * world_size, index + (begin + len(tokens)) * world_size, world_size)
+            whole.tokens[places], whole.supervised[places], whole.truncated[places] = tokens, supervised, truncated
+    return whole
 
 
 # ---- what an earlier start found
@@ -164,19 +170,18 @@ def _code() -> list[str]:
 
 def _read(path: Path, count: int) -> Inspected | None:
     """What was kept there of as many records; None where nothing is."""
-    kept = load_kept(path, ("sizes", "notes", "ranges"))
-    if kept is None or len(kept["sizes"]) != count:
+    kept = load_kept(path, ("tokens", "supervised", "truncated", "notes", "ranges"))
+    if kept is None or len(kept["tokens"]) != count:
         return None
+    sizes = SampleSizes(kept["tokens"], kept["supervised"], kept["truncated"])
     ranges = {key: (low, high) for key, (low, high) in json.loads(str(kept["ranges"])).items()}
-    return Inspected(SampleSizes.of(kept["sizes"]), SampleNotes(*kept["notes"].tolist()), ranges, known=path)
+    return Inspected(sizes, SampleNotes(*kept["notes"].tolist()), ranges, known=path)
 
 
 def _keep(path: Path, found: Inspected) -> None:
     """Keep it for the next start; where that is not possible, a line says so."""
-    sizes = found.sizes
-    columns = np.stack([sizes.tokens, sizes.supervised, sizes.truncated.astype(np.int32)], axis=1)
     ranges = np.array(json.dumps(found.ranges))
-    if problem := keep(path, sizes=columns, notes=np.array(astuple(found.notes)), ranges=ranges):
+    if problem := keep(path, **vars(found.sizes), notes=np.array(astuple(found.notes)), ranges=ranges):
         logging.getLogger("qtarget_megatron").warning(
             "%s: %s: the next start will read the data again; QTARGET_CACHE_DIR names another folder",
             *(path.parent, problem),
