@@ -1,14 +1,11 @@
 """Rows that hold several samples train as the samples one by one do, at every layout."""
 
 import json
-import math
 import re
 import sys
 
 import numpy as np
 import pytest
-import torch
-import transformers
 from finetune_runs import SPOILED, run_all, run_tool, vocabulary, write_data, write_models
 from launching import Launch, run_ranks
 from layout_runs import (
@@ -25,7 +22,7 @@ from layout_runs import (
 from noise_floor import MARGIN, TAGS, WEIGHTS_FLOOR, bound, update_difference
 from small_tokenizers import CHATML, byte_tokenizer
 
-from qtarget_megatron.data import JsonlFile, RowPlan, SampleOrder, aligned_lengths, alignment, encode, encode_at
+from qtarget_megatron.data import JsonlFile, RowPlan, SampleOrder, aligned_lengths, alignment, encode_at
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -86,45 +83,6 @@ def test_a_step_of_packed_rows_is_that_of_the_samples_one_by_one(workspace, kind
         folders = (f"{kind}-packed", f"{kind}-padded", kind.split()[0])
         got, want, before = (tensors(workspace / folder) for folder in folders)
         assert update_difference(got, want, before) <= MARGIN * WEIGHTS_FLOOR, kind
-
-
-# Such that what a step takes from a weight outweighs the weight's own rounding.
-RATE = 1000.0
-# Relative to the whole gradient: some float32 roundings of 6e-8 in each of a dozen operations a layer.
-GRADIENT_BOUND = 1e-6
-
-
-@pytest.mark.parametrize("model", ["untied", "tied"])
-def test_gradients_of_packed_rows_are_those_of_float64_one_by_one(workspace, rows, model):
-    """A step of plain SGD takes the gradient from the weights; transformers' autograd in float64 says what it is."""
-    words = ["--hf-model", workspace / model, "--sft-train", workspace / "train.jsonl", "--seq-length", ROW, "--pack"]
-    words += ["--train-iters", 1, "--global-batch-size", rows, "--optimizer", "sgd", "--sgd-momentum", 0]
-    words += ["--weight-decay", 0, "--clip-grad", 0, "--lr", RATE, "--min-lr", RATE]
-    layouts = {
-        1: {"one": [], "recomputed": ["--recompute-activations"]},
-        2: {"TP2": [*tp(2), *SEQUENCE_PARALLEL], "PP2": pp(2), "CP2": CP},
-    }
-    network = transformers.AutoModelForCausalLM.from_pretrained(workspace / model, dtype=torch.float64)
-    tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
-    total, count = 0.0, 0
-    for line in (workspace / "train.jsonl").read_text().splitlines():
-        sample = encode(tokenizer, json.loads(line), ROW)
-        ids, supervised = torch.tensor(sample.input_ids), torch.tensor(sample.supervised[1:])
-        log_p = network(ids[None, :-1]).logits[0].log_softmax(-1).gather(1, ids[1:, None])
-        total, count = total - log_p[supervised].sum(), count + int(supervised.sum())
-    (total / count).backward()
-    expected = {name: parameter.grad for name, parameter in network.named_parameters()}
-    before = tensors(workspace / model)
-    size = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
-    for ranks, flags in layouts.items():
-        runs = {name: [*words, *of, "--save-hf", workspace / f"{model} {name}"] for name, of in flags.items()}
-        launch(ranks, runs, workspace, timeout=240)
-        for name in runs:
-            after = tensors(workspace / f"{model} {name}")
-            found = {key: (before[key].double() - after[key].double()) / RATE for key in after}
-            assert found.keys() == expected.keys()
-            error = math.sqrt(sum(float((found[key] - expected[key]).square().sum()) for key in found))
-            assert error <= GRADIENT_BOUND * size, (name, error / size)
 
 
 def packed(kinds, *extra, batch=4):
