@@ -227,11 +227,20 @@ class DatasetRun:
         if len(self.model.wrapped) > 1:
             # The interleaved schedule takes micro-batches in multiples of the stages.
             count = -(-count // stages) * stages
-        length = self._padded_length(indices)
+        # Samples of about one length share a micro-batch.
+        indices = indices[np.argsort(-self._sizes.tokens[indices], kind="stable")]
+        longest, step = self._padded_length(indices), size * self._dp_size
+        # Stages of a pipeline hand on sequences of one length; else every micro-batch has its own, on all ranks.
+        lengths = [longest] * count
+        if stages == 1:
+            lengths = [self._padded_length(indices[i * step : (i + 1) * step]) for i in range(count)]
         shares = [indices[i * size :][:size] for i in range(self._dp_rank, count * self._dp_size, self._dp_size)]
         samples = [[self._sample(index) for index in share.tolist()] if self._reads else [] for share in shares]
-        batches = [self._batch(of_share, length) if self._reads else None for of_share in samples]
-        outputs = forward(self.model, batches, length, task.compute)
+        batches = [
+            self._batch(of_share, length) if self._reads else None
+            for of_share, length in zip(samples, lengths, strict=True)
+        ]
+        outputs = forward(self.model, batches, longest, task.compute)
         if not self._is_source:
             return None
         found: dict[int, Any] = {}
@@ -282,8 +291,8 @@ def forward(
 ) -> list[Any]:
     """What compute makes of each micro-batch, on ranks of the last stage; nothing on other stages.
 
-    batches: of sequences of this length; None on stages that need none. Runs Megatron's forward-only schedule for the
-    layout.
+    batches: of sequences of this length, shorter ones without a pipeline; None on stages that need none. Runs
+    Megatron's forward-only schedule for the layout.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_attr_wrapped_model
