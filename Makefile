@@ -26,6 +26,8 @@ help:
 	@echo '  make test        run every test'
 	@echo '  make test-unit   run those of tests/unit, which start no ranks'
 	@echo '  make test-quick  run the tests that are not marked slow (about two minutes)'
+	@echo '  make test-lowest, make test-newest'
+	@echo '                   run tests/unit with the lowest and the newest versions, in environments of their own'
 	@echo '  make bench       measure time and memory next to torch and Megatron (about 12 minutes, idle machine)'
 	@echo '  make gpu         on a machine with a GPU: run what needs one, write benchmarks/GPU.md'
 	@echo '  make docs        build the documentation into site/'
@@ -89,6 +91,25 @@ test: $(BUILD)
 test-unit: $(BUILD)
 	@$(PYTEST) tests/unit $(PYTEST_ARGS)
 
+# In environments of their own, .venv-lowest and .venv-newest: what pyproject.toml allows at least, and what the index
+# has newest.
+LOWEST := torch==2.11.0 transformers==5.8.0 megatron-core==0.19.2
+NEWEST := torch transformers megatron-core
+NAMES := torch transformers megatron-core numpy datasets safetensors pybind11
+
+.PHONY: test-lowest test-newest
+test-lowest: VERSIONS := $(LOWEST)
+test-newest: VERSIONS := $(NEWEST)
+test-lowest test-newest: test-%: $(BUILD)
+	@uv=$$(command -v uv || echo .venv-uv/bin/uv); \
+	"$$uv" venv --quiet --clear --no-project --python $(PY) .venv-$*; \
+	"$$uv" pip install --quiet --compile-bytecode --python .venv-$*/bin/python \
+	    --requirement pyproject.toml --extra demo --extra test pybind11 setuptools wheel $(VERSIONS); \
+	.venv-$*/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@.venv-$*/bin/python -c "from importlib.metadata import version; \
+	    print(*(f'{name} {version(name)}' for name in '$(NAMES)'.split()), sep=', ')"
+	@.venv-$*/bin/python -m pytest -n 2 --dist loadfile tests/unit $(PYTEST_ARGS)
+
 .PHONY: test-quick
 test-quick: $(BUILD)
 	@$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
@@ -120,6 +141,6 @@ format: $(BUILD)
 
 .PHONY: clean
 clean:
-	@rm -rf $(VENV) .venv-uv build dist site *.egg-info qtarget_megatron/_C*.so demo-output .demo-output.* demo-output-failed.log \
+	@rm -rf $(VENV) .venv-uv .venv-lowest .venv-newest build dist site *.egg-info qtarget_megatron/_C*.so demo-output .demo-output.* demo-output-failed.log \
 	    .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
