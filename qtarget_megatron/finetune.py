@@ -328,16 +328,18 @@ def _check_models(run: Run) -> None:
 
 def _train(run: Run, datasets: DatasetProvider, flags: ResumedFlags, watchdog: Watchdog) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
+    from qtarget_megatron.megatron.attach import attach
     from qtarget_megatron.megatron.faults.loss_check import LossCheck
     from qtarget_megatron.megatron.faults.soundness import Soundness
     from qtarget_megatron.megatron.model.build import ModelProvider
     from qtarget_megatron.megatron.training.checkpoint_hooks import watch_checkpoints
     from qtarget_megatron.megatron.training.pace import Pace
-    from qtarget_megatron.megatron.training.step import LossSettings, forward_step
+    from qtarget_megatron.megatron.training.step import StepSettings, forward_step
     from qtarget_megatron.megatron.weights.hf_weights import save_hf_weights
 
     args, student, teacher, objective = run.args, run.student, run.teacher, run.objective
     from_checkpoint, teacher_cost = launch.has_checkpoint(args.load), TeacherCost()
+    smaller = teacher is not None and teacher.vocab_size < student.vocab_size
     models = ModelProvider(
         args,
         student,
@@ -345,19 +347,22 @@ def _train(run: Run, datasets: DatasetProvider, flags: ResumedFlags, watchdog: W
         load_weights=not from_checkpoint,
         teacher_weights=run.teacher_weights,
         teacher_cost=teacher_cost,
+        finish=partial(
+            attach,
+            objective=objective,
+            vocab_size=student.vocab_size,
+            chunk_size=None if args.qtarget_materialize_logits else args.qtarget_chunk_size,
+            backend=args.qtarget_backend,
+            teacher_vocab_size=teacher.vocab_size if smaller else None,
+            second_model=objective.needs_teacher,
+        ),
     )
     origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
     _log.info("objective %s, starting from %s", objective, origin)
     if objective.note:
         _log.info("%s: %s", objective.name, objective.note)
-    chunk_size = None if args.qtarget_materialize_logits else args.qtarget_chunk_size
-    smaller = teacher is not None and teacher.vocab_size < student.vocab_size
-    settings = LossSettings(
+    settings = StepSettings(
         objective,
-        student.vocab_size,
-        args.qtarget_backend,
-        chunk_size,
-        teacher_vocab_size=teacher.vocab_size if smaller else None,
         teacher_tail=args.teacher_tail,
         teacher_cost=teacher_cost,
         loss_check=LossCheck(datasets.record_names),

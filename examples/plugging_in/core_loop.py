@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 -m examples.plugging_in.core_loop --tp 2 --pp 2 --objective dft
 
-The model is small and random, and learns to repeat its input: what matters is where the objective stands (three lines,
+The model is small and random, and learns to repeat its input: what matters is where the objective stands (two lines,
 marked with <--). --megatron-loss trains with Megatron's own cross-entropy instead, to compare: sft is the same.
 """
 
@@ -72,10 +72,10 @@ def sum_loss(loss_mask, losses):
     return total, count, {"loss": torch.stack([total.detach(), count.float()])}
 
 
-def forward_step(qtarget, data, model):
+def forward_step(data, model):
     tokens, labels, mask = next(data)
     positions = torch.arange(LENGTH, device=tokens.device).expand_as(tokens)
-    losses = model(tokens, positions, None, labels=labels, loss_mask=mask, output_processor=qtarget)  # <-- 3
+    losses = model(tokens, positions, None, labels=labels, loss_mask=mask)
     return losses, partial(sum_loss, mask)
 
 
@@ -86,7 +86,7 @@ def train(args) -> list[float]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from qtarget_megatron.megatron.output_processor import OutputProcessor  # <-- 1
+    from qtarget_megatron.megatron.attach import attach  # <-- 1
 
     mpu.initialize_model_parallel(args.tp, args.pp)
     ranks = mpu.get_data_parallel_world_size()
@@ -94,14 +94,15 @@ def train(args) -> list[float]:
     torch.manual_seed(1 + mpu.get_pipeline_model_parallel_rank())
     model_parallel_cuda_manual_seed(1)
     model = build_model(args)
+    if not args.megatron_loss:
+        attach(model, *args.objective, vocab_size=VOCABULARY)  # <-- 2
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=args.lr), [model])
-    qtarget = None if args.megatron_loss else OutputProcessor(*args.objective, vocab_size=VOCABULARY)  # <-- 2
     data, history = batches(), []
     for step in range(1, args.steps + 1):
         model.zero_grad_buffer()
         optimizer.zero_grad()
         reports = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, qtarget),
+            forward_step_func=forward_step,
             data_iterator=data,
             model=[model],
             num_microbatches=MICRO_BATCHES,

@@ -1,4 +1,4 @@
-"""An objective inside a pretraining script of one's own: Megatron's usual three functions, and three lines more (<--).
+"""An objective inside a pretraining script of one's own: Megatron's usual three functions, and two lines more (<--).
 
     CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node 4 -m examples.plugging_in.pretrain_script \\
         --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 \\
@@ -7,7 +7,7 @@
         --no-persist-layer-norm --no-gradient-accumulation-fusion --eval-iters 0 --eval-interval 100 \\
         --save-interval 100 --log-interval 1 --tensor-model-parallel-size 2
 
-The data are random tokens whose second half repeats the first. Take the three lines over into your own script.
+The data are random tokens whose second half repeats the first. Take the two lines over into your own script.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args  #
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args  # noqa: E402
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 
-from qtarget_megatron.megatron.output_processor import OutputProcessor  # <-- 1  # noqa: E402
+from qtarget_megatron.megatron.attach import attach  # <-- 1  # noqa: E402
 
 VOCABULARY = 256
-QTARGET = OutputProcessor("focal", "gamma=2", vocab_size=VOCABULARY)  # <-- 2
 
 
 class Repetitions(torch.utils.data.Dataset):
@@ -57,7 +56,7 @@ datasets.is_distributed = True  # every rank makes its own batches
 
 def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
     args = get_args()
-    return GPTModel(
+    model = GPTModel(
         config or core_transformer_config_from_args(args),
         get_gpt_layer_local_spec(),
         vocab_size=args.padded_vocab_size,
@@ -69,6 +68,8 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
+    attach(model, "focal", "gamma=2", vocab_size=VOCABULARY)  # <-- 2
+    return model
 
 
 def sum_loss(loss_mask, losses):
@@ -78,14 +79,7 @@ def sum_loss(loss_mask, losses):
 
 def forward_step(data_iterator, model):
     batch = {key: value.cuda() for key, value in next(data_iterator).items()}
-    losses = model(
-        batch["tokens"],
-        batch["position_ids"],
-        None,
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        output_processor=QTARGET,  # <-- 3
-    )
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return losses, partial(sum_loss, batch["loss_mask"])
 
 

@@ -39,7 +39,8 @@ class Batch:
     inputs:         side inputs of the objective by their own names, float64 [b, s].
     teacher:        a cached second model.
     held_out:       int64 [b, s], of which held-out set a token is, where there are several.
-    num_supervised: number of supervised tokens, where the host knows it without waiting for a GPU.
+    num_supervised: number of supervised tokens, where the host knows it without waiting for a GPU; then of those that
+                    are a token further on, and so on, for as many heads as a model has.
     filled:         tokens of samples and tokens in all, on the host, of whole rows under context parallelism.
     """
 
@@ -51,7 +52,7 @@ class Batch:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     teacher: CachedEntries | None = None
     held_out: Tensor | None = None
-    num_supervised: int | None = None
+    num_supervised: tuple[int, ...] | None = None
     packed: bool = False
     filled: tuple[int, int] | None = None
 

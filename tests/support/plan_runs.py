@@ -177,6 +177,8 @@ def _optimizer_tensors(optimizer):
 
 
 def _saved_bytes(model, args: argparse.Namespace, student) -> int:
+    from qtarget_megatron.megatron.model.output_head import heads_without_logits
+
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
@@ -189,22 +191,21 @@ def _saved_bytes(model, args: argparse.Namespace, student) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         tokens, positions, mask, packed = _inputs(args, student)
-        hidden = model(tokens, positions, mask, packed_seq_params=packed, output_processor=_hidden_states)
-    return storage_bytes([*saved.values(), hidden])
+        with heads_without_logits(model) as heads:
+            model(tokens, positions, mask, packed_seq_params=packed)
+    return storage_bytes([*saved.values(), heads[0].hidden])
 
 
 def _step_bytes(model, args: argparse.Namespace, student, objective) -> int:
-    from qtarget_megatron.megatron.training.step import LossContext, LossSettings, output_processor
+    from qtarget_megatron.megatron.attach import attach
     from tools.benchmarking.measure import Subject, memory
 
     tokens, positions, mask, packed = _inputs(args, student)
-    context = LossContext(LossSettings(objective, student.vocab_size, "auto", CHUNK), teacher=None)
+    attach(model, objective, vocab_size=student.vocab_size, chunk_size=CHUNK)
     labels = tokens.roll(-1)
 
     def run():
-        keywords = dict(labels=labels, output_processor=output_processor, output_processor_context=context)
-        keywords |= dict(packed_seq_params=packed)
-        model(tokens, positions, mask, **keywords).sum().backward()
+        model(tokens, positions, mask, labels=labels, packed_seq_params=packed).sum().backward()
 
     return min(memory(Subject(run), torch.device("cpu"))[0].peak for _ in range(2))
 
@@ -231,14 +232,10 @@ def _length(args: argparse.Namespace) -> int:
     return args.seq_length // args.context_parallel_size
 
 
-def _hidden_states(*, hidden_states, **unused):
-    return hidden_states
-
-
 def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
     from qtarget_megatron.loss.sparse_teacher import SparseTeacher
+    from qtarget_megatron.megatron.head_loss import HeadLoss, LossInputs
     from qtarget_megatron.megatron.model.output_head import OutputHead
-    from qtarget_megatron.megatron.training.step import LossContext, LossSettings, output_processor
     from tools.benchmarking.measure import Subject, memory
 
     ranks = args.tensor_model_parallel_size if args.sequence_parallel else 1
@@ -266,25 +263,20 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
 
         def run(chunk_size=chunk_size, is_cached=is_cached):
             hidden = torch.randn(*shape, student.hidden_size, dtype=dtype, requires_grad=True)
-            settings = LossSettings(objective, student.vocab_size, "auto", chunk_size)
-            context = LossContext(settings, teacher=None if is_cached else taught)
+            loss = HeadLoss(objective, student.vocab_size, "auto", chunk_size)
+            inputs = LossInputs(teacher=lambda: taught)
             if is_cached:
                 # All over the vocabulary: each rank has its share.
                 ids = torch.arange(0, student.vocab_size, student.vocab_size // ENTRIES)[:ENTRIES]
                 ids = ids.expand(*labels.shape, -1).clone()
-                context.sparse_teacher = SparseTeacher(
-                    ids, torch.full(ids.shape, -5.0), torch.full(labels.shape, 0.5), "uniform"
-                )
-            loss = output_processor(
-                hidden_states=hidden,
-                output_layer=model.output_layer,
-                output_weight=weight,
-                labels=labels,
-                context=context,
-                scale_logits=lambda logits: logits,
-                config=model.config,
-            )
-            loss.sum().backward()
+                kept = SparseTeacher(ids, torch.full(ids.shape, -5.0), torch.full(labels.shape, 0.5), "uniform")
+                inputs = LossInputs(sparse_teacher=kept)
+            head = OutputHead(hidden, model.output_layer, weight)
+            if chunk_size is None:
+                losses, _ = loss.of_logits(head.logits(), labels, inputs, model.output_layer.tp_group, inplace=True)
+            else:
+                losses, _ = loss.of_hidden(head, labels, inputs)
+            losses.sum().backward()
 
         # oneDNN multiplies 16 bits in scratch memory on processors that have no instructions for them.
         plain = torch.backends.mkldnn.flags(enabled=False) if chunk_size is None and scratch else nullcontext()

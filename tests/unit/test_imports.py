@@ -60,7 +60,10 @@ ALLOWED = {
         "inspection", "_source_tree", "_version",
     },
     # The wings of the plug-in, each above those that it imports.
-    "megatron": {"data", "objectives", "statistics", "loss.linear_cross_entropy", "megatron.training"},
+    "megatron": {
+        "collectives", "data", "objectives", "statistics", "loss.cross_entropy", "loss.linear_cross_entropy",
+        "loss.sparse_teacher", "megatron.model",
+    },
     "megatron.runtime": {"command_line", "data", "huggingface", "objectives", "parallel_layout"},
     "megatron.faults": {
         "_version", "command_line", "data", "huggingface", "output_lock", "resumable", "megatron.runtime",
@@ -69,8 +72,8 @@ ALLOWED = {
     "megatron.model": {"huggingface", "megatron.runtime", "megatron.weights"},
     "megatron.training": {
         "cache_folder", "data", "huggingface", "kernels", "objectives", "output_lock", "resumable", "statistics",
-        "teacher_cache", "loss.cross_entropy", "loss.linear_cross_entropy", "loss.sparse_teacher",
-        "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.model",
+        "teacher_cache", "loss.linear_cross_entropy", "loss.sparse_teacher",
+        "megatron", "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.model",
     },
     "megatron.jobs": {
         "collectives", "data", "huggingface", "kernels", "objectives", "output_lock", "resumable", "teacher_cache",
@@ -98,7 +101,7 @@ ALLOWED = {
     ),
     "finetune": {
         "_version", "command_line", "data", "huggingface", "objectives", "output_lock", "resumable", "teacher_cache",
-        "loss.sparse_teacher", "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.model",
+        "loss.sparse_teacher", "megatron", "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.model",
         "megatron.training", "megatron.jobs", "megatron.verify",
     },
 }  # fmt: skip

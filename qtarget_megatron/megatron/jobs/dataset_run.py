@@ -23,7 +23,6 @@ from qtarget_megatron import kernels
 from qtarget_megatron.data import AUTO, Batch, EncodedSample, Records, encode_at, training_item
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.megatron.jobs.open_model import OpenModel, open_model
-from qtarget_megatron.megatron.model.output_context import OutputContext
 from qtarget_megatron.megatron.runtime import cpu_platform, logs
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
@@ -297,17 +296,22 @@ def forward(
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_attr_wrapped_model
 
+    from qtarget_megatron.megatron.model.output_head import heads_without_logits
+
     results: list[Any] = []
 
     def forward_step(data_iterator, chunk):
         batch: Batch | None = next(data_iterator)
-        extra: dict[str, Any] = {"padding_mask": batch.padding} if get_attr_wrapped_model(chunk, "routers") else {}
-        if get_attr_wrapped_model(chunk, "post_process"):
-            context = _Context(compute, results)
-            extra |= dict(labels=batch.labels, output_processor=_process, output_processor_context=context)
-        # No loss function: the schedule keeps the last stage's output, which says nothing.
+        bare = get_attr_wrapped_model(chunk, "post_process", return_model_obj=True)
+        extra = {"padding_mask": batch.padding} if bare.routers else {}
         tokens, position_ids = (None, None) if batch is None else (batch.tokens, batch.position_ids)
-        return chunk(tokens, position_ids, None, **extra), None
+        with heads_without_logits(bare) as heads:
+            output = chunk(tokens, position_ids, None, **extra)
+        if bare.post_process:
+            reference = bare.take_taught()
+            results.append(compute(heads if reference is None else [*heads, reference], batch.labels))
+        # No loss function: the schedule keeps the last stage's output, which says nothing.
+        return output, None
 
     for chunk in model.wrapped:
         chunk.eval()
@@ -322,21 +326,3 @@ def forward(
         collect_non_loss_data=True,
     )
     return results
-
-
-@dataclass
-class _Context(OutputContext):
-    """Travels to the output processor; StackedGPTModel puts the reference's output head in."""
-
-    compute: Callable[[list[OutputHead], Tensor], Any]
-    results: list[Any]
-    teacher: OutputHead | None = None
-
-
-def _process(*, hidden_states, output_layer, output_weight, labels, context: _Context, **unused) -> Tensor:
-    """Output processor: hidden states to a result, which does not go through Megatron."""
-    from qtarget_megatron.megatron.model.output_head import OutputHead
-
-    heads = [OutputHead(hidden_states, output_layer, output_weight), context.teacher]
-    context.results.append(context.compute([head for head in heads if head is not None], labels))
-    return hidden_states.new_zeros(())

@@ -6,6 +6,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -228,11 +229,17 @@ class ModelProvider:
         load_weights: bool,
         teacher_weights: SavedModel | None = None,
         teacher_cost: TeacherCost | None = None,
+        finish: Callable[[GPTModel], object] = lambda model: None,
     ):
-        """load_weights: the student's from args.hf_model. teacher_weights: default those of args.teacher_hf.
-        teacher_cost: measures the teacher's forwards."""
+        """
+        load_weights:    the student's from args.hf_model.
+        teacher_weights: default those of args.teacher_hf.
+        teacher_cost:    measures the teacher's forwards.
+        finish:          what is done with each chunk in the end.
+        """
         self._args, self._student, self._teacher = args, student, teacher
         self._load_weights, self._teacher_weights, self._teacher_cost = load_weights, teacher_weights, teacher_cost
+        self._finish = finish
         self.built: list[GPTModel] = []
 
     def __call__(self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
@@ -254,6 +261,7 @@ class ModelProvider:
         self.built.append(model)
         if len(self.built) == (args.virtual_pipeline_model_parallel_size or 1):
             self._complete()
+        self._finish(model)
         return model
 
     def _complete(self) -> None:

@@ -23,14 +23,16 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
-from qtarget_megatron.megatron.model.output_context import OutputContext
-from qtarget_megatron.megatron.model.output_head import OutputHead
+from qtarget_megatron.megatron.model.output_head import OutputHead, heads_without_logits
 from qtarget_megatron.megatron.model.router import Router
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 
 
 class StackedGPTModel(GPTModel):
-    """GPTModel that carries a frozen teacher stage along; without a teacher it is a GPTModel."""
+    """GPTModel that carries a frozen teacher stage along; without a teacher it is a GPTModel.
+
+    taught: on a last stage, from the teacher's forward on, which comes first, its output head.
+    """
 
     config: TransformerConfig
 
@@ -38,6 +40,7 @@ class StackedGPTModel(GPTModel):
         super().__init__(*args, **kwargs)
         # A plain attribute, not a sub-module: see the module's docstring.
         self.__dict__["teacher"] = teacher
+        self.taught: OutputHead | None = None
         self._teacher_cost = teacher_cost or TeacherCost()
         self._student_width = self.config.hidden_size
         # The routers of all layers with experts, the teacher's included.
@@ -66,7 +69,6 @@ class StackedGPTModel(GPTModel):
         *,
         padding_mask=None,
         packed_seq_params: PackedSeqParams | None = None,
-        output_processor_context: OutputContext | None = None,
         **kwargs,
     ):
         """padding_mask: bool [b, s] of the whole sequence on every stage, True where there is padding.
@@ -80,24 +82,17 @@ class StackedGPTModel(GPTModel):
         if self.teacher is not None:
             # An evaluation's forwards are not the next step's.
             measured = self._teacher_cost if self.training else contextlib.nullcontext()
-            with torch.no_grad(), measured:
+            with torch.no_grad(), measured, heads_without_logits(self.teacher) as heads:
                 taught = self.teacher(
                     input_ids,
                     position_ids,
                     attention_mask,
-                    output_processor=_output_head,
                     padding_mask=padding_mask,
                     packed_seq_params=packed_seq_params,
                 )
-            if self.post_process and output_processor_context is not None:
-                output_processor_context.teacher = taught
-        hidden = super().forward(
-            input_ids,
-            position_ids,
-            attention_mask,
-            output_processor_context=output_processor_context,
-            **kwargs,
-        )
+            if self.post_process:
+                (self.taught,) = heads
+        hidden = super().forward(input_ids, position_ids, attention_mask, **kwargs)
         if self.post_process:
             return hidden
         if packed_seq_params is not None and packed_seq_params.rows > 1:
@@ -107,13 +102,14 @@ class StackedGPTModel(GPTModel):
                 return make_viewless_tensor(hidden, requires_grad=hidden.requires_grad, keep_graph=True)
         return hidden if taught is None else torch.cat([hidden, taught], dim=-1)
 
+    def take_taught(self) -> OutputHead | None:
+        """The teacher's output head of the last forward, which is kept no longer."""
+        taught, self.taught = self.taught, None
+        return taught
+
     def _own_part(self, padding_mask):
         """Megatron cuts the mask for sequence parallelism where it embeds tokens, and on no later stage."""
         if padding_mask is None or self.pre_process or not self.config.sequence_parallel:
             return padding_mask
         group = self.pg_collection.tp
         return padding_mask.chunk(group.size(), dim=1)[group.rank()]
-
-
-def _output_head(*, hidden_states, output_layer, output_weight, **unused) -> OutputHead:
-    return OutputHead(hidden_states, output_layer, output_weight)

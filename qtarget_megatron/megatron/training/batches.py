@@ -99,7 +99,7 @@ def on_this_rank(read: Batch) -> OwnBatch:
     batch = read.map(lambda tensor: tensor.cuda(non_blocking=True))
     if cp_group.size() == 1:
         if not read.labels.is_cuda:
-            batch = replace(batch, num_supervised=int((read.labels != IGNORE_INDEX).sum()))
+            batch = replace(batch, num_supervised=(int((read.labels != IGNORE_INDEX).sum()),))
     elif packed is None:
 
         def cut(tensor: Tensor) -> Tensor:
