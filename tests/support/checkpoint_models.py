@@ -41,6 +41,8 @@ CASES = {
         | dict(moe_intermediate_size=24, n_shared_experts=2, first_k_dense_replace=1),
     ),
     "mixtral": ("Mixtral", dict(num_key_value_heads=3, num_local_experts=5)),
+    # Queries, keys and values in one tensor, gate and up in another.
+    "phi3": ("Phi3", dict(num_key_value_heads=3, pad_token_id=None)),
 }
 
 
