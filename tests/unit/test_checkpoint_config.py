@@ -20,6 +20,7 @@ QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SHAPE)
 QWEN3_MOE = dict(architectures=["Qwen3MoeForCausalLM"], num_key_value_heads=4)
 SMOLLM3 = dict(architectures=["SmolLM3ForCausalLM"], num_key_value_heads=4)
 MIXTRAL = dict(architectures=["MixtralForCausalLM"])
+FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=512)
 
 
@@ -107,6 +108,7 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         bos_token_id=theirs.bos_token_id,
         experts=experts_of(theirs, names),
         latent=latent_of(theirs),
+        further_layers=getattr(theirs, "num_nextn_predict_layers", 0),
     )
 
 
@@ -351,7 +353,17 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (dict(architectures=["LlamaModel"]), "got \\['LlamaModel'\\]"),
         (dict(architectures=None), "got None"),
         (dict(architectures=[{}]), "expected architectures"),
-        (dict(quantization_config=dict(quant_method="fp8")), "dequantise"),
+        (dict(quantization_config=FP8 | dict(weight_block_size=None)), "'fp8' without weight_block_size; .*dequantise"),
+        *(
+            (dict(quantization_config=dict(quant_method=method, bits=4)), f"quant_method '{method}'; .*dequantise")
+            for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8")
+        ),
+        (dict(compression_config=dict(format="x")), "got a compression_config of quant_method None"),
+        (dict(quantization_config=[1]), "quantization_config to be an object, got .1."),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[128])), "rows and columns of a block, got .128."),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[128, 0])), "rows and columns of a block"),
+        (dict(quantization_config=FP8 | dict(fmt="e5m2")), "fmt of quantization_config to be 'e4m3', got 'e5m2'"),
+        (dict(quantization_config=FP8 | dict(activation_scheme="static")), "to be 'dynamic', got 'static'"),
         (dict(hidden_act="gelu"), "hidden_act 'silu'.*'gelu'"),
         (dict(hidden_size=None), "hidden_size to be a positive integer, got None"),
         (dict(num_hidden_layers=2.0), "num_hidden_layers to be a positive integer, got 2.0"),
@@ -384,6 +396,9 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (dict(architectures=["Own"], auto_map=dict(AutoModel="own.Own")), "auto_map.* is never run"),
         (DEEPSEEK_V3 | dict(q_lora_rank=None), "q_lora_rank to be a number, got null: Megatron adds a norm"),
         (DEEPSEEK_V3 | dict(rope_interleave=False), "rope_interleave true"),
+        (DEEPSEEK_V3 | dict(scoring_func="softmax"), "scoring_func to be 'sigmoid', got 'softmax'"),
+        (DEEPSEEK_V3 | dict(topk_method="greedy"), "topk_method to be 'noaux_tc', got 'greedy'"),
+        (DEEPSEEK_V3 | dict(num_nextn_predict_layers=-1), "num_nextn_predict_layers to be a positive integer, got -1"),
         (DEEPSEEK_V3 | dict(attention_bias=True), "attention_bias false"),
         (DEEPSEEK_V3 | dict(rms_norm_eps=1e-5), "rms_norm_eps 1e-06, which the norms of the latents have"),
         (DEEPSEEK_V3 | dict(num_key_value_heads=2), "num_key_value_heads to be num_attention_heads"),

@@ -117,6 +117,8 @@ class Family:
     unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else every
                       no_rope_layer_interval-th.
     experts:          None where every layer has one MLP.
+    further_layers:   the field with the number of layers that predict further tokens, which are left out.
+    fixed:            fields that have no other value than this one, where the file has them.
     defaults:         the values that transformers assumes for fields the file leaves out.
     aliases:          other spelling of a field -> the one used here.
     tensors:          names that differ from a Llama's, by role.
@@ -133,6 +135,8 @@ class Family:
     window: WindowRules | None = None
     unrotated_layers: bool = False
     experts: ExpertRules | None = None
+    further_layers: str | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
@@ -144,3 +148,7 @@ class Family:
     def tensor(self, role: str, part: str = "weight", **place: int) -> str:
         """The name of a tensor in the checkpoint; place: layer and expert, counted from 0, where the role has them."""
         return f"{self.tensors.get(role, _TENSORS[role]).format(**place)}.{part}"
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return _LAYER.format(layer=layer)
