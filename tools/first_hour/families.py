@@ -65,7 +65,7 @@ FAMILIES = {
     ),
     "smollm3": (
         "SmolLM3",
-        dict(num_key_value_heads=2, head_dim=8, pad_token_id=None, no_rope_layers=[1, 0, 1, 0], rope_parameters=LLAMA3),
+        dict(num_key_value_heads=2, head_dim=8, pad_token_id=None, no_rope_layers=[1, 0, 1, 0], rope_parameters=YARN),
     ),
     # Latent attention, with two scales of yarn, and groups of experts.
     "deepseek_v3": (

@@ -30,13 +30,27 @@ from qtarget_megatron.huggingface.config.family import Family
 from qtarget_megatron.huggingface.config.latent import LatentAttention, read_latent
 from qtarget_megatron.huggingface.config.layers import read_unrotated_layers, read_windows
 from qtarget_megatron.huggingface.config.quantization import read_quantization
-from qtarget_megatron.huggingface.config.rope import RopeScaling, check_frequencies, inverse_frequencies, read_rope
+from qtarget_megatron.huggingface.config.rope import (
+    RopeScaling,
+    check_frequencies,
+    inverse_frequencies,
+    read_partial_rotary,
+    read_rope,
+)
 
 # Nothing comes near: models have up to some hundred layers, and heads of some hundred numbers.
 _MOST_LAYERS, _MOST_HEAD_DIM = 10_000, 2**16
 
 # A null means "absent", except where null is itself the meaning (no window, no such token).
-_NULLABLE = ("sliding_window", "bos_token_id", "eos_token_id", "num_key_value_heads", "head_dim", "q_lora_rank")
+_NULLABLE = (
+    "sliding_window",
+    "bos_token_id",
+    "eos_token_id",
+    "num_key_value_heads",
+    "head_dim",
+    "q_lora_rank",
+    "partial_rotary_factor",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,8 @@ class Architecture:
     ``head_dim``: of a query and key head. ``ffn_hidden_size``: of the MLP in layers without experts. ``tied``: the
     output head is the embedding. ``qkv_bias``, ``output_bias`` (o_proj) and ``mlp_bias``: which linear layers carry a
     bias. ``qk_norm``: RMS norm per head on queries and keys. ``rope_scaling`` is None for the default rotary embedding.
+    ``partial_rotary_factor``: of a head's numbers, the first ones, have the rotary embedding (``rotary_dim`` of them);
+    ``rotary_interleaved``: it pairs neighbouring numbers, not those half its width apart.
     ``sliding_window``: tokens that a layer of ``window_layers`` attends to, itself included. ``window_layers`` and
     ``unrotated_layers`` (without rotary embedding) have one entry per layer, or none where no layer is of that kind.
     ``experts`` is None where every layer has one MLP, ``latent`` where queries, keys and values are made from the
@@ -79,6 +95,8 @@ class Architecture:
     unrotated_layers: tuple[bool, ...] = ()
     experts: Experts | None = None
     latent: LatentAttention | None = None
+    partial_rotary_factor: float = 1.0
+    rotary_interleaved: bool = False
     further_layers: int = 0
 
     @classmethod
@@ -119,8 +137,7 @@ class Architecture:
         window, window_layers = read_windows(config, family.window, layers, unrotated)
         latent = read_latent(config) if family.latent else None
         head_dim = _head_dim(config, hidden, heads) if latent is None else latent.plain_dim + latent.rotary_dim
-        check_frequencies(head_dim if latent is None else latent.rotary_dim, rope_base, rope_scaling)
-        return cls(
+        arch = cls(
             family=family.name,
             num_layers=layers,
             hidden_size=hidden,
@@ -146,26 +163,46 @@ class Architecture:
             unrotated_layers=unrotated,
             experts=read_experts(config, family.experts, layers),
             latent=latent,
+            partial_rotary_factor=read_partial_rotary(config, family.partial_rotary, head_dim),
+            rotary_interleaved=family.rotary_interleaved,
             further_layers=_further_layers(config, family.further_layers),
         )
+        check_frequencies(arch.rotary_dim, rope_base, rope_scaling)
+        return arch
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a query and key head have the rotary embedding."""
+        if self.latent is not None:
+            return self.latent.rotary_dim
+        return int(self.head_dim * self.partial_rotary_factor)
 
     def inverse_frequencies(self) -> torch.Tensor:
-        """Rotary inverse frequencies, float32 ``[d / 2]``, the bits that transformers computes.
-
-        d: head_dim, or the rotary part of it in latent attention.
-        """
-        dim = self.head_dim if self.latent is None else self.latent.rotary_dim
-        return inverse_frequencies(dim, self.rope_base, self.rope_scaling)
+        """Rotary inverse frequencies, float32 ``[rotary_dim / 2]``, the bits that transformers computes."""
+        return inverse_frequencies(self.rotary_dim, self.rope_base, self.rope_scaling)
 
     def softmax_scale(self) -> float | None:
         """What the scores q k are multiplied by; None for 1 / sqrt(head_dim), and for latent attention.
 
-        Yarn multiplies cosine and sine, hence queries and keys, by its attention factor: the scores by its square.
+        The attention factor multiplies cosine and sine, hence all of queries and keys where all of them are rotated:
+        the scores by its square.
         """
-        if self.latent is not None:
-            return None  # Megatron's latent attention has yarn of its own
-        factor = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
-        return None if factor == 1 else factor**2 / math.sqrt(self.head_dim)
+        if self._attention_factor() == 1 or not self._rotates_all():
+            return None
+        return self._attention_factor() ** 2 / math.sqrt(self.head_dim)
+
+    def rotary_scale(self) -> float:
+        """What cosine and sine are multiplied by, where softmax_scale() does not do it."""
+        return 1.0 if self._rotates_all() else self._attention_factor()
+
+    def _attention_factor(self) -> float:
+        # Megatron's latent attention has yarn of its own.
+        if self.latent is not None or self.rope_scaling is None:
+            return 1.0
+        return self.rope_scaling.attention_factor
+
+    def _rotates_all(self) -> bool:
+        return self.rotary_dim == self.head_dim and not self.unrotated_layers
 
 
 def _find_family(raw: Mapping[str, Any]) -> Family:

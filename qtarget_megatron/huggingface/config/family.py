@@ -112,6 +112,9 @@ class Family:
     refused:          why Megatron's GPT model cannot express it; nothing else counts then.
     qkv_bias, output_bias, mlp_bias: whether linear layers of attention and MLP have biases.
     qk_norm:          RMS norm of each query and key head.
+    partial_rotary:   the rotary embedding is that of the first partial_rotary_factor of a head's numbers; a str names
+                      the field with their number, which counts where that factor is absent.
+    rotary_interleaved: the rotary embedding pairs neighbouring numbers, not those half its width apart.
     latent:           queries, keys and values are made from small latents (multi-head latent attention).
     window:           None where sliding_window has no meaning.
     unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else every
@@ -131,6 +134,8 @@ class Family:
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
+    partial_rotary: bool | str = False
+    rotary_interleaved: bool = False
     latent: bool = False
     window: WindowRules | None = None
     unrotated_layers: bool = False

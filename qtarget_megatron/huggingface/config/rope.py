@@ -49,16 +49,8 @@ def read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeSca
     positions: max_position_embeddings. Precedence is transformers': rope_scaling over rope_parameters, an inner
     rope_theta over the outer.
     """
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"config.json: expected one flat set of rotary parameters for all layers, got {shown(rope)}")
-    rope = {"rope_theta": config.get("rope_theta", 10000.0)} | rope
+    rope = {"rope_theta": config.get("rope_theta", 10000.0)} | _parameters(config)
     base = positive_number(rope, "rope_theta")
-    for partial in (rope.get("partial_rotary_factor"), config.get("partial_rotary_factor")):
-        if partial not in (None, 1, 1.0):
-            raise ValueError(
-                f"config.json: expected partial_rotary_factor 1 (rotary over the whole head), got {shown(partial)}"
-            )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in tuple(_FIELDS):
         raise ValueError(f"config.json: expected rope_type to be one of {tuple(_FIELDS)}, got {shown(kind)}")
@@ -80,6 +72,40 @@ def read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeSca
                 f"{values['high_freq_factor']} and {values['low_freq_factor']}"
             )
     return base, RopeScaling(type=kind, **values)
+
+
+def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"config.json: expected one flat set of rotary parameters for all layers, got {shown(rope)}")
+    return rope
+
+
+def read_partial_rotary(config: Mapping[str, Any], rule: bool | str, head_dim: int) -> float:
+    """The share of a head's numbers that has the rotary embedding. rule: see Family.partial_rotary.
+
+    An inner partial_rotary_factor wins over the outer, as in transformers.
+    """
+    rope = _parameters(config)
+    given = [values.get("partial_rotary_factor") for values in (rope, config)]
+    if rule is False:
+        for factor in given:
+            if factor not in (None, 1, 1.0):
+                raise ValueError(
+                    f"config.json: expected partial_rotary_factor 1 (rotary over the whole head), got {shown(factor)}"
+                )
+        return 1.0
+    if isinstance(rule, str) and config.get(rule) is not None:
+        given.append(positive_int(config, rule, most=head_dim) / head_dim)
+    factor = next((factor for factor in given if factor is not None), 1.0)
+    factor = positive_number({"partial_rotary_factor": factor}, "partial_rotary_factor")
+    width = int(head_dim * factor)
+    if factor > 1 or width < 2 or width % 2:
+        raise ValueError(
+            f"config.json: expected a partial_rotary_factor of at most 1 that gives an even number of a head's "
+            f"{head_dim} numbers, got {shown(factor)}"
+        )
+    return factor
 
 
 def _yarn(rope: Mapping[str, Any], default_factor: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ heads of width d, q = a d and k numbers of queries and of keys, MLP width f:
     norm of width w      8 w + 4, in 16 bits 10 w + 4   input and product in float32, scale; the product in 16 bits
     a layer's two norms  2 n' (norm(h) + h e)           with their outputs, which the linear layers keep
     head norms           n (norm(d) per head)           float32: keys' input is the linear layer's output, kept whole
-    rotary embedding     4 s d e                        cosine and sine, of queries and of keys
+    rotary embedding     4 s r e                        cosine and sine, of queries and of keys; r of d are rotated
     attention            n (q + k + (q + 2 k)) e        its inputs: rotated queries and keys, the linear layer's output
       not recomputed     4 n a                          logsumexp; its output is the output layer's input
       of packed rows     n q e                          the samples' outputs besides; of C ranks as below
@@ -89,7 +89,7 @@ class Activations:
         groups = max(arch.num_query_groups / layout.tensor, 1)
         queries, keys = heads * arch.head_dim, groups * arch.head_dim
         length = layout.seq_length / layout.context
-        found = 4 * length * arch.head_dim * element
+        found = 4 * length * arch.rotary_dim * element
         # The output layer's input, rotated queries and keys; the first linear layer's whole output, with the values.
         numbers, whole = 2 * queries + keys, queries + 2 * keys
         whole_is_normed = arch.qk_norm and element == 4
