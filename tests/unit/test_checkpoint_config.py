@@ -41,6 +41,7 @@ FAMILIES = {
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
@@ -71,7 +72,7 @@ FAMILIES = {
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_are_what_transformers_reads(tmp_path, family, extra):
-    if family in ("mistral", "mixtral", "qwen3_moe") and "num_key_value_heads" in extra:
+    if family in ("mistral", "mixtral", "qwen2_moe", "qwen3_moe") and "num_key_value_heads" in extra:
         extra = extra | dict(num_key_value_heads=8)  # their config classes take no null here
     if family == "deepseek_v3":  # its latent attention has as many key/value heads, no biases and one epsilon
         own = dict(num_key_value_heads=96, attention_bias=False, rms_norm_eps=1e-6, first_k_dense_replace=1)
@@ -100,8 +101,8 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         qk_norm=layer + "self_attn.q_norm.weight" in names,
         rope_base=theirs.rope_parameters["rope_theta"],
         rope_scaling=None,
-        sliding_window=getattr(theirs, "sliding_window", None),
-        window_layers=() if getattr(theirs, "sliding_window", None) is None else (True, True),
+        sliding_window=getattr(theirs, "sliding_window", None) or None,
+        window_layers=(True, True) if getattr(theirs, "sliding_window", None) else (),
         unrotated_layers=unrotated_of(theirs),
         dtype=theirs.dtype or torch.bfloat16,
         eos_token_ids=() if ids is None else tuple(ids) if isinstance(ids, list) else (ids,),
@@ -146,8 +147,10 @@ def experts_of(theirs, names):
         own |= dict(shared_ffn_hidden_size=theirs.n_shared_experts * theirs.moe_intermediate_size)
         limited = theirs.topk_group < theirs.n_group
         own |= dict(groups=Groups(theirs.n_group, theirs.topk_group) if limited else None)
+    if hasattr(theirs, "shared_expert_intermediate_size"):
+        own = dict(shared_ffn_hidden_size=theirs.shared_expert_intermediate_size, shared_weight=True)
     return Experts(
-        count=theirs.num_local_experts,
+        count=getattr(theirs, "num_local_experts", None) or theirs.num_experts,
         per_token=theirs.num_experts_per_tok,
         ffn_hidden_size=getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
         normalized=getattr(theirs, "norm_topk_prob", True),
@@ -295,6 +298,11 @@ SWITCHED = dict(use_sliding_window=True)
             4096,
             (1, 0, 0),
         ),
+        ("qwen2_moe", SWITCHED | dict(sliding_window=64), 64, (1, 0, 1)),
+        ("qwen2_moe", SWITCHED | dict(max_window_layers=1), 4096, (1, 0, 0)),
+        ("qwen2_moe", SWITCHED | dict(max_window_layers=0), None, ()),
+        ("qwen2_moe", SWITCHED | dict(layer_types=["full_attention", *["sliding_attention"] * 2]), 4096, (0, 1, 1)),
+        ("qwen2_moe", dict(sliding_window=64), None, ()),
         ("smollm3", SWITCHED | dict(sliding_window=64, no_rope_layer_interval=2), 64, (0, 1, 0)),
         ("smollm3", dict(sliding_window=64, no_rope_layer_interval=2), None, ()),
         ("smollm3", SWITCHED | dict(no_rope_layer_interval=2), None, ()),

@@ -86,6 +86,8 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
             yield from linear("shared_gate", experts.shared_ffn_hidden_size, hidden)
             yield from linear("shared_up", experts.shared_ffn_hidden_size, hidden)
             yield from linear("shared_down", hidden, experts.shared_ffn_hidden_size)
+        if experts.shared_weight:
+            yield from linear("shared_weight", 1, hidden)
     yield family.tensor("input_norm", layer=layer), (hidden,)
     yield family.tensor("mlp_norm", layer=layer), (hidden,)
 
