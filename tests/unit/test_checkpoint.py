@@ -56,7 +56,7 @@ def llama(tmp_path):
 
 # The gate and up matrices of the first layer: Megatron's name, and those of both halves.
 _MLP = ("decoder.layers.0.mlp.linear_fc1.weight", "mlp.gate_proj", "mlp.up_proj")
-GATE_UP = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"), _MLP) | {
+GATE_UP = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v3"), _MLP) | {
     "mixtral": (
         "decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight",
         "block_sparse_moe.experts.3.w1",
@@ -89,6 +89,7 @@ def megatron_names(arch: Architecture, engine: str) -> list[str]:
             names += [f"{layer}.mlp.router.expert_bias"] if arch.experts.has_correction else []
             if arch.experts.shared_ffn_hidden_size is not None:
                 names += [f"{layer}.mlp.shared_experts.linear_fc{part}.weight" for part in (1, 2)]
+            names += [f"{layer}.mlp.shared_experts.gate_weight"] if arch.experts.shared_weight else []
             for linear, expert in itertools.product(("linear_fc1", "linear_fc2"), range(arch.experts.count)):
                 inner = f"local_experts.{expert}.{linear}.weight" if local else f"{linear}.weight{expert}"
                 names.append(f"{layer}.mlp.experts.{inner}")
@@ -209,7 +210,15 @@ def test_ranks_read_their_share_and_nothing_twice(checkpoint, tp):
     directory, _, arch, tensors = checkpoint
     if arch.tied:  # the head reads the embedding a second time, by design
         tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
-    whole = ("norm.weight", "norm.weight", "o_proj.bias", "down_proj.bias", "gate.weight", "e_score_correction_bias")
+    whole = (
+        "shared_expert_gate.weight",
+        "norm.weight",
+        "norm.weight",
+        "o_proj.bias",
+        "down_proj.bias",
+        "gate.weight",
+        "e_score_correction_bias",
+    )
     replicated = sum(t.nbytes for n, t in tensors.items() if n.endswith(whole))
     sharded = sum(t.nbytes for t in tensors.values()) - replicated
     total = 0

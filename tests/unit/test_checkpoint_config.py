@@ -23,6 +23,7 @@ QWEN3_MOE = dict(architectures=["Qwen3MoeForCausalLM"], num_key_value_heads=4)
 PHI3 = dict(architectures=["Phi3ForCausalLM"])
 SMOLLM3 = dict(architectures=["SmolLM3ForCausalLM"], num_key_value_heads=4)
 MIXTRAL = dict(architectures=["MixtralForCausalLM"])
+FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=512)
 
 
@@ -46,6 +47,7 @@ FAMILIES = {
     "mixtral": "MixtralForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
@@ -77,7 +79,7 @@ FAMILIES = {
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_are_what_transformers_reads(tmp_path, family, extra):
-    if family in ("glm", "glm4_moe", "mistral", "mixtral", "qwen3_moe") and "num_key_value_heads" in extra:
+    if family in ("glm", "glm4_moe", "mistral", "mixtral", "qwen2_moe", "qwen3_moe") and "num_key_value_heads" in extra:
         extra = extra | dict(num_key_value_heads=8)  # their config classes take no null here
     if family == "deepseek_v3":  # its latent attention has as many key/value heads, no biases and one epsilon
         own = dict(num_key_value_heads=96, attention_bias=False, rms_norm_eps=1e-6, first_k_dense_replace=1)
@@ -107,8 +109,8 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         qk_norm=layer + "self_attn.q_norm.weight" in names,
         rope_base=theirs.rope_parameters["rope_theta"],
         rope_scaling=None,
-        sliding_window=getattr(theirs, "sliding_window", None),
-        window_layers=() if getattr(theirs, "sliding_window", None) is None else (True, True),
+        sliding_window=getattr(theirs, "sliding_window", None) or None,
+        window_layers=(True, True) if getattr(theirs, "sliding_window", None) else (),
         unrotated_layers=unrotated_of(theirs),
         dtype=theirs.dtype or torch.bfloat16,
         eos_token_ids=() if ids is None else tuple(ids) if isinstance(ids, list) else (ids,),
@@ -117,6 +119,7 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         latent=latent_of(theirs),
         partial_rotary_factor=theirs.rope_parameters.get("partial_rotary_factor", 1.0),
         rotary_interleaved=family != "deepseek_v3" and pairs_neighbours(model),
+        further_layers=getattr(theirs, "num_nextn_predict_layers", 0),
     )
 
 
@@ -161,8 +164,10 @@ def experts_of(theirs, names):
         own |= dict(shared_ffn_hidden_size=theirs.n_shared_experts * theirs.moe_intermediate_size)
         limited = theirs.topk_group < theirs.n_group
         own |= dict(groups=Groups(theirs.n_group, theirs.topk_group) if limited else None)
+    if hasattr(theirs, "shared_expert_intermediate_size"):
+        own = dict(shared_ffn_hidden_size=theirs.shared_expert_intermediate_size, shared_weight=True)
     return Experts(
-        count=theirs.num_local_experts,
+        count=getattr(theirs, "num_local_experts", None) or theirs.num_experts,
         per_token=theirs.num_experts_per_tok,
         ffn_hidden_size=getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
         normalized=getattr(theirs, "norm_topk_prob", True),
@@ -358,6 +363,11 @@ SWITCHED = dict(use_sliding_window=True)
             4096,
             (1, 0, 0),
         ),
+        ("qwen2_moe", SWITCHED | dict(sliding_window=64), 64, (1, 0, 1)),
+        ("qwen2_moe", SWITCHED | dict(max_window_layers=1), 4096, (1, 0, 0)),
+        ("qwen2_moe", SWITCHED | dict(max_window_layers=0), None, ()),
+        ("qwen2_moe", SWITCHED | dict(layer_types=["full_attention", *["sliding_attention"] * 2]), 4096, (0, 1, 1)),
+        ("qwen2_moe", dict(sliding_window=64), None, ()),
         ("smollm3", SWITCHED | dict(sliding_window=64, no_rope_layer_interval=2), 64, (0, 1, 0)),
         ("smollm3", dict(sliding_window=64, no_rope_layer_interval=2), None, ()),
         ("smollm3", SWITCHED | dict(no_rope_layer_interval=2), None, ()),
@@ -416,7 +426,17 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (dict(architectures=["LlamaModel"]), "got \\['LlamaModel'\\]"),
         (dict(architectures=None), "got None"),
         (dict(architectures=[{}]), "expected architectures"),
-        (dict(quantization_config=dict(quant_method="fp8")), "dequantise"),
+        (dict(quantization_config=FP8 | dict(weight_block_size=None)), "'fp8' without weight_block_size; .*dequantise"),
+        *(
+            (dict(quantization_config=dict(quant_method=method, bits=4)), f"quant_method '{method}'; .*dequantise")
+            for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8")
+        ),
+        (dict(compression_config=dict(format="x")), "got a compression_config of quant_method None"),
+        (dict(quantization_config=[1]), "quantization_config to be an object, got .1."),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[128])), "rows and columns of a block, got .128."),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[128, 0])), "rows and columns of a block"),
+        (dict(quantization_config=FP8 | dict(fmt="e5m2")), "fmt of quantization_config to be 'e4m3', got 'e5m2'"),
+        (dict(quantization_config=FP8 | dict(activation_scheme="static")), "to be 'dynamic', got 'static'"),
         (dict(hidden_act="gelu"), "hidden_act 'silu'.*'gelu'"),
         (dict(hidden_size=None), "hidden_size to be a positive integer, got None"),
         (dict(num_hidden_layers=2.0), "num_hidden_layers to be a positive integer, got 2.0"),
@@ -456,6 +476,9 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (dict(architectures=["Own"], auto_map=dict(AutoModel="own.Own")), "auto_map.* is never run"),
         (DEEPSEEK_V3 | dict(q_lora_rank=None), "q_lora_rank to be a number, got null: Megatron adds a norm"),
         (DEEPSEEK_V3 | dict(rope_interleave=False), "rope_interleave true"),
+        (DEEPSEEK_V3 | dict(scoring_func="softmax"), "scoring_func to be 'sigmoid', got 'softmax'"),
+        (DEEPSEEK_V3 | dict(topk_method="greedy"), "topk_method to be 'noaux_tc', got 'greedy'"),
+        (DEEPSEEK_V3 | dict(num_nextn_predict_layers=-1), "num_nextn_predict_layers to be a positive integer, got -1"),
         (DEEPSEEK_V3 | dict(attention_bias=True), "attention_bias false"),
         (DEEPSEEK_V3 | dict(rms_norm_eps=1e-5), "rms_norm_eps 1e-06, which the norms of the latents have"),
         (DEEPSEEK_V3 | dict(num_key_value_heads=2), "num_key_value_heads to be num_attention_heads"),

@@ -64,6 +64,13 @@ FAMILIES = {
         "Qwen3Moe",
         dict(num_key_value_heads=2, head_dim=6, moe_intermediate_size=20, norm_topk_prob=True) | EXPERTS,
     ),
+    # Every second layer has experts, and a shared one beside them, which is wider.
+    "qwen2_moe": (
+        "Qwen2Moe",
+        dict(num_key_value_heads=2, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12)
+        | dict(shared_expert_intermediate_size=28, decoder_sparse_step=2, use_sliding_window=True, sliding_window=7)
+        | dict(max_window_layers=3),
+    ),
     "mixtral": ("Mixtral", dict(num_key_value_heads=2) | EXPERTS),
     # A window in every layer, in some, and layers without rotary embedding.
     "mistral_window": ("Mistral", dict(num_key_value_heads=2, sliding_window=9)),
@@ -142,7 +149,7 @@ def engine_sizes(family: str) -> dict[str, int]:
     sizes = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4)
     sizes["num_key_value_heads"] = 4 if given["num_key_value_heads"] == heads else 2
     larger = dict(head_dim=64, moe_intermediate_size=256, q_lora_rank=64, kv_lora_rank=64, v_head_dim=64)
-    larger |= dict(qk_nope_head_dim=64, qk_rope_head_dim=32)
+    larger |= dict(qk_nope_head_dim=64, qk_rope_head_dim=32, shared_expert_intermediate_size=256)
     if given.get("rope_parameters", {}).get("rope_type") == "longrope":
         sizes["rope_parameters"] = longrope(int(64 * given["partial_rotary_factor"]) // 2)
     return sizes | {key: value for key, value in larger.items() if key in given}

@@ -29,6 +29,7 @@ from qtarget_megatron.huggingface.config.experts import Experts, read_experts
 from qtarget_megatron.huggingface.config.family import Family
 from qtarget_megatron.huggingface.config.latent import LatentAttention, read_latent
 from qtarget_megatron.huggingface.config.layers import read_unrotated_layers, read_windows
+from qtarget_megatron.huggingface.config.quantization import read_quantization
 from qtarget_megatron.huggingface.config.rope import (
     RopeScaling,
     check_frequencies,
@@ -65,7 +66,8 @@ class Architecture:
     ``unrotated_layers`` (without rotary embedding) have one entry per layer, or none where no layer is of that kind.
     ``experts`` is None where every layer has one MLP, ``latent`` where queries, keys and values are made from the
     hidden states. ``dtype`` is what config.json declares, bfloat16 where it declares nothing. ``eos_token_ids`` is
-    empty and ``bos_token_id`` None where the model has none.
+    empty and ``bos_token_id`` None where the model has none. ``further_layers``: a checkpoint may hold so many behind
+    the last one, which predict further tokens; they are left out.
     """
 
     family: str
@@ -95,13 +97,14 @@ class Architecture:
     latent: LatentAttention | None = None
     partial_rotary_factor: float = 1.0
     rotary_interleaved: bool = False
+    further_layers: int = 0
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> Architecture:
         """Read ``directory/config.json``.
 
-        Raises ValueError, in one line, for a missing or malformed file, an unknown architecture, a quantised
-        checkpoint, and any setting that this package would not reproduce exactly.
+        Raises ValueError, in one line, for a missing or malformed file, an unknown architecture, a
+        quantisation that is not read, and any setting that this package would not reproduce exactly.
         """
         raw = read_config(directory)
         try:
@@ -116,7 +119,7 @@ class Architecture:
         for key, value in raw.items():
             if value is not None or key in _NULLABLE:
                 config[family.aliases.get(key, key)] = value
-        _refuse(config)
+        _refuse(config, family.fixed)
         heads = positive_int(config, "num_attention_heads")
         hidden = positive_int(config, "hidden_size")
         layers = positive_int(config, "num_hidden_layers", _MOST_LAYERS)
@@ -162,6 +165,7 @@ class Architecture:
             latent=latent,
             partial_rotary_factor=read_partial_rotary(config, family.partial_rotary, head_dim),
             rotary_interleaved=family.rotary_interleaved,
+            further_layers=_further_layers(config, family.further_layers),
         )
         check_frequencies(arch.rotary_dim, rope_base, rope_scaling)
         return arch
@@ -227,13 +231,15 @@ def _find_family(raw: Mapping[str, Any]) -> Family:
         raise ValueError(f"config.json: {error}{own_code}") from None
 
 
-def _refuse(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config"):
-        raise ValueError(
-            "config.json: expected unquantised weights, got a quantization_config; load the "
-            "model with its own library, dequantise it, save it in bfloat16 and remove that "
-            "entry"
-        )
+def _further_layers(config: Mapping[str, Any], key: str | None) -> int:
+    return 0 if key is None or config.get(key) in (None, 0) else positive_int(config, key, _MOST_LAYERS)
+
+
+def _refuse(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    read_quantization(config)
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"config.json: expected {key} to be {value!r}, got {shown(config[key])}: not supported")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(

@@ -35,6 +35,7 @@ _TENSORS = {
     "shared_gate": _LAYER + "mlp.shared_experts.gate_proj",
     "shared_up": _LAYER + "mlp.shared_experts.up_proj",
     "shared_down": _LAYER + "mlp.shared_experts.down_proj",
+    "shared_weight": _LAYER + "mlp.shared_expert_gate",
     # Latent attention: hidden states to a latent, its norm, the latent to heads.
     "query_down": _LAYER + "self_attn.q_a_proj",
     "query_latent_norm": _LAYER + "self_attn.q_a_layernorm",
@@ -59,6 +60,8 @@ class ExpertRules:
     groups, top_groups: experts lie in so many groups, of which so many are chosen first, by the sum of the two best
                         scores in each.
     shared:             number of experts that every token goes through.
+    shared_width:       of an MLP that every token goes through, in place of that number.
+    shared_weight:      what that MLP adds is multiplied by the sigmoid of a learnt function of the token.
     float32_router:     the router's logits are float32 in models of any dtype.
     dense_layers:       a list of layers that have one MLP instead.
     sparse_step:        layer i has experts where (i + 1) is a multiple of it.
@@ -77,6 +80,8 @@ class ExpertRules:
     groups: str | None = None
     top_groups: str | None = None
     shared: str | None = None
+    shared_width: str | None = None
+    shared_weight: bool = False
     float32_router: bool = False
     dense_layers: str | None = None
     sparse_step: str | None = None
@@ -90,14 +95,16 @@ class WindowRules:
     switch:    must be true for any of them to do so.
     listed:    layer_types says which.
     first:     without that list, those from this layer on.
+    before:    without that list, every second one before this layer, from the first on.
     unrotated: without that list, those without rotary embedding.
 
-    With neither, all of them. None: there is no such field.
+    With none of these, all of them. None: there is no such field.
     """
 
     switch: str | None = None
     listed: bool = False
     first: str | None = None
+    before: str | None = None
     unrotated: bool = False
 
 
@@ -121,6 +128,8 @@ class Family:
     unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else every
                       no_rope_layer_interval-th.
     experts:          None where every layer has one MLP.
+    further_layers:   the field with the number of layers that predict further tokens, which are left out.
+    fixed:            fields that have no other value than this one, where the file has them.
     defaults:         the values that transformers assumes for fields the file leaves out.
     aliases:          other spelling of a field -> the one used here.
     tensors:          names that differ from a Llama's, by role.
@@ -140,6 +149,8 @@ class Family:
     window: WindowRules | None = None
     unrotated_layers: bool = False
     experts: ExpertRules | None = None
+    further_layers: str | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
@@ -151,3 +162,7 @@ class Family:
     def tensor(self, role: str, part: str = "weight", **place: int) -> str:
         """The name of a tensor in the checkpoint; place: layer and expert, counted from 0, where the role has them."""
         return f"{self.tensors.get(role, _TENSORS[role]).format(**place)}.{part}"
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return _LAYER.format(layer=layer)

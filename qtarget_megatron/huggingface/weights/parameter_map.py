@@ -57,6 +57,7 @@ _LAYER = {
     "mlp.router.expert_bias": (_REPLICATED, ("router",)),
     "mlp.shared_experts.linear_fc1.weight": (_GATE_UP, ("shared_gate", "shared_up")),
     "mlp.shared_experts.linear_fc2.weight": (_COLUMNS, ("shared_down",)),
+    "mlp.shared_experts.gate_weight": (_REPLICATED, ("shared_weight",)),
     "self_attention.linear_q_down_proj.weight": (_ROWS, ("query_down",)),
     "self_attention.linear_q_up_proj.layer_norm_weight": (_REPLICATED, ("query_latent_norm",)),
     "self_attention.linear_q_up_proj.weight": (_ROWS, ("query_up",)),

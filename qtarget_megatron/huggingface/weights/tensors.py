@@ -89,6 +89,8 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
             yield from linear("shared_gate", experts.shared_ffn_hidden_size, hidden)
             yield from linear("shared_up", experts.shared_ffn_hidden_size, hidden)
             yield from linear("shared_down", hidden, experts.shared_ffn_hidden_size)
+        if experts.shared_weight:
+            yield from linear("shared_weight", 1, hidden)
     yield family.tensor("input_norm", layer=layer), (hidden,)
     yield family.tensor("mlp_norm", layer=layer), (hidden,)
 
@@ -96,14 +98,17 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
 def check_tensors(reader: HFReader, arch: Architecture) -> None:
     """Raise ValueError unless the checkpoint holds exactly the tensors that config.json promises.
 
-    Names, shapes and floating dtypes are compared; leftovers named rotary_emb.inv_freq are ignored. A tied model may
-    also hold a head, if it is equal to the embedding (only then are both read).
+    Names, shapes and floating dtypes are compared; leftovers named rotary_emb.inv_freq and layers that predict further
+    tokens are ignored. A tied model may also hold a head, if it is equal to the embedding (only then are both read).
     """
     family = families.by_name(arch.family)
     _check_fused(reader, arch)
     head, embedding = family.tensor("head"), family.tensor("embedding")
     expected = hf_tensor_shapes(arch)
+    further = range(arch.num_layers, arch.num_layers + arch.further_layers)
+    ignored = tuple(map(family.layer_prefix, further))
     present = {name for name in reader.names if not name.endswith("rotary_emb.inv_freq")}
+    present -= {name for name in present if name.startswith(ignored)}
     spare_head = arch.tied and head in present
     problems = {
         "missing": [name for name in expected if name not in present],

@@ -25,7 +25,7 @@ heads of width d, q = a d and k numbers of queries and of keys, MLP width f:
     MLP                  3 n f e                        output of the first linear layer, input of the second
 
 Experts: k' per token, balanced, of width f' on each of E' expert tensor-parallel ranks make k' n' E' rows: (h + 3 f' +
-1) e each, and 20 k' + (1 + e) E for the choice among E experts. Latent attention, with r, p, v the rotary, plain and
+1) e each, and n' (20 k' + (1 + e) E) for the choice among E experts; of a weighted shared expert n' (h + 1) e. Latent attention, with r, p, v the rotary, plain and
 value widths: for each latent of width w n (norm(w) + w e), in float32 the keys' rotary part beside it, n a (2 (r + p) +
 2 v) e for queries, keys, values and the output layer's input, and where attention is not recomputed n a (2 (r + p) - v)
 e + 4 n a for values as wide as keys, the output, and logsumexp; of the rotary embedding 4 s r e.
@@ -143,6 +143,7 @@ class Activations:
         rows = experts.per_token * self._rows * ranks
         found = rows * (self._arch.hidden_size + 3 * experts.ffn_hidden_size / ranks + 1) * element
         found += self._rows * (20 * experts.per_token + (1 + element) * experts.count)
+        found += self._rows * (self._arch.hidden_size + 1) * element if experts.shared_weight else 0
         return found + self._mlp(experts.shared_ffn_hidden_size or 0)
 
     def _megatrons(self, layers: int, has_experts: bool = False) -> float:

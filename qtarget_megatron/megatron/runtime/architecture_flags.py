@@ -26,6 +26,7 @@ _ABSENT = {
     "moe_router_num_groups": None,
     "moe_router_group_topk": None,
     "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
     "multi_latent_attention": False,
     "q_lora_rank": None,
     "kv_lora_rank": 32,
@@ -138,6 +139,7 @@ def _expert_arguments(arch: Architecture) -> dict[str, object]:
         "moe_router_num_groups": None if groups is None else groups.count,
         "moe_router_group_topk": None if groups is None else groups.top,
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.shared_weight,
     }
 
 

@@ -1,4 +1,4 @@
-"""GLM-4.5 and GLM-4.5-Air: experts chosen by sigmoid. No multi-token prediction."""
+"""GLM-4.5, GLM-4.5-Air and GLM-4.6: experts chosen by sigmoid. No multi-token prediction."""
 
 from qtarget_megatron.huggingface.config.family import ExpertRules, Family
 
@@ -20,6 +20,7 @@ FAMILY = Family(
         float32_router=True,
         first_sparse="first_k_dense_replace",
     ),
+    further_layers="num_nextn_predict_layers",
     defaults={
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
@@ -34,6 +35,7 @@ FAMILY = Family(
         "topk_group": 1,
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 1,
     },
-    aliases={"num_local_experts": "n_routed_experts"},
+    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
 )
