@@ -1,5 +1,6 @@
 """Conversion in both directions at parallel layouts, and the check that it computes the same."""
 
+import json
 import re
 import shutil
 
@@ -17,6 +18,7 @@ from conversion_runs import (
 )
 from finetune_runs import COMMON, write_data, write_models
 from launching import run_ranks
+from quantized_models import write_fp8
 from safetensors.torch import load_file, save_file
 
 from tools.first_hour.families import FAMILIES, VOCAB, write_model
@@ -25,7 +27,7 @@ from tools.first_hour.families import FAMILIES, VOCAB, write_model
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # One model of each kind, and of some kinds the other tie as well.
-_TIED = ("llama2", "llama3", "qwen2", "qwen3", "qwen3_moe", "mistral_window", "smollm3", "biases")
+_TIED = ("llama2", "llama3", "qwen2", "qwen3", "qwen3_moe", "mistral_window", "smollm3", "phi3", "biases")
 COMPARED_MODELS = [f"{family}-{'tied' if family in _TIED else 'untied'}" for family in FAMILIES]
 OTHER_TIES = ["llama2-untied", "llama3-untied", "qwen2-untied", "qwen3-untied"]
 MODELS = {name: (name.split("-")[0], name.endswith("-tied")) for name in COMPARED_MODELS + OTHER_TIES}
@@ -54,16 +56,21 @@ LAYOUTS = {
 DENSE = [layout for layout in LAYOUTS[2] if "ep2" not in layout]
 # Sequence parallelism cuts no weights, and every model is cut into stages at TP2 x PP2 and with virtual ones: a few
 # models will do.
+# Families that are declarations of what others have too need one process and one layout of several ranks.
+ALIKE = ["seed_oss-untied"]
 FEW = ["llama3-tied", "qwen2-untied", "qwen3-tied", "qwen3_moe-tied"]
+MODELS_AT = dict.fromkeys(("tp2-sp", "pp2"), FEW)
+MODELS_AT |= dict.fromkeys(("tp2", "pp2-vpp2"), [name for name in COMPARED_MODELS if name not in ALIKE])
 COMPARED = [
     (world, layout, name)
     for world, layouts in LAYOUTS.items()
     for layout in layouts
-    for name in (FEW if layout in ("tp2-sp", "pp2") else WITH_EXPERTS if "ep2" in layout else COMPARED_MODELS)
+    for name in (WITH_EXPERTS if "ep2" in layout else MODELS_AT.get(layout, COMPARED_MODELS))
 ]
-# Imported and exported: ties, biases, qk norms, a shared key/value head, both dtypes, experts in some or all layers.
-ROUND_TRIPS = ["llama3-untied", "qwen2-tied", "qwen3-untied", "biases-tied", "mistral-bf16"]
-SPREAD = ["qwen3_moe-tied", "qwen3_moe_normalized-untied", "mixtral-untied", "deepseek_v3-bf16"]
+# Imported and exported: ties, biases, qk norms, a shared key/value head, fused tensors, both dtypes, experts in some or
+# all layers.
+ROUND_TRIPS = ["llama3-untied", "qwen2-tied", "qwen3-untied", "phi3-tied", "biases-tied", "mistral-bf16"]
+SPREAD = ["qwen3_moe-tied", "qwen3_moe_normalized-untied", "mixtral-untied", "deepseek_v3-bf16", "deepseek_v3-fp8"]
 ROUND_TRIPS += SPREAD
 
 
@@ -74,10 +81,12 @@ def workspace(tmp_path_factory):
         write_model(folder / name, family, tied=tied)
     for family in ("mistral", "deepseek_v3"):
         write_model(folder / f"{family}-bf16", family, tied=False, dtype=torch.bfloat16)
+    stands_for(folder / "deepseek_v3-fp8", write_fp8(folder / "deepseek_v3-bf16", folder / "deepseek_v3-fp8"))
     write_model(folder / "wide", "llama2", tied=False, hidden_size=96, num_key_value_heads=3)
     # With a tokenizer: "tied", "untied" and "teacher".
     write_models(folder)
     write_data(folder / "train.jsonl", 8, seed=1)
+    stands_for(folder / "latent-fp8", write_fp8(folder / "latent", folder / "latent-fp8", model_type="kimi_k2"))
     good = folder / "untied"
     variant(good, folder / "other-weights", tensors=lambda w: [t.mul_(0.5) for t in w.values()])
     variant(good, folder / "swapped", tensors=swap_gate_and_up)
@@ -106,6 +115,16 @@ def workspace(tmp_path_factory):
     (folder / "occupied" / "notes").write_text("mine")
     (folder / "empty.txt").write_text("")
     return folder
+
+
+def stands_for(directory, tensors):
+    """The unquantised directory beside a quantised one."""
+    source = directory.with_name(f"{directory.name}-stands-for")
+    source.mkdir()
+    save_file(tensors, source / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def swap_gate_and_up(weights):
@@ -199,6 +218,7 @@ def one(workspace):
     experts = ("convert", "check", "--reference", workspace / "experts", "--hf-model")
     for name in ("experts", "swapped-experts", "other-normalisation"):
         jobs[f"check {name}"] = (*experts, workspace / name)
+    jobs["check fp8"] = ("convert", "check", "--hf-model", workspace / "latent-fp8")
     words = ["check", "--hf-model", workspace / "swapped", "--reference", good]
     jobs["printed check"] = ("convert_output", *words)
     words = ["import", "--hf-model", good, "--save", workspace / "ckpt-printed"]
@@ -267,18 +287,12 @@ def two(workspace, four):
     words = ["--hf-model", workspace / "other-weights", "--sft-train", workspace / "train.jsonl"]
     words += ["--load", workspace / "ckpt-untied", "--finetune", "--save-hf", workspace / "tuned"]
     # Without a learning rate the export is what was loaded.
-    jobs["finetune"] = (
-        "finetune",
-        *COMMON,
-        *words,
-        *PP2,
-        "--train-iters",
-        1,
-        "--lr",
-        0,
-        "--min-lr",
-        0,
-    )
+    still = ["--train-iters", 1, "--lr", 0, "--min-lr", 0]
+    jobs["finetune"] = ("finetune", *COMMON, *words, *PP2, *still)
+    fp8 = workspace / "latent-fp8"
+    words = ["--hf-model", fp8, "--sft-train", workspace / "train.jsonl", "--save-hf", workspace / "tuned-fp8"]
+    words += ["--objective", "target-sft", "--teacher-hf", fp8]
+    jobs["finetune fp8"] = ("finetune", *COMMON, *words, *PP2, *still)
     return launch(2, jobs)
 
 
@@ -318,10 +332,11 @@ def test_import_and_export_give_back_every_bit(request, workspace, name, folder)
     """back: both by one process; back4: export at TP2 x PP2; back41: import at TP2 x PP2."""
     results = request.getfixturevalue({"back": "one", "back4": "four", "back41": "two"}[folder])
     assert [code for code, _ in results[f"export {name}"]] == [0] * len(results[f"export {name}"])
-    source, out = workspace / name, workspace / f"{folder}-{name}"
+    out = workspace / f"{folder}-{name}"
+    source = workspace / (f"{name}-stands-for" if name.endswith("-fp8") else name)
     expected = read_tensors(source)
     assert_same_bits(read_tensors(out), expected)
-    dtype = torch.bfloat16 if name.endswith("-bf16") else torch.float32
+    dtype = torch.bfloat16 if name.endswith(("-bf16", "-fp8")) else torch.float32
     apart = {key: tensor for key, tensor in expected.items() if key.endswith("e_score_correction_bias")}
     assert {tensor.dtype for key, tensor in expected.items() if key not in apart} == {dtype}
     assert {tensor.dtype for tensor in apart.values()} <= {torch.float32}
@@ -351,6 +366,14 @@ def test_fine_tuning_starts_from_the_checkpoint_and_not_from_the_directory(works
     assert [code for code, _ in two["finetune"]] == [0, 0], two["finetune"][0][1][-3000:]
     assert "starting from the checkpoint in" in two["finetune"][0][1]
     assert_same_bits(read_tensors(workspace / "tuned"), read_tensors(workspace / "untied"))
+
+
+def test_fine_tuning_takes_a_quantized_model_and_teacher(workspace, two):
+    assert [code for code, _ in two["finetune fp8"]] == [0, 0], two["finetune fp8"][0][1][-3000:]
+    expected = read_tensors(workspace / "latent-fp8-stands-for")
+    found = read_tensors(workspace / "tuned-fp8")
+    assert_same_bits(found, {name: tensor.to(found[name].dtype) for name, tensor in expected.items()})
+    assert "quantization_config" not in json.loads((workspace / "tuned-fp8" / "config.json").read_text())
 
 
 def test_a_checkpoint_has_the_names_of_transformer_engine_layers(workspace, one, four):
@@ -414,6 +437,7 @@ def test_layers_with_a_state_of_their_own_need_the_strictness_that_the_help_name
         ("check load swapped", 1),
         ("check experts", 0),
         ("check swapped-experts", 1),
+        ("check fp8", 0),
         ("check other-normalisation", 1),
     ],
 )

@@ -61,7 +61,10 @@ def kinds(workspace):
         "target-sft": taught,
         "latent": [word if word != workspace / "experts" else workspace / "latent" for word in taught],
         "balanced": [*taught, "--moe-aux-loss-coeff", 0.5],
-        "taught by experts": [*words, "--teacher-hf", workspace / "experts"],
+        "taught by experts": [
+            *(word if word != workspace / "experts" else workspace / "weighted" for word in words),
+            *("--teacher-hf", workspace / "experts"),
+        ],
     }
 
 
@@ -72,6 +75,7 @@ def with_layout(kinds, layouts):
 @pytest.fixture(scope="module")
 def single(workspace, kinds):
     runs = {**kinds, "target-sft": [*kinds["target-sft"], "--save-hf", workspace / "single"]}
+    runs["taught by experts"] = [*runs["taught by experts"], "--save-hf", workspace / "weighted-single"]
     runs["latent"] = [*runs["latent"], "--save-hf", workspace / "latent-single"]
     return launch(1, runs, workspace, timeout=240)
 
@@ -80,6 +84,7 @@ def single(workspace, kinds):
 def two(workspace, kinds):
     runs = with_layout(kinds, TWO)
     runs["latent at EP2"] += ["--save-hf", workspace / "latent-spread"]
+    runs["taught by experts at EP2"] += ["--save-hf", workspace / "weighted-spread"]
     runs["target-sft at EP2"] += ["--save-hf", workspace / "spread"]
     stop = ["--save", workspace / "saved", "--save-interval", 2, "--exit-interval", 2]
     runs["stopped at EP2"] = [*kinds["target-sft"], *ep(2), *DISTRIBUTED_OPTIMIZER, *stop]
@@ -105,6 +110,11 @@ def test_every_expert_is_trained_and_exported(workspace, single, two):
     compare_exports(workspace / "spread", workspace / "single", workspace / "experts")
     experts = [name for name in tensors(workspace / "spread") if ".experts." in name]
     assert len(experts) == 3 * 4 * 3  # layers, experts, matrices
+
+
+def test_a_shared_expert_and_its_weight_are_trained_and_exported(workspace, single, two):
+    compare_exports(workspace / "weighted-spread", workspace / "weighted-single", workspace / "weighted")
+    assert sum(".shared_expert_gate." in name for name in tensors(workspace / "weighted-spread")) == 3
 
 
 def test_the_correction_of_the_routers_scores_is_not_trained(workspace, single, two):

@@ -40,7 +40,14 @@ CASES = {
         | dict(v_head_dim=8, n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2)
         | dict(moe_intermediate_size=24, n_shared_experts=2, first_k_dense_replace=1),
     ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        dict(num_key_value_heads=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+        | dict(shared_expert_intermediate_size=36, mlp_only_layers=[0]),
+    ),
     "mixtral": ("Mixtral", dict(num_key_value_heads=3, num_local_experts=5)),
+    # Queries, keys and values in one tensor, gate and up in another.
+    "phi3": ("Phi3", dict(num_key_value_heads=3, pad_token_id=None)),
 }
 
 

@@ -1,12 +1,14 @@
 """What config.json says, against what transformers makes of the same file."""
 
 import json
+import sys
 
 import pytest
 import torch
 import transformers
 
 from qtarget_megatron.huggingface import Architecture, Experts, Groups, LatentAttention, RopeScaling
+from qtarget_megatron.parallel_layout import division_problems
 
 SHAPE = dict(
     vocab_size=131,
@@ -18,8 +20,10 @@ SHAPE = dict(
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", **SHAPE)
 QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SHAPE)
 QWEN3_MOE = dict(architectures=["Qwen3MoeForCausalLM"], num_key_value_heads=4)
+PHI3 = dict(architectures=["Phi3ForCausalLM"])
 SMOLLM3 = dict(architectures=["SmolLM3ForCausalLM"], num_key_value_heads=4)
 MIXTRAL = dict(architectures=["MixtralForCausalLM"])
+FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_position_embeddings=512)
 
 
@@ -36,12 +40,17 @@ def both(tmp_path, config: dict):
 
 FAMILIES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
 
@@ -70,7 +79,7 @@ FAMILIES = {
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_are_what_transformers_reads(tmp_path, family, extra):
-    if family in ("mistral", "mixtral", "qwen3_moe") and "num_key_value_heads" in extra:
+    if family in ("glm", "glm4_moe", "mistral", "mixtral", "qwen2_moe", "qwen3_moe") and "num_key_value_heads" in extra:
         extra = extra | dict(num_key_value_heads=8)  # their config classes take no null here
     if family == "deepseek_v3":  # its latent attention has as many key/value heads, no biases and one epsilon
         own = dict(num_key_value_heads=96, attention_bias=False, rms_norm_eps=1e-6, first_k_dense_replace=1)
@@ -78,7 +87,8 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
     ours, theirs = both(tmp_path, dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE, **extra))
     theirs.pad_token_id = None  # SmolLM3's is beyond this vocabulary
     with torch.device("meta"):
-        names = set(transformers.AutoModelForCausalLM.from_config(theirs).state_dict())
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
+    names = set(model.state_dict())
     layer = "model.layers.0."
     ids = theirs.eos_token_id
     assert ours == Architecture(
@@ -99,15 +109,25 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         qk_norm=layer + "self_attn.q_norm.weight" in names,
         rope_base=theirs.rope_parameters["rope_theta"],
         rope_scaling=None,
-        sliding_window=getattr(theirs, "sliding_window", None),
-        window_layers=() if getattr(theirs, "sliding_window", None) is None else (True, True),
+        sliding_window=getattr(theirs, "sliding_window", None) or None,
+        window_layers=(True, True) if getattr(theirs, "sliding_window", None) else (),
         unrotated_layers=unrotated_of(theirs),
         dtype=theirs.dtype or torch.bfloat16,
         eos_token_ids=() if ids is None else tuple(ids) if isinstance(ids, list) else (ids,),
         bos_token_id=theirs.bos_token_id,
         experts=experts_of(theirs, names),
         latent=latent_of(theirs),
+        partial_rotary_factor=theirs.rope_parameters.get("partial_rotary_factor", 1.0),
+        rotary_interleaved=family != "deepseek_v3" and pairs_neighbours(model),
+        further_layers=getattr(theirs, "num_nextn_predict_layers", 0),
     )
+
+
+def pairs_neighbours(model):
+    """Whether the model's code turns (1, 2, 3, 4) by a right angle in the planes of 1 and 2 and of 3 and 4."""
+    turned = sys.modules[type(model).__module__].rotate_half(torch.tensor([[[[1, 2, 3, 4]]]])).flatten().tolist()
+    assert turned in ([-2, 1, -4, 3], [-3, -4, 1, 2])
+    return turned == [-2, 1, -4, 3]
 
 
 def head_dim_of(theirs):
@@ -144,8 +164,10 @@ def experts_of(theirs, names):
         own |= dict(shared_ffn_hidden_size=theirs.n_shared_experts * theirs.moe_intermediate_size)
         limited = theirs.topk_group < theirs.n_group
         own |= dict(groups=Groups(theirs.n_group, theirs.topk_group) if limited else None)
+    if hasattr(theirs, "shared_expert_intermediate_size"):
+        own = dict(shared_ffn_hidden_size=theirs.shared_expert_intermediate_size, shared_weight=True)
     return Experts(
-        count=theirs.num_local_experts,
+        count=getattr(theirs, "num_local_experts", None) or theirs.num_experts,
         per_token=theirs.num_experts_per_tok,
         ffn_hidden_size=getattr(theirs, "moe_intermediate_size", theirs.intermediate_size),
         normalized=getattr(theirs, "norm_topk_prob", True),
@@ -238,11 +260,41 @@ ROPES = {
 }
 
 
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("family", FAMILIES)
+LONGROPE = dict(short_factor=[1 + pair / 24 for pair in range(24)], long_factor=[1 + pair / 6 for pair in range(24)])
+LENGTHS = dict(max_position_embeddings=192, original_max_position_embeddings=64, partial_rotary_factor=0.75)
+LONGROPES = {
+    "longrope": LENGTHS | dict(rope_scaling=dict(type="longrope", **LONGROPE)),
+    "longrope-old": LENGTHS
+    | dict(rope_theta=5e5, rope_scaling=dict(type="su", original_max_position_embeddings=64, **LONGROPE)),
+    "longrope-older": LENGTHS | dict(rope_scaling=dict(type="yarn", **LONGROPE)),
+    "longrope-factor": LENGTHS | dict(rope_scaling=dict(rope_type="longrope", factor=7.0, **LONGROPE)),
+    "longrope-attention-factor": LENGTHS
+    | dict(rope_scaling=dict(rope_type="longrope", attention_factor=1.3, **LONGROPE)),
+    "longrope-no-longer": LENGTHS
+    | dict(max_position_embeddings=48, rope_parameters=dict(rope_type="longrope", **LONGROPE)),
+}
+PARTIAL = {
+    "partial": dict(partial_rotary_factor=0.35),
+    "partial-inner-wins": dict(partial_rotary_factor=0.35, rope_parameters=dict(partial_rotary_factor=0.25)),
+    "partial-yarn": ROPES["yarn-all"] | dict(partial_rotary_factor=0.7),
+    "partial-llama3": ROPES["llama3-new"] | dict(partial_rotary_factor=0.25),
+}
+# The code is one for all: every form by one family, and by each what its own defaults enter.
+ROPE_CASES = [("llama", rope) for rope in ROPES] + [("phi3", rope) for rope in LONGROPES]
+ROPE_CASES += [("phi3", "partial"), *(("glm", rope) for rope in PARTIAL)]
+ROPE_CASES += [(family, rope) for family in FAMILIES if family != "llama" for rope in ("default", "new-base")]
+ROPE_CASES += [
+    (family, rope)
+    for family in FAMILIES
+    if family not in ("llama", "phi3")
+    for rope in ("outer-base", "llama3-length-outside", "yarn-new")
+]
+
+
+@pytest.mark.parametrize(("family", "rope"), ROPE_CASES)
 def test_inverse_frequencies_are_the_bits_of_transformers(tmp_path, family, rope):
     config = dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE)
-    config |= dict(num_attention_heads=12, num_key_value_heads=12) | ROPES[rope]
+    config |= dict(num_attention_heads=12, num_key_value_heads=12) | (ROPES | LONGROPES | PARTIAL)[rope]
     config |= dict(qk_rope_head_dim=64) if family == "deepseek_v3" else dict(head_dim=64)
     ours, theirs = both(tmp_path, config)
     small = dict(
@@ -257,11 +309,29 @@ def test_inverse_frequencies_are_the_bits_of_transformers(tmp_path, family, rope
         setattr(theirs, key, value)
     model = transformers.AutoModelForCausalLM.from_config(theirs)
     actual = ours.inverse_frequencies()
-    assert actual.dtype == torch.float32 and actual.shape == (32,)
+    assert actual.dtype == torch.float32 and actual.shape == (ours.rotary_dim // 2,)
     assert torch.equal(actual, model.model.rotary_emb.inv_freq)
     assert ours.rope_base == theirs.rope_parameters["rope_theta"]
     scaling = 1.0 if ours.rope_scaling is None else ours.rope_scaling.attention_factor
     assert scaling == model.model.rotary_emb.attention_scaling
+
+
+def test_longrope_is_that_of_sequences_up_to_the_original_length(tmp_path):
+    config = dict(architectures=["Phi3ForCausalLM"], model_type="phi3", **SHAPE | dict(num_attention_heads=12))
+    ours, theirs = both(tmp_path, config | LONGROPES["longrope"])
+    rotary = transformers.models.phi3.modeling_phi3.Phi3RotaryEmbedding(theirs)
+    for length, same in ((64, True), (65, False)):
+        rotary(torch.zeros(1), torch.arange(length)[None])
+        assert torch.equal(rotary.inv_freq, ours.inverse_frequencies()) == same
+        problems = list(division_problems(ours, "model", tensor=1, seq_length=length))
+        assert bool(problems) != same
+    assert "exceeds the 64 positions of the model (its original_max_position_embeddings: longer" in problems[0]
+    # Not of all numbers of a head: the scores cannot be scaled instead.
+    assert ours.softmax_scale() is None and ours.rotary_scale() == rotary.attention_scaling > 1
+    # Where nothing differs beyond, no length is refused.
+    same = dict(type="longrope", short_factor=LONGROPE["short_factor"], long_factor=LONGROPE["short_factor"])
+    write(tmp_path, config | LENGTHS | dict(rope_scaling=same))
+    assert Architecture.from_hf(tmp_path).max_sequence_length == 192
 
 
 def test_each_llama3_parameter_changes_the_frequencies(tmp_path):
@@ -293,6 +363,11 @@ SWITCHED = dict(use_sliding_window=True)
             4096,
             (1, 0, 0),
         ),
+        ("qwen2_moe", SWITCHED | dict(sliding_window=64), 64, (1, 0, 1)),
+        ("qwen2_moe", SWITCHED | dict(max_window_layers=1), 4096, (1, 0, 0)),
+        ("qwen2_moe", SWITCHED | dict(max_window_layers=0), None, ()),
+        ("qwen2_moe", SWITCHED | dict(layer_types=["full_attention", *["sliding_attention"] * 2]), 4096, (0, 1, 1)),
+        ("qwen2_moe", dict(sliding_window=64), None, ()),
         ("smollm3", SWITCHED | dict(sliding_window=64, no_rope_layer_interval=2), 64, (0, 1, 0)),
         ("smollm3", dict(sliding_window=64, no_rope_layer_interval=2), None, ()),
         ("smollm3", SWITCHED | dict(no_rope_layer_interval=2), None, ()),
@@ -347,11 +422,21 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (dict(architectures=["GPT2LMHeadModel"]), "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2"),
+        (dict(architectures=["GPT2LMHeadModel"]), "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Phi3"),
         (dict(architectures=["LlamaModel"]), "got \\['LlamaModel'\\]"),
         (dict(architectures=None), "got None"),
         (dict(architectures=[{}]), "expected architectures"),
-        (dict(quantization_config=dict(quant_method="fp8")), "dequantise"),
+        (dict(quantization_config=FP8 | dict(weight_block_size=None)), "'fp8' without weight_block_size; .*dequantise"),
+        *(
+            (dict(quantization_config=dict(quant_method=method, bits=4)), f"quant_method '{method}'; .*dequantise")
+            for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8")
+        ),
+        (dict(compression_config=dict(format="x")), "got a compression_config of quant_method None"),
+        (dict(quantization_config=[1]), "quantization_config to be an object, got .1."),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[128])), "rows and columns of a block, got .128."),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[128, 0])), "rows and columns of a block"),
+        (dict(quantization_config=FP8 | dict(fmt="e5m2")), "fmt of quantization_config to be 'e4m3', got 'e5m2'"),
+        (dict(quantization_config=FP8 | dict(activation_scheme="static")), "to be 'dynamic', got 'static'"),
         (dict(hidden_act="gelu"), "hidden_act 'silu'.*'gelu'"),
         (dict(hidden_size=None), "hidden_size to be a positive integer, got None"),
         (dict(num_hidden_layers=2.0), "num_hidden_layers to be a positive integer, got 2.0"),
@@ -364,7 +449,14 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (dict(dtype="int8"), "dtype to be one of"),
         (dict(dtype={}, torch_dtype=["float32"]), "dtype to be one of"),
         (dict(eos_token_id="</s>"), "eos_token_id to be an integer"),
-        (dict(rope_scaling=dict(type="longrope")), "'default', 'linear', 'llama3', 'yarn'.*'longrope'"),
+        (dict(rope_scaling=dict(type="su")), "'default', 'linear', 'llama3', 'yarn', 'longrope'.*'su'"),
+        (dict(rope_scaling=dict(type="longrope")), "short_factor to be a list of numbers, got None"),
+        (dict(rope_scaling=dict(type="longrope", short_factor=[1], long_factor=[0])), "long_factor to be a positive"),
+        (dict(rope_scaling=dict(type="longrope", short_factor=[1], long_factor=[1])), "each of 4 rotary pairs, got 1"),
+        (PHI3 | dict(rope_scaling=dict(type="linear", factor=2.0)), "'default', 'longrope', 'su', 'yarn'.*'linear'"),
+        (PHI3 | dict(partial_rotary_factor=1.5), "at most 1 that gives an even number of a head's 8 numbers, got 1.5"),
+        (PHI3 | dict(partial_rotary_factor=0.4), "gives an even number of a head's 8 numbers, got 0.4"),
+        (PHI3 | dict(partial_rotary_factor="half"), "partial_rotary_factor to be a positive number, got 'half'"),
         (dict(rope_scaling=dict(type="yarn", factor=-1.0)), "factor to be a positive number, got -1.0"),
         (dict(rope_scaling=dict(type="yarn", factor=2.0, truncate=1)), "truncate to be true or false, got 1"),
         (dict(rope_scaling=dict(type="dynamic", factor=4.0)), "got 'dynamic'"),
@@ -384,6 +476,9 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (dict(architectures=["Own"], auto_map=dict(AutoModel="own.Own")), "auto_map.* is never run"),
         (DEEPSEEK_V3 | dict(q_lora_rank=None), "q_lora_rank to be a number, got null: Megatron adds a norm"),
         (DEEPSEEK_V3 | dict(rope_interleave=False), "rope_interleave true"),
+        (DEEPSEEK_V3 | dict(scoring_func="softmax"), "scoring_func to be 'sigmoid', got 'softmax'"),
+        (DEEPSEEK_V3 | dict(topk_method="greedy"), "topk_method to be 'noaux_tc', got 'greedy'"),
+        (DEEPSEEK_V3 | dict(num_nextn_predict_layers=-1), "num_nextn_predict_layers to be a positive integer, got -1"),
         (DEEPSEEK_V3 | dict(attention_bias=True), "attention_bias false"),
         (DEEPSEEK_V3 | dict(rms_norm_eps=1e-5), "rms_norm_eps 1e-06, which the norms of the latents have"),
         (DEEPSEEK_V3 | dict(num_key_value_heads=2), "num_key_value_heads to be num_attention_heads"),

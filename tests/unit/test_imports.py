@@ -53,7 +53,7 @@ ALLOWED = {
     "huggingface": {"huggingface.config", "huggingface.weights", "huggingface.compare"},
     "huggingface.config": set(),
     "huggingface.weights": {"huggingface.config", "resumable"},
-    "huggingface.compare": set(),
+    "huggingface.compare": {"huggingface.config", "huggingface.weights"},
     "parallel_layout": {"huggingface"},
     "__init__": {
         "objectives", "statistics", "loss.cross_entropy", "loss.linear_cross_entropy", "loss.sparse_teacher",

@@ -72,7 +72,6 @@ def test_flags_follow_from_the_config(tmp_path, config, flags):
         (QWEN3_MOE | dict(num_experts_per_tok=1, norm_topk_prob=True), "weight of 1 to the only expert"),
         (DEEPSEEK | dict(norm_topk_prob=False), "normalises sigmoid scores"),
         (DEEPSEEK | dict(num_experts_per_tok=6), "by their 3 best scores .* but this family by the best 2"),
-        (SMOLLM3 | dict(rope_scaling=YARN), "yarn's attention factor does not apply"),
         (DEEPSEEK | dict(rope_scaling=YARN | dict(truncate=False)), "yarn with truncate only"),
         (DEEPSEEK | dict(rope_scaling=dict(type="linear", factor=2.0)), "default rotary embedding and yarn"),
         (DEEPSEEK | dict(rope_scaling=YARN | dict(mscale_all_dim=1.0)), "mscale_all_dim alone"),
@@ -103,6 +102,14 @@ def test_yarns_factor_scales_the_scores_and_windows_need_the_plain_softmax(tmp_p
     describe_layers(args, architecture(tmp_path, **QWEN2 | dict(rope_scaling=YARN)))
     assert args.softmax_scale == pytest.approx((0.1 * math.log(4) + 1) ** 2 / 4)
     assert not args.masked_softmax_fusion
+
+
+def test_yarns_factor_scales_cosine_and_sine_where_not_all_is_rotated(tmp_path):
+    args = argparse.Namespace(transformer_impl="local", apply_rope_fusion=True, masked_softmax_fusion=True)
+    arch = architecture(tmp_path, **SMOLLM3 | dict(rope_scaling=YARN))
+    describe_layers(args, arch)
+    assert args.softmax_scale is None and not args.apply_rope_fusion and not args.fused_single_qkv_rope
+    assert arch.rotary_scale() == pytest.approx(0.1 * math.log(4) + 1)
 
 
 def test_flags_of_the_shape_cannot_be_given(tmp_path):

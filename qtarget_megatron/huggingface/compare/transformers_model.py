@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qtarget_megatron.huggingface.compare.hidden_states import Place, recorded
+from qtarget_megatron.huggingface.config.config_file import read_config
+from qtarget_megatron.huggingface.config.quantization import QUANTIZATION_KEYS, read_quantization
+from qtarget_megatron.huggingface.weights.reader import HFReader
 
 
 @torch.no_grad()
@@ -19,22 +24,7 @@ def transformers_logits(directory: Path, tokens: list[int], states: dict[Place, 
 
     ValueError where transformers cannot load the directory, or a token is outside of the model's vocabulary.
     """
-    # Imported late: seconds, which only those spend who compare with transformers.
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(directory),
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"transformers cannot load a model from {directory}: {reason}") from error
+    model = _model(directory)
     if max(tokens) >= model.config.vocab_size:
         raise ValueError(
             f"{directory}: the tokenizer wrote id {max(tokens)}, the model has a vocabulary of "
@@ -45,6 +35,54 @@ def transformers_logits(directory: Path, tokens: list[int], states: dict[Place, 
     if states is not None:
         states |= {place: value[0].float() for place, value in found.items()}
     return logits
+
+
+def _model(directory: Path) -> Any:
+    # Imported late: seconds, which only those spend who compare with transformers.
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = read_config(directory)
+        own = _own_class(config)
+        options: dict[str, Any] = {}
+        if own is not None:
+            options["config"] = own.config_class.from_dict(_plain(config) | {"model_type": own.config_class.model_type})
+        is_quantised = own is not None and read_quantization(config) is not None
+        if is_quantised:
+            # transformers dequantises to another dtype, and only matrices that whole blocks make up.
+            with HFReader(directory) as reader:
+                options["state_dict"] = {name: reader.read(name) for name in reader.names}
+        model, report = (own or transformers.AutoModelForCausalLM).from_pretrained(
+            None if is_quantised else str(directory),
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+        if report["missing_keys"]:
+            # Left to themselves they are random numbers.
+            raise ValueError(f"it finds no {min(report['missing_keys'])}")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"transformers cannot load a model from {directory}: {reason}") from error
+    return model
+
+
+def _own_class(config: Mapping[str, Any]) -> Any:
+    """transformers' class that the config names, None where there is none. One that calls itself something else besides
+    (model_type), as Kimi-K2 does, is not found otherwise."""
+    import transformers
+
+    found = config.get("architectures")
+    name = found[0] if isinstance(found, list) and len(found) == 1 else None
+    return getattr(transformers, name, None) if isinstance(name, str) and name.endswith("ForCausalLM") else None
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
 
 
 def _places(decoder: torch.nn.Module) -> dict[Place, torch.nn.Module]:

@@ -29,13 +29,28 @@ from qtarget_megatron.huggingface.config.experts import Experts, read_experts
 from qtarget_megatron.huggingface.config.family import Family
 from qtarget_megatron.huggingface.config.latent import LatentAttention, read_latent
 from qtarget_megatron.huggingface.config.layers import read_unrotated_layers, read_windows
-from qtarget_megatron.huggingface.config.rope import RopeScaling, check_frequencies, inverse_frequencies, read_rope
+from qtarget_megatron.huggingface.config.quantization import read_quantization
+from qtarget_megatron.huggingface.config.rope import (
+    RopeScaling,
+    check_frequencies,
+    inverse_frequencies,
+    read_partial_rotary,
+    read_rope,
+)
 
 # Nothing comes near: models have up to some hundred layers, and heads of some hundred numbers.
 _MOST_LAYERS, _MOST_HEAD_DIM = 10_000, 2**16
 
 # A null means "absent", except where null is itself the meaning (no window, no such token).
-_NULLABLE = ("sliding_window", "bos_token_id", "eos_token_id", "num_key_value_heads", "head_dim", "q_lora_rank")
+_NULLABLE = (
+    "sliding_window",
+    "bos_token_id",
+    "eos_token_id",
+    "num_key_value_heads",
+    "head_dim",
+    "q_lora_rank",
+    "partial_rotary_factor",
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +60,14 @@ class Architecture:
     ``head_dim``: of a query and key head. ``ffn_hidden_size``: of the MLP in layers without experts. ``tied``: the
     output head is the embedding. ``qkv_bias``, ``output_bias`` (o_proj) and ``mlp_bias``: which linear layers carry a
     bias. ``qk_norm``: RMS norm per head on queries and keys. ``rope_scaling`` is None for the default rotary embedding.
+    ``partial_rotary_factor``: of a head's numbers, the first ones, have the rotary embedding (``rotary_dim`` of them);
+    ``rotary_interleaved``: it pairs neighbouring numbers, not those half its width apart.
     ``sliding_window``: tokens that a layer of ``window_layers`` attends to, itself included. ``window_layers`` and
     ``unrotated_layers`` (without rotary embedding) have one entry per layer, or none where no layer is of that kind.
     ``experts`` is None where every layer has one MLP, ``latent`` where queries, keys and values are made from the
     hidden states. ``dtype`` is what config.json declares, bfloat16 where it declares nothing. ``eos_token_ids`` is
-    empty and ``bos_token_id`` None where the model has none.
+    empty and ``bos_token_id`` None where the model has none. ``further_layers``: a checkpoint may hold so many behind
+    the last one, which predict further tokens; they are left out.
     """
 
     family: str
@@ -77,13 +95,16 @@ class Architecture:
     unrotated_layers: tuple[bool, ...] = ()
     experts: Experts | None = None
     latent: LatentAttention | None = None
+    partial_rotary_factor: float = 1.0
+    rotary_interleaved: bool = False
+    further_layers: int = 0
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> Architecture:
         """Read ``directory/config.json``.
 
-        Raises ValueError, in one line, for a missing or malformed file, an unknown architecture, a quantised
-        checkpoint, and any setting that this package would not reproduce exactly.
+        Raises ValueError, in one line, for a missing or malformed file, an unknown architecture, a
+        quantisation that is not read, and any setting that this package would not reproduce exactly.
         """
         raw = read_config(directory)
         try:
@@ -98,7 +119,7 @@ class Architecture:
         for key, value in raw.items():
             if value is not None or key in _NULLABLE:
                 config[family.aliases.get(key, key)] = value
-        _refuse(config)
+        _refuse(config, family.fixed)
         heads = positive_int(config, "num_attention_heads")
         hidden = positive_int(config, "hidden_size")
         layers = positive_int(config, "num_hidden_layers", _MOST_LAYERS)
@@ -111,13 +132,12 @@ class Architecture:
                 f"config.json: expected num_attention_heads ({heads}) to be a multiple of "
                 f"num_key_value_heads ({groups})"
             )
-        rope_base, rope_scaling = read_rope(config, positions)
+        rope_base, rope_scaling = read_rope(config, positions, family.rope_types)
         unrotated = read_unrotated_layers(config, family, layers)
         window, window_layers = read_windows(config, family.window, layers, unrotated)
         latent = read_latent(config) if family.latent else None
         head_dim = _head_dim(config, hidden, heads) if latent is None else latent.plain_dim + latent.rotary_dim
-        check_frequencies(head_dim if latent is None else latent.rotary_dim, rope_base, rope_scaling)
-        return cls(
+        arch = cls(
             family=family.name,
             num_layers=layers,
             hidden_size=hidden,
@@ -132,7 +152,7 @@ class Architecture:
             qkv_bias=rule(config, family.qkv_bias),
             output_bias=rule(config, family.output_bias),
             mlp_bias=rule(config, family.mlp_bias),
-            qk_norm=family.qk_norm,
+            qk_norm=rule(config, family.qk_norm),
             rope_base=rope_base,
             rope_scaling=rope_scaling,
             sliding_window=window,
@@ -143,25 +163,64 @@ class Architecture:
             unrotated_layers=unrotated,
             experts=read_experts(config, family.experts, layers),
             latent=latent,
+            partial_rotary_factor=read_partial_rotary(config, family.partial_rotary, head_dim),
+            rotary_interleaved=family.rotary_interleaved,
+            further_layers=_further_layers(config, family.further_layers),
+        )
+        check_frequencies(arch.rotary_dim, rope_base, rope_scaling)
+        return arch
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a query and key head have the rotary embedding."""
+        if self.latent is not None:
+            return self.latent.rotary_dim
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of the longest sequence whose rotary embedding is that of inverse_frequencies()."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.short_factor == scaling.long_factor:
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, scaling.original_max_position_embeddings)
+
+    def sequence_limit(self, who: str) -> str:
+        """max_sequence_length in words, with the reason where it is below max_position_embeddings. who: the model."""
+        limit = self.max_sequence_length
+        if limit == self.max_position_embeddings:
+            return f"{limit} positions of the {who}"
+        return (
+            f"{limit} positions of the {who} (its original_max_position_embeddings: longer sequences have other rotary "
+            "frequencies in transformers, by long_factor, but Megatron has the same for all)"
         )
 
     def inverse_frequencies(self) -> torch.Tensor:
-        """Rotary inverse frequencies, float32 ``[d / 2]``, the bits that transformers computes.
-
-        d: head_dim, or the rotary part of it in latent attention.
-        """
-        dim = self.head_dim if self.latent is None else self.latent.rotary_dim
-        return inverse_frequencies(dim, self.rope_base, self.rope_scaling)
+        """Rotary inverse frequencies, float32 ``[rotary_dim / 2]``, the bits that transformers computes."""
+        return inverse_frequencies(self.rotary_dim, self.rope_base, self.rope_scaling)
 
     def softmax_scale(self) -> float | None:
         """What the scores q k are multiplied by; None for 1 / sqrt(head_dim), and for latent attention.
 
-        Yarn multiplies cosine and sine, hence queries and keys, by its attention factor: the scores by its square.
+        The attention factor multiplies cosine and sine, hence all of queries and keys where all of them are rotated:
+        the scores by its square.
         """
-        if self.latent is not None:
-            return None  # Megatron's latent attention has yarn of its own
-        factor = 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
-        return None if factor == 1 else factor**2 / math.sqrt(self.head_dim)
+        if self._attention_factor() == 1 or not self._rotates_all():
+            return None
+        return self._attention_factor() ** 2 / math.sqrt(self.head_dim)
+
+    def rotary_scale(self) -> float:
+        """What cosine and sine are multiplied by, where softmax_scale() does not do it."""
+        return 1.0 if self._rotates_all() else self._attention_factor()
+
+    def _attention_factor(self) -> float:
+        # Megatron's latent attention has yarn of its own.
+        if self.latent is not None or self.rope_scaling is None:
+            return 1.0
+        return self.rope_scaling.attention_factor
+
+    def _rotates_all(self) -> bool:
+        return self.rotary_dim == self.head_dim and not self.unrotated_layers
 
 
 def _find_family(raw: Mapping[str, Any]) -> Family:
@@ -172,13 +231,15 @@ def _find_family(raw: Mapping[str, Any]) -> Family:
         raise ValueError(f"config.json: {error}{own_code}") from None
 
 
-def _refuse(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config"):
-        raise ValueError(
-            "config.json: expected unquantised weights, got a quantization_config; load the "
-            "model with its own library, dequantise it, save it in bfloat16 and remove that "
-            "entry"
-        )
+def _further_layers(config: Mapping[str, Any], key: str | None) -> int:
+    return 0 if key is None or config.get(key) in (None, 0) else positive_int(config, key, _MOST_LAYERS)
+
+
+def _refuse(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    read_quantization(config)
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"config.json: expected {key} to be {value!r}, got {shown(config[key])}: not supported")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(

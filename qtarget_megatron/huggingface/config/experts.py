@@ -34,6 +34,7 @@ class Experts:
     normalized:             the chosen weights are divided by their sum.
     scaling:                what they are multiplied by then.
     shared_ffn_hidden_size: width of an MLP that every token goes through as well, None where there is none.
+    shared_weight:          a learnt function of the token, between 0 and 1, weights what that MLP adds.
     float32_router:         the router's logits are float32 in models of any dtype.
     layers:                 for each layer of the model, whether it has experts.
     """
@@ -48,6 +49,7 @@ class Experts:
     groups: Groups | None = None
     scaling: float = 1.0
     shared_ffn_hidden_size: int | None = None
+    shared_weight: bool = False
     float32_router: bool = False
 
 
@@ -73,9 +75,16 @@ def read_experts(config: Mapping[str, Any], rules: ExpertRules | None, num_layer
         has_correction=rules.correction,
         groups=_groups(config, rules, count, per_token),
         scaling=1.0 if rules.scaling is None else positive_number(config, rules.scaling),
-        shared_ffn_hidden_size=None if rules.shared is None else width * positive_int(config, rules.shared),
+        shared_ffn_hidden_size=_shared_width(config, rules, width),
+        shared_weight=rules.shared_weight,
         float32_router=rules.float32_router,
     )
+
+
+def _shared_width(config: Mapping[str, Any], rules: ExpertRules, width: int) -> int | None:
+    if rules.shared_width is not None:
+        return positive_int(config, rules.shared_width)
+    return None if rules.shared is None else width * positive_int(config, rules.shared)
 
 
 def _groups(config: Mapping[str, Any], rules: ExpertRules, count: int, per_token: int) -> Groups | None:

@@ -35,6 +35,7 @@ _TENSORS = {
     "shared_gate": _LAYER + "mlp.shared_experts.gate_proj",
     "shared_up": _LAYER + "mlp.shared_experts.up_proj",
     "shared_down": _LAYER + "mlp.shared_experts.down_proj",
+    "shared_weight": _LAYER + "mlp.shared_expert_gate",
     # Latent attention: hidden states to a latent, its norm, the latent to heads.
     "query_down": _LAYER + "self_attn.q_a_proj",
     "query_latent_norm": _LAYER + "self_attn.q_a_layernorm",
@@ -59,6 +60,8 @@ class ExpertRules:
     groups, top_groups: experts lie in so many groups, of which so many are chosen first, by the sum of the two best
                         scores in each.
     shared:             number of experts that every token goes through.
+    shared_width:       of an MLP that every token goes through, in place of that number.
+    shared_weight:      what that MLP adds is multiplied by the sigmoid of a learnt function of the token.
     float32_router:     the router's logits are float32 in models of any dtype.
     dense_layers:       a list of layers that have one MLP instead.
     sparse_step:        layer i has experts where (i + 1) is a multiple of it.
@@ -77,6 +80,8 @@ class ExpertRules:
     groups: str | None = None
     top_groups: str | None = None
     shared: str | None = None
+    shared_width: str | None = None
+    shared_weight: bool = False
     float32_router: bool = False
     dense_layers: str | None = None
     sparse_step: str | None = None
@@ -90,14 +95,16 @@ class WindowRules:
     switch:    must be true for any of them to do so.
     listed:    layer_types says which.
     first:     without that list, those from this layer on.
+    before:    without that list, every second one before this layer, from the first on.
     unrotated: without that list, those without rotary embedding.
 
-    With neither, all of them. None: there is no such field.
+    With none of these, all of them. None: there is no such field.
     """
 
     switch: str | None = None
     listed: bool = False
     first: str | None = None
+    before: str | None = None
     unrotated: bool = False
 
 
@@ -105,18 +112,24 @@ class WindowRules:
 class Family:
     """How one Hugging Face architecture differs from a Llama.
 
-    The bias rules are either a constant or the name of the config field that decides.
+    The rules for biases and qk_norm are either a constant or the name of the config field that decides.
 
     name:             of the family, in messages.
     architecture:     its entry in config.json's ``architectures``.
     refused:          why Megatron's GPT model cannot express it; nothing else counts then.
     qkv_bias, output_bias, mlp_bias: whether linear layers of attention and MLP have biases.
-    qk_norm:          RMS norm of each query and key head.
+    qk_norm:          whether each query and key head has an RMS norm.
+    partial_rotary:   the rotary embedding is that of the first partial_rotary_factor of a head's numbers; a str names
+                      the field with their number, which counts where that factor is absent.
+    rotary_interleaved: the rotary embedding pairs neighbouring numbers, not those half its width apart.
+    rope_types:       the rope_type of a config -> what the family means by it; None: what the name says.
     latent:           queries, keys and values are made from small latents (multi-head latent attention).
     window:           None where sliding_window has no meaning.
     unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else every
                       no_rope_layer_interval-th.
     experts:          None where every layer has one MLP.
+    further_layers:   the field with the number of layers that predict further tokens, which are left out.
+    fixed:            fields that have no other value than this one, where the file has them.
     defaults:         the values that transformers assumes for fields the file leaves out.
     aliases:          other spelling of a field -> the one used here.
     tensors:          names that differ from a Llama's, by role.
@@ -128,11 +141,16 @@ class Family:
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
+    partial_rotary: bool | str = False
+    rotary_interleaved: bool = False
+    rope_types: Mapping[str, str] | None = None
     latent: bool = False
     window: WindowRules | None = None
     unrotated_layers: bool = False
     experts: ExpertRules | None = None
+    further_layers: str | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
@@ -144,3 +162,7 @@ class Family:
     def tensor(self, role: str, part: str = "weight", **place: int) -> str:
         """The name of a tensor in the checkpoint; place: layer and expert, counted from 0, where the role has them."""
         return f"{self.tensors.get(role, _TENSORS[role]).format(**place)}.{part}"
+
+    def layer_prefix(self, layer: int) -> str:
+        """What the names of a layer's tensors begin with."""
+        return _LAYER.format(layer=layer)

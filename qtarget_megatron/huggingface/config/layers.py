@@ -53,7 +53,11 @@ def _window_layers(
         return tuple(kind == _SLIDING for kind in kinds)
     if rules.unrotated:
         return unrotated
-    first = 0
-    if rules.first is not None and config.get(rules.first) != 0:
-        first = positive_int(config, rules.first)
+    if rules.before is not None:
+        return tuple(layer % 2 == 0 and layer < _layer_number(config, rules.before) for layer in range(num_layers))
+    first = 0 if rules.first is None else _layer_number(config, rules.first)
     return tuple(layer >= first for layer in range(num_layers))
+
+
+def _layer_number(config: Mapping[str, Any], key: str) -> int:
+    return 0 if config.get(key) == 0 else positive_int(config, key)

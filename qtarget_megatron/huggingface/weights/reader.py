@@ -7,11 +7,10 @@ and nothing else; tensors are read slice by slice on request.
 from __future__ import annotations
 
 import errno
-import json
+import itertools
 import math
 import os
-import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -20,98 +19,14 @@ import torch
 
 from qtarget_megatron.huggingface.config.config_file import read_config, read_json_object, shown
 from qtarget_megatron.huggingface.config.model_files import model_file
+from qtarget_megatron.huggingface.config.quantization import read_quantization
+from qtarget_megatron.huggingface.weights.header import TensorEntry, read_header
+from qtarget_megatron.huggingface.weights.quantized import Quantized, find_quantized
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-_LONGEST_HEADER = 100_000_000  # as the safetensors library has it
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor as a safetensors header declares it. begin: of its first byte, from the start of the file."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    begin: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, from its header alone.
-
-    Raises ValueError where the header is malformed, names a tensor twice, leaves a gap between tensors or lets them
-    overlap, or the file is longer or shorter than the header says (a download that stopped early). No tensor data is
-    read.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise ValueError(
-                f"{path}: expected a safetensors header, got {size} bytes that hold none; the "
-                "file is truncated or of another kind: fetch it again"
-            )
-        header = stream.read(length)
-    try:
-        entries = json.loads(header, object_pairs_hook=_without_repeats)
-        entries.pop("__metadata__", None)
-        tensors = {name: _entry(path.name, entry, 8 + length) for name, entry in entries.items()}
-        end = 8 + length
-        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.nbytes)):
-            if tensor.begin != end:
-                raise ValueError(f"a tensor begins at byte {tensor.begin}, the one before it ends at {end}")
-            end += tensor.nbytes
-    except RecursionError:
-        raise ValueError(f"{path}: expected a safetensors header, got JSON nested too deep to read") from None
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        raise ValueError(f"{path}: expected a safetensors header, got {shown(error)}") from None
-    if end != size:
-        raise ValueError(
-            f"{path}: expected {end} bytes by its header, got {size}; the file is truncated or damaged: fetch it again"
-        )
-    return tensors
-
-
-def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} twice")
-    return found
-
-
-def _entry(file: str, entry: dict, data: int) -> TensorEntry:
-    """data: where the data of the file begins."""
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"unknown dtype {entry['dtype']!r}")
-    dtype = DTYPES[entry["dtype"]]
-    begin, end = entry["data_offsets"]
-    shape = tuple(int(n) for n in entry["shape"])
-    if min(shape, default=0) < 0 or begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"data_offsets {begin, end} do not fit shape {shape} of {entry['dtype']}")
-    return TensorEntry(file=file, shape=shape, dtype=dtype, begin=data + begin)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -130,15 +45,21 @@ class HFReader:
     """Lazy access to the tensors of the checkpoint in ``directory``.
 
     Slices are read with read(), not mapped: a mapped file counts as memory of the process, and one that shrinks
-    meanwhile would end the process. ``bytes_read`` counts the bytes of the files' data that were read so far. Raises
-    ValueError, in one line, for a missing directory, config.json, weight file or shard, a truncated file, an index that
-    names a tensor its shard lacks, a tensor that two shards hold, and a link out of the directory. Usable as a context
+    meanwhile would end the process. A tensor that is quantised, as config.json's quantization_config says, is one
+    bfloat16 tensor here, and its scales are none. ``bytes_read`` counts the bytes of the files' data that were read so
+    far. Raises ValueError, in one line, for a missing directory, config.json, weight file or shard, a truncated file,
+    an index that names a tensor its shard lacks, a tensor that two shards hold, scales that do not fit their tensor, a
+    quantisation that is not read, and a link out of the directory. Usable as a context
     manager.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        read_config(self.directory)
+        config = read_config(self.directory)
+        try:
+            quantization = read_quantization(config)
+        except ValueError as error:
+            raise ValueError(f"{self.directory}/{error}") from None
         self.bytes_read = 0
         self._entries: dict[str, TensorEntry] = {}
         self._open: dict[str, BinaryIO] = {}
@@ -166,6 +87,10 @@ class HFReader:
                     f"{self.directory}: expected {name} in {file} by {INDEX_FILE}, but that shard "
                     "lacks it; index and shards are of different versions: fetch both again"
                 )
+        try:
+            self._quantized = find_quantized(self._entries, quantization)
+        except ValueError as error:
+            raise ValueError(f"{self.directory}: {error}") from None
 
     def _find_files(self) -> dict[str, str] | None:
         """The index's weight map, or None for a checkpoint of one file."""
@@ -200,15 +125,16 @@ class HFReader:
     @property
     def names(self) -> tuple[str, ...]:
         """All tensor names, file by file."""
-        return tuple(self._entries)
+        hidden = {part for quantized in self._quantized.values() for part in quantized.parts}
+        return tuple(name for name in self._entries if name not in hidden or name in self._quantized)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's full shape."""
-        return self._entry_of(name).shape
+        return self._tensor(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The tensor's dtype on disk."""
-        return self._entry_of(name).dtype
+        """The dtype that read() gives: the one on disk, bfloat16 of a quantised tensor."""
+        return self._tensor(name).dtype
 
     def read(
         self,
@@ -216,42 +142,51 @@ class HFReader:
         rows: tuple[int, int] | None = None,
         cols: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """A tensor on the CPU, in the dtype on disk; all of it or half-open ranges of it.
+        """A tensor on the CPU, in dtype(name); all of it or half-open ranges of it.
 
         ``rows``: range of the first dimension, ``cols``: of the second. Only the bytes of that part
         are read.
 
         Raises ValueError for an unknown name or a range outside the tensor, and for a weight that is NaN or infinite.
         """
-        entry = self._entry_of(name)
-        shape = list(entry.shape)
+        shape, ranges = self._tensor(name).shape, []
         for dim, wanted in enumerate((rows, cols)):
-            if wanted is None:
+            if dim >= len(shape) and wanted is None:
                 continue
             size = shape[dim] if dim < len(shape) else -1
-            if not 0 <= wanted[0] <= wanted[1] <= size:
+            begin, end = wanted or (0, size)
+            if not 0 <= begin <= end <= size:
                 raise ValueError(
-                    f"{name}: expected a range within shape {list(entry.shape)}, got {wanted} in dimension {dim}"
+                    f"{name}: expected a range within shape {list(shape)}, got {wanted} in dimension {dim}"
                 )
-            shape[dim] = wanted[1] - wanted[0]
-        tensor = torch.empty(shape, dtype=entry.dtype)
+            ranges.append((begin, end))
+        ranges += [(0, size) for size in shape[2:]]
+        quantized = self._quantized.get(name)
+        tensor = self._slice(name, ranges) if quantized is None else quantized.read(self._slice, ranges)
+        if not is_finite(tensor):
+            file = self._entries[name if quantized is None else quantized.parts[0]].file
+            raise ValueError(
+                f"{self.directory / file}: expected finite weights, got NaN or infinity in {name}: the file is "
+                "damaged, or of a training that diverged: fetch it again, or take another"
+            )
+        return tensor
+
+    def _slice(self, name: str, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """A part of a tensor as it is on the disk, a range of each dimension."""
+        entry = self._entries[name]
+        tensor = torch.empty([end - begin for begin, end in ranges], dtype=entry.dtype)
         if tensor.numel() == 0:
             return tensor
         target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-        per_row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        begin = entry.begin + (rows[0] if rows else 0) * per_row
-        if cols is None:
-            self._read_into(entry.file, target, begin)
-        else:
-            begin += cols[0] * (per_row // entry.shape[1])
-            taken = len(target) // shape[0]
-            for row in range(shape[0]):
-                self._read_into(entry.file, target[row * taken : (row + 1) * taken], begin + row * per_row)
-        if not is_finite(tensor):
-            raise ValueError(
-                f"{self.directory / entry.file}: expected finite weights, got NaN or infinity in {name}: the file is "
-                "damaged, or of a training that diverged: fetch it again, or take another"
-            )
+        # Dimensions behind the last one that is cut lie together with it.
+        cut = [dim for dim, (begin, end) in enumerate(ranges) if end - begin < entry.shape[dim]]
+        outer = ranges[: cut[-1]] if cut else []
+        strides = [math.prod(entry.shape[dim + 1 :]) * entry.dtype.itemsize for dim in range(len(ranges))]
+        first = ranges[cut[-1]][0] * strides[cut[-1]] if cut else 0
+        taken = len(target) // math.prod(end - begin for begin, end in outer)
+        for number, place in enumerate(itertools.product(*(range(*dim) for dim in outer))):
+            position = entry.begin + first + sum(i * stride for i, stride in zip(place, strides, strict=False))
+            self._read_into(entry.file, target[number * taken : (number + 1) * taken], position)
         return tensor
 
     def _read_into(self, file: str, target: memoryview, position: int) -> None:
@@ -292,7 +227,8 @@ class HFReader:
         if hasattr(self, "_open"):  # the constructor may have raised
             self.close()
 
-    def _entry_of(self, name: str) -> TensorEntry:
-        if name not in self._entries:
+    def _tensor(self, name: str) -> TensorEntry | Quantized:
+        found = self._quantized.get(name) or self._entries.get(name)
+        if found is None:
             raise ValueError(f"{self.directory}: expected a tensor named {name}, found none")
-        return self._entries[name]
+        return found

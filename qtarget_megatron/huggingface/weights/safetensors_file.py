@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qtarget_megatron.huggingface.weights.reader import DTYPES
+from qtarget_megatron.huggingface.weights.header import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

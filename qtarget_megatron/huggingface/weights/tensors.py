@@ -28,7 +28,10 @@ def hf_tensor_shapes(arch: Architecture) -> Mapping[str, Shape]:
     matrix = (arch.vocab_size, arch.hidden_size)
     shapes: dict[str, Shape] = {family.tensor("embedding"): matrix}
     for layer in range(arch.num_layers):
-        shapes |= dict(_layer(arch, family, layer))
+        for name, (rows, *others) in _layer(arch, family, layer):
+            # Roles may share a tensor: their rows lie one behind the other.
+            rows += shapes[name][0] if name in shapes else 0
+            shapes[name] = (rows, *others)
     shapes[family.tensor("final_norm")] = (arch.hidden_size,)
     if not arch.tied:
         shapes[family.tensor("head")] = matrix
@@ -86,6 +89,8 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
             yield from linear("shared_gate", experts.shared_ffn_hidden_size, hidden)
             yield from linear("shared_up", experts.shared_ffn_hidden_size, hidden)
             yield from linear("shared_down", hidden, experts.shared_ffn_hidden_size)
+        if experts.shared_weight:
+            yield from linear("shared_weight", 1, hidden)
     yield family.tensor("input_norm", layer=layer), (hidden,)
     yield family.tensor("mlp_norm", layer=layer), (hidden,)
 
@@ -93,14 +98,17 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
 def check_tensors(reader: HFReader, arch: Architecture) -> None:
     """Raise ValueError unless the checkpoint holds exactly the tensors that config.json promises.
 
-    Names, shapes and floating dtypes are compared; leftovers named rotary_emb.inv_freq are ignored. A tied model may
-    also hold a head, if it is equal to the embedding (only then are both read).
+    Names, shapes and floating dtypes are compared; leftovers named rotary_emb.inv_freq and layers that predict further
+    tokens are ignored. A tied model may also hold a head, if it is equal to the embedding (only then are both read).
     """
     family = families.by_name(arch.family)
     _check_fused(reader, arch)
     head, embedding = family.tensor("head"), family.tensor("embedding")
     expected = hf_tensor_shapes(arch)
+    further = range(arch.num_layers, arch.num_layers + arch.further_layers)
+    ignored = tuple(map(family.layer_prefix, further))
     present = {name for name in reader.names if not name.endswith("rotary_emb.inv_freq")}
+    present -= {name for name in present if name.startswith(ignored)}
     spare_head = arch.tied and head in present
     problems = {
         "missing": [name for name in expected if name not in present],

@@ -27,6 +27,7 @@ from torch import Tensor
 from qtarget_megatron.huggingface.config.architecture import Architecture
 from qtarget_megatron.huggingface.config.config_file import declared_dtype, dtype_name, read_config
 from qtarget_megatron.huggingface.config.model_files import model_file
+from qtarget_megatron.huggingface.config.quantization import QUANTIZATION_KEYS
 from qtarget_megatron.huggingface.weights.reader import INDEX_FILE, SINGLE_FILE, is_finite
 from qtarget_megatron.huggingface.weights.safetensors_file import PlannedTensor, SafetensorsFile, file_bytes
 from qtarget_megatron.huggingface.weights.tensors import hf_tensor_shapes, tensor_dtype
@@ -217,9 +218,11 @@ class HFExport:
         }
 
     def _config_bytes(self) -> bytes:
-        """The source's config, byte for byte unless its dtype differs from the exported one."""
+        """The source's config, byte for byte unless its dtype differs from the exported one, or it says how the
+        source's weights are quantised: those of the export are not."""
         config = read_config(self.source_dir)
-        if declared_dtype(config) == self._dtype:
+        quantised = [key for key in QUANTIZATION_KEYS if config.pop(key, None)]
+        if declared_dtype(config) == self._dtype and not quantised:
             return (self.source_dir / "config.json").read_bytes()
         # Older transformers know only torch_dtype, and newer ones still read it.
         for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:

@@ -6,6 +6,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -173,6 +174,10 @@ def build_gpt(
     architecture's.
     """
     config = config or transformer_config(args, arch)
+    if arch.rotary_scale() != 1:
+        # Attention multiplies cosine and sine by 1 + mscale / 10 ln(factor) of these, whatever the frequencies are.
+        config.yarn_rotary_scaling_factor, config.yarn_mscale_all_dim = math.e, 0.0
+        config.yarn_mscale = 10 * (arch.rotary_scale() - 1)
     model = StackedGPTModel(
         config=config,
         transformer_layer_spec=layer_spec(config, args, vp_stage, pg_collection.pp.rank()),
@@ -183,6 +188,7 @@ def build_gpt(
         parallel_output=True,
         share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
+        rotary_percent=arch.partial_rotary_factor,
         rotary_base=arch.rope_base,
         pg_collection=pg_collection,
         vp_stage=vp_stage,

@@ -14,7 +14,7 @@ heads of width d, q = a d and k numbers of queries and of keys, MLP width f:
     norm of width w      8 w + 4, in 16 bits 10 w + 4   input and product in float32, scale; the product in 16 bits
     a layer's two norms  2 n' (norm(h) + h e)           with their outputs, which the linear layers keep
     head norms           n (norm(d) per head)           float32: keys' input is the linear layer's output, kept whole
-    rotary embedding     4 s d e                        cosine and sine, of queries and of keys
+    rotary embedding     4 s r e                        cosine and sine, of queries and of keys; r of d are rotated
     attention            n (q + k + (q + 2 k)) e        its inputs: rotated queries and keys, the linear layer's output
       not recomputed     4 n a                          logsumexp; its output is the output layer's input
       of packed rows     n q e                          the samples' outputs besides; of C ranks as below
@@ -25,7 +25,7 @@ heads of width d, q = a d and k numbers of queries and of keys, MLP width f:
     MLP                  3 n f e                        output of the first linear layer, input of the second
 
 Experts: k' per token, balanced, of width f' on each of E' expert tensor-parallel ranks make k' n' E' rows: (h + 3 f' +
-1) e each, and 20 k' + (1 + e) E for the choice among E experts. Latent attention, with r, p, v the rotary, plain and
+1) e each, and n' (20 k' + (1 + e) E) for the choice among E experts; of a weighted shared expert n' (h + 1) e. Latent attention, with r, p, v the rotary, plain and
 value widths: for each latent of width w n (norm(w) + w e), in float32 the keys' rotary part beside it, n a (2 (r + p) +
 2 v) e for queries, keys, values and the output layer's input, and where attention is not recomputed n a (2 (r + p) - v)
 e + 4 n a for values as wide as keys, the output, and logsumexp; of the rotary embedding 4 s r e.
@@ -89,7 +89,7 @@ class Activations:
         groups = max(arch.num_query_groups / layout.tensor, 1)
         queries, keys = heads * arch.head_dim, groups * arch.head_dim
         length = layout.seq_length / layout.context
-        found = 4 * length * arch.head_dim * element
+        found = 4 * length * arch.rotary_dim * element
         # The output layer's input, rotated queries and keys; the first linear layer's whole output, with the values.
         numbers, whole = 2 * queries + keys, queries + 2 * keys
         whole_is_normed = arch.qk_norm and element == 4
@@ -143,6 +143,7 @@ class Activations:
         rows = experts.per_token * self._rows * ranks
         found = rows * (self._arch.hidden_size + 3 * experts.ffn_hidden_size / ranks + 1) * element
         found += self._rows * (20 * experts.per_token + (1 + element) * experts.count)
+        found += self._rows * (self._arch.hidden_size + 1) * element if experts.shared_weight else 0
         return found + self._mlp(experts.shared_ffn_hidden_size or 0)
 
     def _megatrons(self, layers: int, has_experts: bool = False) -> float:

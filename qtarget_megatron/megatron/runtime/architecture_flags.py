@@ -13,6 +13,8 @@ _ABSENT = {
     "window_size": None,
     "window_attn_skip_freq": None,
     "no_rope_freq": None,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
     "num_experts": None,
     "moe_ffn_hidden_size": None,
     "moe_router_topk": 2,
@@ -24,6 +26,7 @@ _ABSENT = {
     "moe_router_num_groups": None,
     "moe_router_group_topk": None,
     "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
     "multi_latent_attention": False,
     "q_lora_rank": None,
     "kv_lora_rank": 32,
@@ -80,23 +83,18 @@ def megatron_flags(arch: Architecture) -> list[str]:
 
 
 def layer_arguments(arch: Architecture) -> dict[str, object]:
-    """Megatron's arguments for windows, layers without rotary embedding and experts, by their name in args; Megatron's
-    own values for a model without them.
+    """Megatron's arguments for windows, rotary embeddings of a part, and experts, by their name in args; Megatron's own
+    values for a model without them.
 
     Raises ValueError where Megatron cannot express them.
     """
-    found = dict(_ABSENT)
+    found = _ABSENT | {"rotary_percent": arch.partial_rotary_factor, "rotary_interleaved": arch.rotary_interleaved}
     if arch.window_layers:
         # Tokens before and behind the one that attends.
         found["window_size"] = (arch.sliding_window - 1, 0)
         found["window_attn_skip_freq"] = _pattern(arch.window_layers)
     if arch.unrotated_layers:
         found["no_rope_freq"] = _pattern(arch.unrotated_layers)
-        if arch.softmax_scale() is not None:
-            raise ValueError(
-                "Megatron scales the scores of all layers alike, but config.json has layers without rotary embedding, "
-                "to which yarn's attention factor does not apply: set attention_factor to 1 if that is meant"
-            )
     return found | _expert_arguments(arch) | _latent_arguments(arch)
 
 
@@ -141,6 +139,7 @@ def _expert_arguments(arch: Architecture) -> dict[str, object]:
         "moe_router_num_groups": None if groups is None else groups.count,
         "moe_router_group_topk": None if groups is None else groups.top,
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.shared_weight,
     }
 
 
@@ -204,6 +203,12 @@ def describe_layers(args: argparse.Namespace, arch: Architecture) -> None:
     vars(args).update(layer_arguments(arch))
     args.group_query_attention = arch.latent is None
     args.softmax_scale = arch.softmax_scale()
+    if arch.rotary_scale() != 1:
+        # Megatron's fused rotary embedding of packed rows ignores it.
+        args.apply_rope_fusion = False
+    if arch.rotary_scale() != 1 or arch.rotary_interleaved or arch.partial_rotary_factor != 1:
+        # That of queries, keys and values at once is told of none of these.
+        args.fused_single_qkv_rope = False
     if arch.latent is not None:
         args.rotary_base, scaling = arch.rope_base, arch.rope_scaling
         # Megatron's fused rotary embedding of latent attention is yarn's.

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and R1, Moonlight: latent attention, experts chosen by sigmoid and group. No multi-token prediction."""
+"""DeepSeek-V3 and R1, Kimi-K2: latent attention, experts chosen by sigmoid and group. No multi-token prediction."""
 
 from qtarget_megatron.huggingface.config.family import ExpertRules, Family
 
@@ -18,6 +18,8 @@ FAMILY = Family(
         float32_router=True,
         first_sparse="first_k_dense_replace",
     ),
+    further_layers="num_nextn_predict_layers",
+    fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
     defaults={
         "max_position_embeddings": 4096,
         "bos_token_id": 0,
@@ -37,6 +39,7 @@ FAMILY = Family(
         "topk_group": 4,
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
     },
-    aliases={"num_local_experts": "n_routed_experts"},
+    aliases={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
 )
