@@ -1,7 +1,7 @@
 """A config.json made small: the family and the structure of a model, at sizes that train in a second.
 
-What differs from layer to layer stays (windows, rotary embedding, experts), as do tied embeddings, biases, norms, shared
-key/value heads, latent attention and the rules of the router. Nothing but config.json is read.
+What differs from layer to layer stays (windows, rotary embedding, experts), as do tied embeddings, biases, norms,
+shared key/value heads, latent attention and the rules of the router. Nothing but config.json is read.
 """
 
 from __future__ import annotations

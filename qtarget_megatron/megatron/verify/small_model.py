@@ -3,9 +3,9 @@
 All of it follows from a seed, so that every rank can write its own.
 
 Experts are chosen with a margin. A token whose scores are all but equal goes to another expert where a last bit is
-rounded otherwise, and its whole gradient goes with it: no bound would hold. So the first E numbers of the hidden states,
-one for each expert, are the embedding's alone (what layers add there is 0), and a router reads little else. What is
-drawn for a token there is drawn again until the choice is clear.
+rounded otherwise, and its whole gradient goes with it: no bound would hold. So the first E numbers of the hidden
+states, one for each expert, are the embedding's alone (what layers add there is 0), and a router reads little else.
+What is drawn for a token there is drawn again until the choice is clear.
 """
 
 from __future__ import annotations
