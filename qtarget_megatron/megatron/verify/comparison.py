@@ -8,6 +8,9 @@ as much.
     difference of a tensor = ||found - reference|| / ||reference||       (L2)
     bound of a tensor      = MARGIN max(its noise, the median noise of its kind)
 
+The change of a weight is known as well as float32 holds the weight: its noise is at least 2^-24 ||weight|| / ||change||
+in each step.
+
 A loss, or a gradient's norm, is one number, whose noise may be small by chance. It is a mean of many, and no mean of
 errors is larger than their root mean square: the bound of a loss is MARGIN times that of the errors of micro-batches,
 the bound of a norm MARGIN times that of the norms of all tensors, each weighted as in the mean.
@@ -145,10 +148,15 @@ class Bounds:
     scalars: dict[tuple[str, int], float]
 
     @classmethod
-    def of(cls, training: Training, reference: Reference, others: Sequence[Training]) -> Bounds:
-        """training: the reference's. others: what one rank computed otherwise, at least one."""
+    def of(
+        cls, training: Training, reference: Reference, others: Sequence[Training], weights: Mapping[str, Tensor]
+    ) -> Bounds:
+        """training: the reference's. others: what one rank computed otherwise, at least one. weights: the first."""
         measured = [reference.distances(other.tensors) for other in others]
         noise = {key: max(distances[key].off for distances in measured) for key in measured[0]}
+        for name, size in reference.sizes[CHANGE].items():
+            rounding = len(training.losses) * 2.0**-24 * weights[name].float().norm().item() / size
+            noise[CHANGE, name] = max(noise[CHANGE, name], rounding)
         usual = {
             kind: statistics.median(noise[kind, name] for name in names) for kind, names in reference.tensors.items()
         }

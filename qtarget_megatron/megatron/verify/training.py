@@ -205,7 +205,7 @@ class _Problem:
         others = [Training(other.scalars, other.losses, tensors)]
         others += [found[PRECISION]] if PRECISION in found else []
         reference = Reference.of(found[REFERENCE], list(hf_tensor_shapes(self.arch)))
-        return reference, Bounds.of(found[REFERENCE], reference, others), found[REFERENCE].scalars
+        return reference, Bounds.of(found[REFERENCE], reference, others, self.initial), found[REFERENCE].scalars
 
 
 def _compare(problem: _Problem, found: Training, alone: OneRank | None) -> Verdict:
