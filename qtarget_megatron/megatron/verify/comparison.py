@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -57,10 +57,14 @@ class Training:
     losses: list[list[tuple[float, int]]]
     tensors: dict[str, list[tuple[str, Tensor]]]
 
-    def save(self, path: Path) -> None:
-        """Write it to a safetensors file."""
+    def save(self, path: Path, key: str) -> None:
+        """Write it to a safetensors file. key: says what it is, see saved_key()."""
         tensors = {f"{kind}/{name}": tensor for kind, of_kind in self.tensors.items() for name, tensor in of_kind}
-        save_file(tensors, path, metadata={"scalars": json.dumps(self.scalars), "losses": json.dumps(self.losses)})
+        metadata = {"scalars": json.dumps(self.scalars), "losses": json.dumps(self.losses), "key": json.dumps(key)}
+        # Whoever finds a file of that name finds a whole one.
+        new = path.with_name(f"{path.name}.new")
+        save_file(tensors, new, metadata=metadata)
+        new.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Training:
@@ -72,6 +76,17 @@ class Training:
                 tensors.setdefault(kind, []).append((name, file.get_tensor(key)))
             metadata = {key: json.loads(text) for key, text in file.metadata().items()}
         return cls(metadata["scalars"], metadata["losses"], tensors)
+
+
+def saved_key(path: Path) -> str | None:
+    """The key that a training was saved with; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("key", "null"))
+    except (OSError, ValueError, SafetensorError):
+        return None
 
 
 def read_scalars(board: Path) -> dict[str, list[float]]:

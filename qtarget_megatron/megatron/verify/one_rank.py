@@ -12,18 +12,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from qtarget_megatron._version import versions
 from qtarget_megatron.megatron.faults.explained import Fault
-from qtarget_megatron.megatron.verify.comparison import Training
+from qtarget_megatron.megatron.verify.comparison import Training, saved_key
 
 MODULE = "qtarget_megatron.commands.verify_training"
 REFERENCE, REORDERED, PRECISION = "reference", "reordered", "precision"
 _LAUNCHER = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_", "LOCAL_", "WORLD_SIZE", "RANK", "SLURM_", "OMPI_", "PMI_")
-_KEY, _LOG = "key.txt", "one-rank.log"
+_LOG = "one-rank.log"
+# Files of a folder that trainings read.
+_INPUTS = ("config.json", "model.safetensors", "data.jsonl")
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Job:
 
     parent:         the process that it ends with.
     runs:           name of each training -> its words; <name>.safetensors is what comes of it.
-    models:         name of each training -> the directory of its model.
     objective_file: of the user's, run before.
     on_cpu:         without a GPU, and without what is made for one.
+    keys:           name of each training -> a digest of all that it depends on.
     """
 
     parent: int
@@ -42,10 +44,7 @@ class Job:
     runs: dict[str, list[str]]
     objective_file: str | None
     on_cpu: bool
-
-    def path(self) -> Path:
-        """Where it is written."""
-        return Path(self.folder, f"{'-'.join(self.runs)}.json")
+    keys: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str) -> Job:
@@ -56,30 +55,53 @@ class Job:
         """The file of a training."""
         return Path(self.folder, f"{name}.safetensors")
 
+    def with_keys(self) -> Job:
+        """The same with its keys."""
+        package = Path(__file__).parents[2]
+        read = [path for path in sorted(Path(self.folder).rglob("*")) if path.name in _INPUTS]
+        read += [] if self.objective_file is None else [Path(self.objective_file)]
+        digest = hashlib.sha256(versions().encode())
+        for path in [*sorted(package.rglob("*.py")), *read]:
+            digest.update(path.read_bytes())
+
+        def key(words: list[str]) -> str:
+            mine = digest.copy()
+            mine.update(json.dumps([words, self.on_cpu]).replace(self.folder, "").encode())
+            return mine.hexdigest()
+
+        return replace(self, keys={name: key(words) for name, words in self.runs.items()})
+
+    def unknown(self) -> Job:
+        """The same without the trainings whose results are there."""
+        runs = {name: words for name, words in self.runs.items() if saved_key(self.result(name)) != self.keys[name]}
+        return replace(self, runs=runs)
+
 
 class OneRank:
     """The trainings of some jobs. A context manager: no process of them is left behind."""
 
     def __init__(self, folder: Path, jobs: Sequence[Job], timeout: float):
-        """folder: for results and the log; those that are there are taken where they are of the same jobs. timeout:
-        seconds that all of them may take together."""
-        self._folder, self._jobs, self._timeout = folder, jobs, timeout
-        self._key = _key(folder, jobs)
+        """folder: of the jobs, for results and the log. Results of the same that are there are not computed again.
+        timeout: seconds that all of them may take together."""
+        self._folder, self._timeout = folder, timeout
+        self._jobs = [job.with_keys() for job in jobs]
+        self._left = [left for job in self._jobs if (left := job.unknown()).runs]
         self._processes: list[subprocess.Popen] = []
         self._begun = time.monotonic()
-        self.is_known = self._is_known()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether nothing is left to compute."""
+        return not self._left
 
     def __enter__(self) -> OneRank:
-        if self.is_known:
-            return self
-        (self._folder / _KEY).unlink(missing_ok=True)
         with open(self._folder / _LOG, "wb") as log:
-            for job in self._jobs:
-                job.path().write_text(json.dumps(asdict(job), indent=1), encoding="utf-8")
-                command = [sys.executable, "-m", MODULE, str(job.path())]
+            for job in self._left:
+                path = self._folder / f"{'-'.join(job.runs)}.json"
+                path.write_text(json.dumps(asdict(job), indent=1), encoding="utf-8")
                 self._processes.append(
                     subprocess.Popen(
-                        command,
+                        [sys.executable, "-m", MODULE, str(path)],
                         env=_environment(on_cpu=job.on_cpu),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
@@ -96,7 +118,7 @@ class OneRank:
 
     def results(self) -> dict[str, Training]:
         """What they have computed, by name; waits for them. Fault where one fails, or takes too long, with its log on
-        stderr; ValueError for bad input."""
+        stderr."""
         for process in self._processes:
             try:
                 code = process.wait(max(self._timeout - (time.monotonic() - self._begun), 0.0))
@@ -106,37 +128,11 @@ class OneRank:
             if code != 0:
                 self._show_log()
                 raise Fault(f"training on one rank has failed with exit code {code}: its log is above")
-        (self._folder / _KEY).write_text(self._key, encoding="utf-8")
         return {name: Training.load(job.result(name)) for job in self._jobs for name in job.runs}
-
-    def _is_known(self) -> bool:
-        try:
-            key = (self._folder / _KEY).read_text(encoding="utf-8")
-        except OSError:
-            return False
-        return key == self._key and all(job.result(name).is_file() for job in self._jobs for name in job.runs)
 
     def _show_log(self) -> None:
         text = (self._folder / _LOG).read_text(encoding="utf-8", errors="replace")
         print(f"--- {self._folder / _LOG}\n{text[-6000:]}\n---", file=sys.stderr, flush=True)
-
-
-def _key(folder: Path, jobs: Iterable[Job]) -> str:
-    """A digest of all that results depend on: words, models, data, and the package itself."""
-    digest = hashlib.sha256(versions().encode())
-    package = Path(__file__).parents[2]
-    for path in [*sorted(package.rglob("*.py")), *sorted(folder.rglob("*"))]:
-        if path.is_file() and (path.suffix == ".py" or path.name in _INPUTS):
-            digest.update(path.read_bytes())
-    for job in jobs:
-        digest.update(json.dumps([job.runs, job.on_cpu]).replace(str(folder), "").encode())
-        if job.objective_file is not None:
-            digest.update(Path(job.objective_file).read_bytes())
-    return digest.hexdigest()
-
-
-# Files of a folder that trainings read.
-_INPUTS = ("config.json", "model.safetensors", "data.jsonl")
 
 
 def _environment(*, on_cpu: bool) -> dict[str, str]:

@@ -106,7 +106,7 @@ def run_job(path: str, fine_tune: FineTune) -> None:
         objectives.register_from_file(job.objective_file)
     for name, words in job.runs.items():
         model = Path(words[words.index("--hf-model") + 1])
-        _train(words, load_file(model / "model.safetensors"), fine_tune).save(job.result(name))
+        _train(words, load_file(model / "model.safetensors"), fine_tune).save(job.result(name), job.keys[name])
         launch.forget()
 
 
