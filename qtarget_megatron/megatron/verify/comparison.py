@@ -137,7 +137,7 @@ class Reference:
         return cls(tensors, sizes)
 
     def distances(self, found: Mapping[str, Iterable[tuple[str, Tensor]]]) -> dict[tuple[str, str], Distance]:
-        """Of each tensor that was found, by kind and name; the larger one where a rank has two of a name."""
+        """How far each tensor is, by kind and name; the larger distance where a rank has two of a name."""
         result: dict[tuple[str, str], Distance] = {}
         for kind, of_kind in found.items():
             for name, tensor in of_kind:
@@ -166,7 +166,12 @@ class Bounds:
     def of(
         cls, training: Training, reference: Reference, others: Sequence[Training], weights: Mapping[str, Tensor]
     ) -> Bounds:
-        """training: the reference's. others: what one rank computed otherwise, at least one. weights: the first."""
+        """From what one rank has computed.
+
+        training: the reference's.
+        others:   the same computed otherwise, at least once.
+        weights:  the first ones, by name.
+        """
         measured = [reference.distances(other.tensors) for other in others]
         noise = {key: max(distances[key].off for distances in measured) for key in measured[0]}
         for name, size in reference.sizes[CHANGE].items():

@@ -210,6 +210,7 @@ def read_training_words(words: Sequence[str], timeout: float) -> TrainingWords:
     args, given = run.args, _given(parsers[-1], words)
     _refuse(args, given)
     check_numbers(args)
+    sizes = Sizes.of(args, run.student)
     # Rows of another length are trained than those of --seq-length.
     args.seq_length = None
     check_whole_stages(args, run.student, "student")
@@ -219,7 +220,6 @@ def read_training_words(words: Sequence[str], timeout: float) -> TrainingWords:
     for name, arch in models.items():
         check_layout(args, arch, name)
         check_experts(args, arch, name)
-    sizes = Sizes.of(args, run.student)
     tensor = args.tensor_model_parallel_size
     cuts = Cuts(
         tensor=tensor,
