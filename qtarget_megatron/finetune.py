@@ -65,6 +65,7 @@ from qtarget_megatron.teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     from qtarget_megatron.megatron.training.datasets import DatasetProvider
+    from qtarget_megatron.megatron.verify.recording import Recording
 
 _log = logging.getLogger("qtarget_megatron")
 
@@ -95,8 +96,11 @@ def command_line() -> Parser:
     return parser
 
 
-def fine_tune(argv: list[str]) -> None:
-    """Check everything that can be checked, then train, then export. ValueError for bad input."""
+def fine_tune(argv: list[str], recording: Recording | None = None) -> None:
+    """Check everything that can be checked, then train, then export. ValueError for bad input.
+
+    recording: keeps what is computed, for a comparison.
+    """
     parser = command_line()
     if "--help-megatron" in argv:
         cpu_platform.activate()
@@ -141,7 +145,7 @@ def fine_tune(argv: list[str]) -> None:
             launch.initialize_distributed(store)
             datasets = _inspected(run, caches)
             _skip_what_is_done(args, iteration)
-            _train(run, datasets, _resumed_flags(args), watchdog)
+            _train(run, datasets, _resumed_flags(args), watchdog, recording)
         except SystemExit as stop:
             raise ending.early_end(args, stop) from None
         except BaseException as error:
@@ -326,7 +330,9 @@ def _check_models(run: Run) -> None:
     run.add_teacher(args.teacher_hf, "--teacher-hf", weights=saved)
 
 
-def _train(run: Run, datasets: DatasetProvider, flags: ResumedFlags, watchdog: Watchdog) -> None:
+def _train(
+    run: Run, datasets: DatasetProvider, flags: ResumedFlags, watchdog: Watchdog, recording: Recording | None
+) -> None:
     # Megatron is imported only now: the CPU platform acts before it.
     from qtarget_megatron.megatron.attach import attach
     from qtarget_megatron.megatron.faults.loss_check import LossCheck
@@ -373,6 +379,8 @@ def _train(run: Run, datasets: DatasetProvider, flags: ResumedFlags, watchdog: W
     soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint)
     watch_checkpoints(args, student, models.built, flags)
     step = Pace(args).watched(soundness.watched(partial(forward_step, settings, on_nan)))
+    if recording is not None:
+        step = recording.watched(step, args, models.built, student)
     launch.run_pretrain(
         args,
         datasets=datasets,
@@ -380,6 +388,8 @@ def _train(run: Run, datasets: DatasetProvider, flags: ResumedFlags, watchdog: W
         forward_step=watchdog.watched(step),
     )
     soundness.finish()
+    if recording is not None:
+        recording.finish()
     if args.save_hf is not None:
         dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
 

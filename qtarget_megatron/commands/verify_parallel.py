@@ -48,6 +48,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.train is not None:
+        from qtarget_megatron.commands.verify_training import verify
+
+        return verify(args.train, timeout=600.0 if args.timeout is None else args.timeout, keep=args.keep)
+    return _verify_losses(args)
+
+
+def _verify_losses(args: argparse.Namespace) -> int:
     import torch
 
     from qtarget_megatron import objectives
@@ -72,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
         tokens=args.tokens,
         seed=args.seed,
         backend=args.backend,
-        timeout=args.timeout,
+        timeout=120.0 if args.timeout is None else args.timeout,
     )
     width = max(len(str(objective)) for objective in chosen)
     kinds = len("fused head, sparse teacher")
@@ -146,9 +154,22 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout",
         type=float,
-        default=120.0,
         metavar="SECONDS",
-        help="how long a rank waits for the others before the run ends with exit code 1 (default: 120)",
+        help="how long a rank waits for the others before the run ends with exit code 1 (default: 120, with --train "
+        "600, for what is trained on one rank too)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="with --train: keep there what one rank has computed, and take it from there where another layout of the "
+        "same is verified",
+    )
+    parser.add_argument(
+        "--train",
+        nargs=argparse.REMAINDER,
+        metavar="FLAGS",
+        help="verify a whole training; all that follows are the flags of finetune, --hf-model DIR and the layout first",
     )
     return parser
 

@@ -85,9 +85,9 @@ ALLOWED = {
         "megatron.runtime", "megatron.model", "megatron.training",
     },
     "megatron.verify": {
-        "_version", "collectives", "kernels", "objectives", "statistics",
-        "loss.cross_entropy", "loss.linear_cross_entropy", "loss.sparse_teacher",
-        "megatron.runtime", "megatron.faults",
+        "_version", "collectives", "data", "huggingface", "huggingface.config", "kernels", "objectives", "output_lock",
+        "statistics", "loss.cross_entropy", "loss.linear_cross_entropy", "loss.sparse_teacher",
+        "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.training",
     },
     "commands": {
         "_version", "command_line", "data", "finetune", "huggingface", "inspection", "objectives", "teacher_cache",

@@ -108,12 +108,13 @@ class Architecture:
         """
         raw = read_config(directory)
         try:
-            return cls._from_config(raw)
+            return cls.from_config(raw)
         except ValueError as error:
             raise ValueError(f"{directory}/{error}") from None
 
     @classmethod
-    def _from_config(cls, raw: Mapping[str, Any]) -> Architecture:
+    def from_config(cls, raw: Mapping[str, Any]) -> Architecture:
+        """What the entries of a config.json say. Raises ValueError as from_hf does."""
         family = _find_family(raw)
         config = dict(family.defaults)
         for key, value in raw.items():

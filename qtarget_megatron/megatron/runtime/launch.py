@@ -182,11 +182,14 @@ def prepare_saves(*, in_background: bool = False) -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-def end_with_parent() -> None:
-    """For a process that multiprocessing has started: it would outlive a rank that is killed, with all that it
-    imported."""
-    known = multiprocessing.parent_process()  # not yet, while the main module is imported
-    parent = os.getppid() if known is None else known.pid
+def end_with_parent(parent: int | None = None) -> None:
+    """For a process that a rank has started: it would outlive a rank that is killed, with all that it imported.
+
+    parent: the rank's number; None: of a process that multiprocessing has started.
+    """
+    if parent is None:
+        known = multiprocessing.parent_process()  # not yet, while the main module is imported
+        parent = os.getppid() if known is None else known.pid
 
     def watch():
         while os.getppid() == parent:
@@ -223,6 +226,23 @@ def exit_signal_received() -> bool:
     from megatron.training.global_vars import get_signal_handler
 
     return any(get_signal_handler().signals_received())
+
+
+def forget() -> None:
+    """Return Megatron to where it was before it was initialised, for another training in this process; collective.
+
+    Its arguments, timers, calculators, parallel state and process groups go; the default process group and the CPU
+    platform stay. Models that were built keep their (now closed) groups: drop them.
+    """
+    from megatron.training.training import destroy_global_state
+
+    # A rank that still communicates must not lose its groups.
+    dist.barrier()
+    destroy_global_state()
+    # Megatron only forgets its groups; their sockets and threads would pile up.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def is_bad_input(error: ValueError) -> bool:

@@ -30,8 +30,8 @@ from qtarget_megatron.megatron.weights.hf_weights import first_indices, tensor_s
 
 _log = logging.getLogger("qtarget_megatron")
 ATTRIBUTE = "qtarget_fingerprint"
-_WEIGHTS, _MASTER, _ROUNDED = "weights", "master weights", "rounded master weights"
-_PARTS = (_WEIGHTS, _MASTER, "exp_avg", "exp_avg_sq", "momentum_buffer", _ROUNDED)
+_WEIGHTS, MASTER, _ROUNDED = "weights", "master weights", "rounded master weights"
+_PARTS = (_WEIGHTS, MASTER, "exp_avg", "exp_avg_sq", "momentum_buffer", _ROUNDED)
 # What float32 holds exactly.
 _NARROWER = ("torch.bfloat16", "torch.float16")
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -144,7 +144,7 @@ class Fingerprints:
                     )
             if parts[_ROUNDED][0] == parts[_WEIGHTS][0] and parts[_ROUNDED][1] != parts[_WEIGHTS][1]:
                 raise ValueError(
-                    f"{directory}: the optimizer's {_MASTER} of {name} are not the model's weights; {_OLD_STATE}"
+                    f"{directory}: the optimizer's {MASTER} of {name} are not the model's weights; {_OLD_STATE}"
                 )
 
     # ---- what this rank has
@@ -174,13 +174,13 @@ class Fingerprints:
                     # Its moments are a second copy that not every format of checkpoints restores from the first.
                     del names[id(parameter)]
         chunk_of = {id(parameter): (chunk, name) for chunk in chunks for name, parameter in weights(chunk)}
-        for parameter, start, tensors, replica in _states(optimizer):
+        for parameter, start, tensors, replica in optimizer_states(optimizer):
             if id(parameter) not in names:
                 continue
             (key, first_shard), (chunk, name) = names[id(parameter)], chunk_of[id(parameter)]
             replica = _replica(name) if replica is None else replica
-            if rounded and _MASTER in tensors and parameter.dtype != torch.float32:
-                tensors = tensors | {_ROUNDED: tensors[_MASTER].to(parameter.dtype)}
+            if rounded and MASTER in tensors and parameter.dtype != torch.float32:
+                tensors = tensors | {_ROUNDED: tensors[MASTER].to(parameter.dtype)}
             for part, values in tensors.items():
                 if part in _PARTS and values.element_size() in INTEGERS:
                     values = self._known_rows(chunk, name, values.detach().reshape(-1), start, parameter.shape)
@@ -253,7 +253,7 @@ def _compare_sums(
 
 def _refusal(directory: str, problems: list[tuple[str, str]], compared: int, step_flag: str) -> str:
     # In float32 the master weights are loaded into the model's.
-    masters = {name for part, name in problems if part == _MASTER}
+    masters = {name for part, name in problems if part == MASTER}
     problems = [(part, name) for part, name in problems if part != _WEIGHTS or name not in masters]
     part, name = problems[0]
     others = f", nor are {len(problems) - 1} more of {compared} tensors" if len(problems) > 1 else ""
@@ -270,21 +270,17 @@ def _refusal(directory: str, problems: list[tuple[str, str]], compared: int, ste
     )
 
 
-def _states(optimizer) -> Iterator[tuple[Tensor, int, dict[str, Tensor], int | None]]:
+def optimizer_states(optimizer) -> Iterator[tuple[Tensor, int, dict[str, Tensor], int | None]]:
     """Each parameter that an optimizer of this rank updates, where its share of it starts, the share's tensors by part,
     and which replica of it this is; None where the whole parameter is there: that of the parameter then."""
     for one in getattr(optimizer, "chained_optimizers", [] if optimizer is None else [optimizer]):
         if getattr(one, "is_stub_optimizer", False):
             continue
         if hasattr(one, "gbuf_ranges"):
-            for of_dtypes in one.gbuf_ranges:
-                for buckets in of_dtypes.values():
-                    for bucket in buckets:
-                        for parameter, ranges in bucket["param_map"].items():
-                            tensors = dict(one._get_main_param_and_optimizer_states(parameter))
-                            tensors[_MASTER] = tensors.pop("param")
-                            replica = one.distributed_optimizer_instance_id
-                            yield parameter, ranges["param"].start, _of_one_length(tensors), replica
+            for parameter, share in distributed_shares(one):
+                tensors = dict(one._get_main_param_and_optimizer_states(parameter))
+                tensors[MASTER] = tensors.pop("param")
+                yield parameter, share.start, _of_one_length(tensors), one.distributed_optimizer_instance_id
             continue
         pairs = [(p, p) for group in one.optimizer.param_groups for p in group["params"]]
         if hasattr(one, "float16_groups"):
@@ -292,13 +288,24 @@ def _states(optimizer) -> Iterator[tuple[Tensor, int, dict[str, Tensor], int | N
             pairs = [pair for models, mains in groups for pair in zip(models, mains, strict=True)]
             pairs += [(p, p) for group in one.fp32_from_fp32_groups for p in group]
         for parameter, main in pairs:
-            tensors = {} if main is parameter else {_MASTER: main}
+            tensors = {} if main is parameter else {MASTER: main}
             yield parameter, 0, _of_one_length(tensors | dict(one.optimizer.state.get(main, {})), main), None
+
+
+def distributed_shares(optimizer) -> Iterator[tuple[Tensor, Any]]:
+    """The parameters of which this rank has a share in a distributed optimizer, and where in the whole parameter the
+    share is (start, end); nothing for another optimizer."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for of_dtypes in getattr(one, "gbuf_ranges", ()):
+            for buckets in of_dtypes.values():
+                for bucket in buckets:
+                    for parameter, ranges in bucket["param_map"].items():
+                        yield parameter, ranges["param"]
 
 
 def _of_one_length(tensors: dict[str, Any], like: Tensor | None = None) -> dict[str, Tensor]:
     """Those that have a value for each element."""
-    length = (tensors[_MASTER] if like is None else like).numel()
+    length = (tensors[MASTER] if like is None else like).numel()
     return {key: t for key, t in tensors.items() if isinstance(t, Tensor) and t.numel() == length and t.dim() > 0}
 
 

@@ -168,7 +168,7 @@ def _parameters(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dty
             names,
             # A tied head on a stage of its own is exported to nothing.
             tensor_dtype(names[0], dtype) if names else dtype,
-            _shard_group(model, name),
+            shard_group(model, name),
             tensor_share(model, arch, name, parameter)[1],
             parallel_state.get_expert_data_parallel_rank() if is_expert(name) else dense,
             replicas,
@@ -297,11 +297,11 @@ def tensor_share(model: GPTModel, arch: Architecture, name: str, parameter: Tens
     if len(sources) == 1 and hf_tensor_shapes(arch)[sources[0]] == tuple(parameter.shape):
         # Transformer Engine's latent attention has whole projections where the local one cuts them.
         return 0, 1
-    group = _shard_group(model, name)
+    group = shard_group(model, name)
     return group.rank(), group.size()
 
 
-def _shard_group(model: GPTModel, name: str) -> ProcessGroup:
+def shard_group(model: GPTModel, name: str) -> ProcessGroup:
     """The ranks that a parameter is cut over."""
     return model.pg_collection.expt_tp if is_expert(name) else model.pg_collection.tp
 
