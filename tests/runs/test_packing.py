@@ -94,18 +94,32 @@ RATE = 1000.0
 GRADIENT_BOUND = 1e-6
 
 
-# Models -> the layouts. The last one rotates a part of each head, by a factor besides, and has fused tensors.
+# Models -> the layouts.
 GRADIENTS = dict.fromkeys(("untied", "tied"), ("one", "recomputed", "TP2", "PP2", "CP2"))
-GRADIENTS["partial"] = ("one", "TP2", "CP2")
-PARTIAL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-PARTIAL |= dict(partial_rotary_factor=0.75, max_position_embeddings=256, original_max_position_embeddings=64)
-PARTIAL |= dict(rope_parameters=dict(rope_type="longrope", short_factor=[1, 1.5, 2], long_factor=[1, 3, 9]))
+GRADIENTS |= {"partial": ("one", "TP2", "CP2"), "normed": ("recomputed", "TP2"), "multiplied": ("one", "PP2")}
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+LONGROPE = dict(rope_type="longrope", short_factor=[1, 1.5, 2], long_factor=[1, 3, 9])
+FAMILIES = {
+    # Rotates a part of each head, by a factor besides; tensors are fused.
+    "partial": (
+        "Phi3",
+        dict(partial_rotary_factor=0.75, original_max_position_embeddings=64, rope_parameters=LONGROPE),
+    ),
+    # Pairs of neighbours; norms behind attention and MLP.
+    "normed": ("Glm4", dict(head_dim=8)),
+    "multiplied": (
+        "Granite",
+        dict(embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.3, logits_scaling=1.3)
+        | dict(tie_word_embeddings=True),
+    ),
+}
 
 
 def test_gradients_of_packed_rows_are_those_of_float64_one_by_one(workspace, rows):
     """A step of plain SGD takes the gradient from the weights; transformers' autograd in float64 says what it is."""
-    config = PARTIAL | dict(vocab_size=vocabulary(), pad_token_id=None)
-    write_model(workspace / "partial", "Phi3", config, torch.Generator().manual_seed(3))
+    for name, (family, extra) in FAMILIES.items():
+        config = SIZES | dict(vocab_size=vocabulary(), pad_token_id=None, max_position_embeddings=256) | extra
+        write_model(workspace / name, family, config, torch.Generator().manual_seed(3))
     words = ["--sft-train", workspace / "train.jsonl", "--seq-length", ROW, "--pack"]
     words += ["--train-iters", 1, "--global-batch-size", rows, "--optimizer", "sgd", "--sgd-momentum", 0]
     words += ["--weight-decay", 0, "--clip-grad", 0, "--lr", RATE, "--min-lr", RATE]

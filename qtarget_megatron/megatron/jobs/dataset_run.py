@@ -322,10 +322,12 @@ class _Context(OutputContext):
     teacher: OutputHead | None = None
 
 
-def _process(*, hidden_states, output_layer, output_weight, labels, context: _Context, **unused) -> Tensor:
+def _process(
+    *, hidden_states, output_layer, output_weight, labels, context: _Context, scale_logits, **unused
+) -> Tensor:
     """Output processor: hidden states to a result, which does not go through Megatron."""
-    from qtarget_megatron.megatron.model.output_head import OutputHead
+    from qtarget_megatron.megatron.model.output_head import scaled_head
 
-    heads = [OutputHead(hidden_states, output_layer, output_weight), context.teacher]
+    heads = [scaled_head(hidden_states, output_layer, output_weight, scale_logits), context.teacher]
     context.results.append(context.compute([head for head in heads if head is not None], labels))
     return hidden_states.new_zeros(())

@@ -57,6 +57,19 @@ class OutputHead:
             raise ValueError(f"logits in chunks: defer_embedding_wgrad_compute is set: {_INSTEAD}")
 
 
+def scaled_head(
+    hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, scale_logits: Callable[[Tensor], Tensor]
+) -> OutputHead:
+    """An output processor's arguments as the head whose products are the model's logits.
+
+    ValueError where scale_logits does something else than to multiply them.
+    """
+    scale = logit_scale(scale_logits)
+    if scale is None:
+        raise ValueError("expected a model whose logits are multiplied by one number above 0, got another rule")
+    return OutputHead(hidden_states if scale == 1 else hidden_states * scale, output_layer, output_weight)
+
+
 def logit_scale(scale_logits: Callable[[Tensor], Tensor]) -> float | None:
     """The number by which a model's own rule multiplies its logits (as MuP's does); None where it does something else
     with them."""

@@ -24,7 +24,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
 from qtarget_megatron.megatron.model.output_context import OutputContext
-from qtarget_megatron.megatron.model.output_head import OutputHead
+from qtarget_megatron.megatron.model.output_head import OutputHead, scaled_head
 from qtarget_megatron.megatron.model.router import Router
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 
@@ -115,5 +115,5 @@ class StackedGPTModel(GPTModel):
         return padding_mask.chunk(group.size(), dim=1)[group.rank()]
 
 
-def _output_head(*, hidden_states, output_layer, output_weight, **unused) -> OutputHead:
-    return OutputHead(hidden_states, output_layer, output_weight)
+def _output_head(*, hidden_states, output_layer, output_weight, scale_logits, **unused) -> OutputHead:
+    return scaled_head(hidden_states, output_layer, output_weight, scale_logits)
