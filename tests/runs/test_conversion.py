@@ -57,7 +57,7 @@ DENSE = [layout for layout in LAYOUTS[2] if "ep2" not in layout]
 # Sequence parallelism cuts no weights, and every model is cut into stages at TP2 x PP2 and with virtual ones: a few
 # models will do.
 # Families that are declarations of what others have too need one process and one layout of several ranks.
-ALIKE = ["seed_oss-untied", "ernie4_5-untied"]
+ALIKE = ["glm-untied", "seed_oss-untied", "ernie4_5-untied"]
 FEW = ["llama3-tied", "qwen2-untied", "qwen3-tied", "qwen3_moe-tied"]
 MODELS_AT = dict.fromkeys(("tp2-sp", "pp2"), FEW)
 MODELS_AT |= dict.fromkeys(("tp2", "pp2-vpp2"), [name for name in COMPARED_MODELS if name not in ALIKE])

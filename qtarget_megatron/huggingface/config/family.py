@@ -136,7 +136,7 @@ class Family:
     fixed:            fields that have no other value than this one, where the file has them.
     defaults:         the values that transformers assumes for fields the file leaves out.
     aliases:          other spelling of a field -> the one used here.
-    tensors:          names that differ from a Llama's, by role. Queries, keys and values may share one, and so may gate and
+    tensors:          names that differ from a Llama's, by role. Queries, keys and values may share one, as may gate and
                       up: their rows lie one behind the other.
     """
 
