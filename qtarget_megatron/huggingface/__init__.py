@@ -9,6 +9,7 @@ from qtarget_megatron.huggingface.config.config_file import read_config
 from qtarget_megatron.huggingface.config.experts import Experts, Groups
 from qtarget_megatron.huggingface.config.family import CORRECTION
 from qtarget_megatron.huggingface.config.latent import LatentAttention
+from qtarget_megatron.huggingface.config.multipliers import Multipliers
 from qtarget_megatron.huggingface.config.rope import RopeScaling, yarn_scale
 from qtarget_megatron.huggingface.weights.parameter_map import (
     hf_names,
@@ -33,6 +34,7 @@ __all__ = [
     "HFExport",
     "HFReader",
     "LatentAttention",
+    "Multipliers",
     "Place",
     "RopeScaling",
     "ShardPlan",

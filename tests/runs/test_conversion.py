@@ -57,7 +57,7 @@ DENSE = [layout for layout in LAYOUTS[2] if "ep2" not in layout]
 # Sequence parallelism cuts no weights, and every model is cut into stages at TP2 x PP2 and with virtual ones: a few
 # models will do.
 # Families that are declarations of what others have too need one process and one layout of several ranks.
-ALIKE = ["seed_oss-untied"]
+ALIKE = ["glm-untied", "seed_oss-untied", "ernie4_5-untied"]
 FEW = ["llama3-tied", "qwen2-untied", "qwen3-tied", "qwen3_moe-tied"]
 MODELS_AT = dict.fromkeys(("tp2-sp", "pp2"), FEW)
 MODELS_AT |= dict.fromkeys(("tp2", "pp2-vpp2"), [name for name in COMPARED_MODELS if name not in ALIKE])
@@ -70,6 +70,7 @@ COMPARED = [
 # Imported and exported: ties, biases, qk norms, a shared key/value head, fused tensors, both dtypes, experts in some or
 # all layers.
 ROUND_TRIPS = ["llama3-untied", "qwen2-tied", "qwen3-untied", "phi3-tied", "biases-tied", "mistral-bf16"]
+ROUND_TRIPS += ["glm4-untied"]
 SPREAD = ["qwen3_moe-tied", "qwen3_moe_normalized-untied", "mixtral-untied", "deepseek_v3-bf16", "deepseek_v3-fp8"]
 ROUND_TRIPS += SPREAD
 

@@ -24,18 +24,31 @@ RATE = 1000.0
 BOUND = 1e-6
 CP = ["--context-parallel-size", 2]
 VPP2 = ["--num-virtual-stages-per-pipeline-rank", 2]
-# It rotates a part of each head, by a factor besides, and has fused tensors.
-PARTIAL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-PARTIAL |= dict(partial_rotary_factor=0.75, max_position_embeddings=256, original_max_position_embeddings=64)
-PARTIAL |= dict(rope_parameters=dict(rope_type="longrope", short_factor=[1, 1.5, 2], long_factor=[1, 3, 9]))
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+LONGROPE = dict(rope_type="longrope", short_factor=[1, 1.5, 2], long_factor=[1, 3, 9])
+FAMILIES = {
+    # Rotates a part of each head, by a factor besides; tensors are fused.
+    "partial": (
+        "Phi3",
+        dict(partial_rotary_factor=0.75, original_max_position_embeddings=64, rope_parameters=LONGROPE),
+    ),
+    # Pairs of neighbours; norms behind attention and MLP.
+    "normed": ("Glm4", dict(head_dim=8)),
+    "multiplied": (
+        "Granite",
+        dict(embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.3, logits_scaling=1.3)
+        | dict(tie_word_embeddings=True),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
     write_models(folder)
-    config = PARTIAL | dict(vocab_size=vocabulary(), pad_token_id=None)
-    write_model(folder / "partial", "Phi3", config, torch.Generator().manual_seed(3))
+    for name, (family, extra) in FAMILIES.items():
+        config = SIZES | dict(vocab_size=vocabulary(), pad_token_id=None, max_position_embeddings=256) | extra
+        write_model(folder / name, family, config, torch.Generator().manual_seed(3))
     return folder
 
 
@@ -123,37 +136,24 @@ def test_gradients_of_packed_rows_are_those_of_float64_one_by_one(workspace, row
     shared += ["--global-batch-size", rows, "--optimizer", "sgd", "--sgd-momentum", 0, "--weight-decay", 0]
     shared += ["--clip-grad", 0, "--lr", RATE, "--min-lr", RATE]
     target = ["--objective", "target-sft", "--objective-args", "eta=0.4"]
-    models = {"none": "untied", "live": "untied", "cached": "untied"} | {
-        name: name for name in ("tied", "experts", "partial")
-    }
+    models = {"none": "untied", "live": "untied", "cached": "untied"}
+    models |= {name: name for name in ("tied", "experts", *FAMILIES)}
     words = {kind: ["--hf-model", workspace / model, *shared] for kind, model in models.items()}
     words["live"] += [*target, "--teacher-hf", workspace / "teacher"]
     words["cached"] += [*target, "--teacher-cache", cache]
     taught = float64_gradient(workspace, "untied", target_sft(0.4), "teacher")
-    expected = {kind: float64_gradient(workspace, kind, sft) for kind in ("tied", "experts", "partial")}
+    expected = {kind: float64_gradient(workspace, kind, sft) for kind in ("tied", "experts", *FAMILIES)}
     expected |= {"none": float64_gradient(workspace, "untied", sft), "live": taught, "cached": taught}
     vpp = [*pp(2), *VPP2]
     layouts = {
-        1: {
-            "none": [],
-            "tied": [],
-            "experts": [],
-            "live recomputed": ["--recompute-activations"],
-            "cached": [],
-            "partial": [],
-        },
+        1: {kind: [] for kind in ("none", "tied", "experts", "cached", "partial", "multiplied")}
+        | {f"{kind} recomputed": ["--recompute-activations"] for kind in ("live", "normed")},
         2: {
             **{"none at TP2 SP": [*tp(2), *SEQUENCE_PARALLEL], "none at PP2": pp(2), "none at CP2": CP},
             **{"none at VPP2": vpp, "none at DP2": [], "tied at TP2": tp(2), "tied at PP2": pp(2), "tied at CP2": CP},
             **{"live at TP2 SP": [*tp(2), *SEQUENCE_PARALLEL], "live at VPP2": vpp, "live at CP2": CP},
-            **{
-                "cached at CP2": CP,
-                "cached at DP2": [],
-                "experts at EP2": ep(2),
-                "experts at CP2": CP,
-                "partial at TP2": tp(2),
-                "partial at CP2": CP,
-            },
+            **{"cached at CP2": CP, "cached at DP2": [], "experts at EP2": ep(2), "experts at CP2": CP},
+            **{"partial at TP2": tp(2), "partial at CP2": CP, "normed at TP2": tp(2), "multiplied at PP2": pp(2)},
         },
         4: {
             "live at TP2 SP VPP2": [*tp(2), *SEQUENCE_PARALLEL, *vpp],

@@ -36,6 +36,7 @@ CASES = {
         "experts-full": ("experts", FULL),
         "windows": ("windows", []),
         "windows-bf16-selective": ("windows", ["--bf16", "--recompute-activations"]),
+        "norms": ("teacher", []),
         "one-sample": ("untied", ["--micro-batch-size", 1]),
         "latent": ("latent", []),
         "latent-bf16-selective": ("latent", ["--bf16", "--recompute-activations"]),

@@ -19,7 +19,7 @@ import torch
 import transformers
 from checkpoint_models import edit_json
 from conversion_runs import variant
-from finetune_runs import COMMON, scalars, write_data, write_models
+from finetune_runs import COMMON, scalars, vocabulary, write_data, write_model, write_models
 from launching import REPOSITORY, run_alone, run_ranks, run_torchrun
 from megatron_reset import reset
 from row_data import padded_rows, sizes_of
@@ -62,6 +62,13 @@ FORMS = {
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("score")
     write_models(folder)
+    # Its logits are not the products of its output layer.
+    scaled = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, logits_scaling=1.3)
+    scaled |= dict(
+        vocab_size=vocabulary(), max_position_embeddings=64, residual_multiplier=0.7, attention_multiplier=0.3
+    )
+    shutil.rmtree(folder / "teacher")
+    write_model(folder / "teacher", "Granite", scaled, torch.Generator().manual_seed(3))
     lines = conversations(folder / "many.jsonl", 900, seed=3)[:36]
     special = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
     # The first and the last record have no supervised token.

@@ -37,7 +37,11 @@ MODELS = {
         "Qwen2",
         dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=40, max_window_layers=1),
     ),
-    "teacher": ("Qwen2", dict(hidden_size=96, num_hidden_layers=3, num_key_value_heads=4)),
+    # With norms behind attention and MLP, and gate and up in one tensor.
+    "teacher": (
+        "Glm4",
+        dict(hidden_size=96, num_hidden_layers=3, num_key_value_heads=4, head_dim=12, pad_token_id=None),
+    ),
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from qtarget_megatron.huggingface import Architecture, Experts, Groups, LatentAttention, RopeScaling
+from qtarget_megatron.huggingface import Architecture, Experts, Groups, LatentAttention, Multipliers, RopeScaling
 from qtarget_megatron.parallel_layout import division_problems
 
 SHAPE = dict(
@@ -21,6 +21,7 @@ LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", **SHAPE)
 QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SHAPE)
 QWEN3_MOE = dict(architectures=["Qwen3MoeForCausalLM"], num_key_value_heads=4)
 PHI3 = dict(architectures=["Phi3ForCausalLM"])
+GRANITE = dict(architectures=["GraniteForCausalLM"])
 SMOLLM3 = dict(architectures=["SmolLM3ForCausalLM"], num_key_value_heads=4)
 MIXTRAL = dict(architectures=["MixtralForCausalLM"])
 FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])
@@ -40,8 +41,11 @@ def both(tmp_path, config: dict):
 
 FAMILIES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
     "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "granite": "GraniteForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
@@ -79,7 +83,10 @@ FAMILIES = {
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_are_what_transformers_reads(tmp_path, family, extra):
-    if family in ("glm", "glm4_moe", "mistral", "mixtral", "qwen2_moe", "qwen3_moe") and "num_key_value_heads" in extra:
+    if (
+        family in ("glm", "glm4", "glm4_moe", "mistral", "mixtral", "qwen2_moe", "qwen3_moe")
+        and "num_key_value_heads" in extra
+    ):
         extra = extra | dict(num_key_value_heads=8)  # their config classes take no null here
     if family == "deepseek_v3":  # its latent attention has as many key/value heads, no biases and one epsilon
         own = dict(num_key_value_heads=96, attention_bias=False, rms_norm_eps=1e-6, first_k_dense_replace=1)
@@ -120,7 +127,16 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         partial_rotary_factor=theirs.rope_parameters.get("partial_rotary_factor", 1.0),
         rotary_interleaved=family != "deepseek_v3" and pairs_neighbours(model),
         further_layers=getattr(theirs, "num_nextn_predict_layers", 0),
+        output_norms=layer + "post_mlp_layernorm.weight" in names,
+        multipliers=multipliers_of(theirs),
     )
+
+
+def multipliers_of(theirs):
+    if not hasattr(theirs, "logits_scaling"):
+        return None
+    attention, logits = theirs.attention_multiplier, 1 / theirs.logits_scaling
+    return Multipliers(theirs.embedding_multiplier, theirs.residual_multiplier, attention, logits)
 
 
 def pairs_neighbours(model):
@@ -470,6 +486,8 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (dict(rope_theta=-1), "rope_theta to be a positive number"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor 1"),
         (dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor 1"),
+        (GRANITE | dict(logits_scaling=0), "logits_scaling to be a positive number, got 0"),
+        (GRANITE | dict(residual_multiplier="1"), "residual_multiplier to be a positive number, got '1'"),
         (MIXTRAL | dict(num_local_experts=0), "num_experts to be a positive integer, got 0"),
         (MIXTRAL | dict(num_experts_per_tok=9), "num_experts_per_tok of at most num_experts .8., got 9"),
         (MIXTRAL | QWEN3_MOE | dict(mlp_only_layers="0"), "mlp_only_layers to be a list of layers, got '0'"),

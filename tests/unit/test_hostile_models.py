@@ -36,6 +36,8 @@ FAMILIES = {
     "Glm4Moe": dict(num_key_value_heads=2, use_qk_norm=True, n_routed_experts=4, num_experts_per_tok=2, n_group=1)
     | dict(topk_group=1, n_shared_experts=1, moe_intermediate_size=16, first_k_dense_replace=1, norm_topk_prob=True)
     | dict(routed_scaling_factor=1.5),
+    "Granite": dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), 0.5)
+    | dict(num_key_value_heads=3, logits_scaling=8),
     "SeedOss": dict(num_key_value_heads=3, attention_out_bias=False),
 }
 VALUES = [None, "x", "a" * 10**5, [], [None], [10**12], {}, {"a": 1}, True, False, -1, 0, 1, 1.5, 10**12, 2**63]

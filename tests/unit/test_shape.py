@@ -112,6 +112,15 @@ def test_yarns_factor_scales_cosine_and_sine_where_not_all_is_rotated(tmp_path):
     assert arch.rotary_scale() == pytest.approx(0.1 * math.log(4) + 1)
 
 
+def test_multipliers_are_told_where_megatron_has_them(tmp_path):
+    granite = dict(architectures=["GraniteForCausalLM"], attention_multiplier=0.25, residual_multiplier=0.2)
+    plain = architecture(tmp_path, **granite)
+    assert plain.softmax_scale() == 0.25 and "--use-mup" not in megatron_flags(plain)
+    found = told(architecture(tmp_path, **granite, embedding_multiplier=12.0, logits_scaling=16))
+    expected = {"--use-mup": "", "--mup-embedding-mult": "12.0", "--mup-output-mult": "0.0625"}
+    assert {flag: value for flag, value in found.items() if "mup" in flag} == expected
+
+
 def test_flags_of_the_shape_cannot_be_given(tmp_path):
     flags = megatron_flags(architecture(tmp_path, **DEEPSEEK))
     # Dropout and precision are the user's.

@@ -106,6 +106,14 @@ FAMILIES = {
         | dict(rope_parameters=longrope(4)),
     ),
     "glm": ("Glm", dict(num_key_value_heads=2, head_dim=8, pad_token_id=None)),
+    "glm4": ("Glm4", dict(num_key_value_heads=2, head_dim=8, pad_token_id=None)),
+    # Multipliers, none of which is a power of 2.
+    "granite": (
+        "Granite",
+        dict(num_key_value_heads=2, embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.3)
+        | dict(logits_scaling=1.3, rope_parameters=YARN),
+    ),
+    "ernie4_5": ("Ernie4_5", dict(num_key_value_heads=2, head_dim=8)),
     "seed_oss": ("SeedOss", dict(num_key_value_heads=2, head_dim=8)),
     "glm4_moe": (
         "Glm4Moe",

@@ -29,6 +29,7 @@ from qtarget_megatron.huggingface.config.experts import Experts, read_experts
 from qtarget_megatron.huggingface.config.family import Family
 from qtarget_megatron.huggingface.config.latent import LatentAttention, read_latent
 from qtarget_megatron.huggingface.config.layers import read_unrotated_layers, read_windows
+from qtarget_megatron.huggingface.config.multipliers import Multipliers, read_multipliers
 from qtarget_megatron.huggingface.config.quantization import read_quantization
 from qtarget_megatron.huggingface.config.rope import (
     RopeScaling,
@@ -67,7 +68,8 @@ class Architecture:
     ``experts`` is None where every layer has one MLP, ``latent`` where queries, keys and values are made from the
     hidden states. ``dtype`` is what config.json declares, bfloat16 where it declares nothing. ``eos_token_ids`` is
     empty and ``bos_token_id`` None where the model has none. ``further_layers``: a checkpoint may hold so many behind
-    the last one, which predict further tokens; they are left out.
+    the last one, which predict further tokens; they are left out. ``output_norms``: further RMS norms behind attention
+    and MLP. ``multipliers`` is None where nothing is multiplied by a fixed number.
     """
 
     family: str
@@ -98,6 +100,8 @@ class Architecture:
     partial_rotary_factor: float = 1.0
     rotary_interleaved: bool = False
     further_layers: int = 0
+    output_norms: bool = False
+    multipliers: Multipliers | None = None
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> Architecture:
@@ -167,6 +171,8 @@ class Architecture:
             partial_rotary_factor=read_partial_rotary(config, family.partial_rotary, head_dim),
             rotary_interleaved=family.rotary_interleaved,
             further_layers=_further_layers(config, family.further_layers),
+            output_norms=family.output_norms,
+            multipliers=read_multipliers(config) if family.multipliers else None,
         )
         check_frequencies(arch.rotary_dim, rope_base, rope_scaling)
         return arch
@@ -206,9 +212,11 @@ class Architecture:
         The attention factor multiplies cosine and sine, hence all of queries and keys where all of them are rotated:
         the scores by its square.
         """
-        if self._attention_factor() == 1 or not self._rotates_all():
+        factor = self._attention_factor() if self._rotates_all() else 1.0
+        if factor == 1 and self.multipliers is None:
             return None
-        return self._attention_factor() ** 2 / math.sqrt(self.head_dim)
+        plain = 1 / math.sqrt(self.head_dim) if self.multipliers is None else self.multipliers.attention
+        return factor**2 * plain
 
     def rotary_scale(self) -> float:
         """What cosine and sine are multiplied by, where softmax_scale() does not do it."""

@@ -25,6 +25,8 @@ _TENSORS = {
     "query_norm": _LAYER + "self_attn.q_norm",
     "key_norm": _LAYER + "self_attn.k_norm",
     "mlp_norm": _LAYER + "post_attention_layernorm",
+    "attention_output_norm": _LAYER + "post_self_attn_layernorm",
+    "mlp_output_norm": _LAYER + "post_mlp_layernorm",
     "gate": _LAYER + "mlp.gate_proj",
     "up": _LAYER + "mlp.up_proj",
     "down": _LAYER + "mlp.down_proj",
@@ -116,13 +118,15 @@ class Family:
 
     name:             of the family, in messages.
     architecture:     its entry in config.json's ``architectures``.
-    refused:          why Megatron's GPT model cannot express it; nothing else counts then.
+    refused:          why it is not supported; nothing else counts then.
     qkv_bias, output_bias, mlp_bias: whether linear layers of attention and MLP have biases.
     qk_norm:          whether each query and key head has an RMS norm.
     partial_rotary:   the rotary embedding is that of the first partial_rotary_factor of a head's numbers; a str names
                       the field with their number, which counts where that factor is absent.
     rotary_interleaved: the rotary embedding pairs neighbouring numbers, not those half its width apart.
     rope_types:       the rope_type of a config -> what the family means by it; None: what the name says.
+    output_norms:     further RMS norms behind attention and MLP, before their output is added to the hidden states.
+    multipliers:      embedding_multiplier, residual_multiplier, attention_multiplier and logits_scaling count.
     latent:           queries, keys and values are made from small latents (multi-head latent attention).
     window:           None where sliding_window has no meaning.
     unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else every
@@ -132,7 +136,8 @@ class Family:
     fixed:            fields that have no other value than this one, where the file has them.
     defaults:         the values that transformers assumes for fields the file leaves out.
     aliases:          other spelling of a field -> the one used here.
-    tensors:          names that differ from a Llama's, by role.
+    tensors:          names that differ from a Llama's, by role. Queries, keys and values may share one, as may gate and
+                      up: their rows lie one behind the other.
     """
 
     name: str
@@ -145,6 +150,8 @@ class Family:
     partial_rotary: bool | str = False
     rotary_interleaved: bool = False
     rope_types: Mapping[str, str] | None = None
+    output_norms: bool = False
+    multipliers: bool = False
     latent: bool = False
     window: WindowRules | None = None
     unrotated_layers: bool = False

@@ -49,6 +49,8 @@ _LAYER = {
     "self_attention.linear_proj.bias": (_REPLICATED, ("attention_output",)),
     "pre_mlp_layernorm.weight": (_REPLICATED, ("mlp_norm",)),
     "mlp.linear_fc1.layer_norm_weight": (_REPLICATED, ("mlp_norm",)),
+    "self_attn_bda.norm.weight": (_REPLICATED, ("attention_output_norm",)),
+    "mlp_bda.norm.weight": (_REPLICATED, ("mlp_output_norm",)),
     "mlp.linear_fc1.weight": (_GATE_UP, ("gate", "up")),
     "mlp.linear_fc1.bias": (_GATE_UP, ("gate", "up")),
     "mlp.linear_fc2.weight": (_COLUMNS, ("down",)),
@@ -377,7 +379,7 @@ def _qkv_segments(arch: Architecture, sources: Sequence[str]) -> list[tuple[int,
     """Megatron's grouped rows as (0 q | 1 k | 2 v, first row, last row + 1) of the HF tensors, which may be one."""
     groups, head = arch.num_query_groups, arch.head_dim
     sizes = (arch.num_attention_heads // groups * head, head, head)
-    # Of each part, the rows of those before it in the same tensor.
+    # Rows of the parts before each one in the same tensor.
     before = [sum(groups * sizes[i] for i in range(part) if sources[i] == sources[part]) for part in range(3)]
     return [
         (part, before[part] + group * size, before[part] + (group + 1) * size)

@@ -93,6 +93,9 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
             yield from linear("shared_weight", 1, hidden)
     yield family.tensor("input_norm", layer=layer), (hidden,)
     yield family.tensor("mlp_norm", layer=layer), (hidden,)
+    if arch.output_norms:
+        yield family.tensor("attention_output_norm", layer=layer), (hidden,)
+        yield family.tensor("mlp_output_norm", layer=layer), (hidden,)
 
 
 def check_tensors(reader: HFReader, arch: Architecture) -> None:

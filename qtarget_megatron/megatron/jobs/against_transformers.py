@@ -30,6 +30,9 @@ def compare_with_transformers(model: OpenModel, reference: Path, tokens: list[in
         actual = megatron_logits(model, tokens)
     actual_states = _gathered_states(model, found, here=actual is not None)
     found.clear()
+    if model.arch.multipliers is not None and Place.embedding() in actual_states:
+        # In transformers the model multiplies it, not the embedding.
+        actual_states[Place.embedding()] /= model.arch.multipliers.embedding
     model.chunks.clear()
     model.wrapped.clear()
     outcome: Agreement | str | None = None

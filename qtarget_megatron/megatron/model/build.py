@@ -9,7 +9,6 @@ import functools
 import math
 from collections.abc import Callable
 
-import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,6 +22,8 @@ from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.huggingface import Architecture, HFReader
 from qtarget_megatron.megatron.model.attention import LocalAttention
+from qtarget_megatron.megatron.model.norm import RMSNorm
+from qtarget_megatron.megatron.model.residual import ResidualAdd
 from qtarget_megatron.megatron.model.router import Router
 from qtarget_megatron.megatron.model.stacked_teacher import StackedGPTModel
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
@@ -35,26 +36,6 @@ from qtarget_megatron.megatron.runtime.architecture_flags import (
 from qtarget_megatron.megatron.weights.hf_weights import check_complete, load_hf_weights
 from qtarget_megatron.megatron.weights.saved_model import SavedModel
 
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm for the local layer implementation, with sequence parallelism.
-
-    y = x / sqrt(mean(x^2) + eps) * weight, the mean in float32. Megatron's wrapper around torch's norm refuses sequence
-    parallelism, which needs no more than the mark on the weight: its gradient is then summed over the group.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused):
-        super().__init__()
-        self.eps = eps
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return (hidden.float() * scale).to(hidden.dtype) * self.weight
-
-
 # Names in checkpoints of Transformer Engine's layers, whose norms are parts of the linear layer behind them.
 _LATENT_NAMES = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -63,7 +44,9 @@ _LATENT_NAMES = {
 }
 
 
-def layer_spec(config: TransformerConfig, args: argparse.Namespace, vp_stage: int | None, pp_rank: int):
+def layer_spec(
+    config: TransformerConfig, args: argparse.Namespace, arch: Architecture, vp_stage: int | None, pp_rank: int
+):
     """This stage's layers: Transformer Engine's where --transformer-impl asks for them, Megatron's local ones
     otherwise."""
     is_local = args.transformer_impl != "transformer_engine"
@@ -74,7 +57,7 @@ def layer_spec(config: TransformerConfig, args: argparse.Namespace, vp_stage: in
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
-    layers = [_with_router(spec) for spec in block.layer_specs]
+    layers = [_with_residual_add(_with_router(spec), config, arch) for spec in block.layer_specs]
     if not is_local:
         return dataclasses.replace(block, layer_specs=layers)
     layers = [_local_layer(spec, config) for spec in layers]
@@ -88,6 +71,16 @@ def _with_router(spec: ModuleSpec) -> ModuleSpec:
         return spec
     experts = dataclasses.replace(layer.mlp.keywords["submodules"], router=Router)
     layer = dataclasses.replace(layer, mlp=functools.partial(layer.mlp, submodules=experts))
+    return dataclasses.replace(spec, submodules=layer)
+
+
+def _with_residual_add(spec: ModuleSpec, config: TransformerConfig, arch: Architecture) -> ModuleSpec:
+    """Megatron's layer with our addition to the hidden states, where they are not added as they are."""
+    multiplier = 1.0 if arch.multipliers is None else arch.multipliers.residual
+    if multiplier == 1 and not arch.output_norms:
+        return spec
+    add = ModuleSpec(ResidualAdd, params=dict(config=config, multiplier=multiplier, has_norm=arch.output_norms))
+    layer = dataclasses.replace(spec.submodules, self_attn_bda=add, mlp_bda=add)
     return dataclasses.replace(spec, submodules=layer)
 
 
@@ -180,7 +173,7 @@ def build_gpt(
         config.yarn_mscale = 10 * (arch.rotary_scale() - 1)
     model = StackedGPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, args, vp_stage, pg_collection.pp.rank()),
+        transformer_layer_spec=layer_spec(config, args, arch, vp_stage, pg_collection.pp.rank()),
         vocab_size=padded_vocab_size(vocab_size or arch.vocab_size, args),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=pre_process,

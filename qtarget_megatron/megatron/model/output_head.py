@@ -104,14 +104,18 @@ def handing_on(layer: Any, take: Callable[[OutputHead], Any]) -> contextlib.Abst
 @contextlib.contextmanager
 def heads_without_logits(model: Any) -> Iterator[list[OutputHead]]:
     """Within it, a model's forward without labels makes no logits, and returns a tensor of no elements; the list gets
-    the head of each forward.
+    the head of each forward, whose products are the model's logits, its own scale of them included.
 
-    model: a megatron-core language model; the list stays empty before the last stage.
+    model: a megatron-core language model; the list stays empty before the last stage. ValueError where it does
+    something else with logits than to multiply them.
     """
     heads: list[OutputHead] = []
+    scale = logit_scale(model._scale_logits) if model.post_process else 1.0
+    if scale is None:
+        raise ValueError("expected a model whose logits are multiplied by one number above 0, got another rule")
 
     def take(head: OutputHead) -> Tensor:
-        heads.append(head)
+        heads.append(head if scale == 1 else OutputHead(head.hidden * scale, head.layer, head.weight))
         return head.hidden.new_empty((0, 0, 0))
 
     with handing_on(model.output_layer, take) if model.post_process else contextlib.nullcontext():

@@ -13,6 +13,7 @@ heads of width d, q = a d and k numbers of queries and of keys, MLP width f:
 
     norm of width w      8 w + 4, in 16 bits 10 w + 4   input and product in float32, scale; the product in 16 bits
     a layer's two norms  2 n' (norm(h) + h e)           with their outputs, which the linear layers keep
+      of the outputs     2 n' norm(h)                   where attention and MLP have norms behind them
     head norms           n (norm(d) per head)           float32: keys' input is the linear layer's output, kept whole
     rotary embedding     4 s r e                        cosine and sine, of queries and of keys; r of d are rotated
     attention            n (q + k + (q + 2 k)) e        its inputs: rotated queries and keys, the linear layer's output
@@ -25,10 +26,11 @@ heads of width d, q = a d and k numbers of queries and of keys, MLP width f:
     MLP                  3 n f e                        output of the first linear layer, input of the second
 
 Experts: k' per token, balanced, of width f' on each of E' expert tensor-parallel ranks make k' n' E' rows: (h + 3 f' +
-1) e each, and n' (20 k' + (1 + e) E) for the choice among E experts; of a weighted shared expert n' (h + 1) e. Latent attention, with r, p, v the rotary, plain and
-value widths: for each latent of width w n (norm(w) + w e), in float32 the keys' rotary part beside it, n a (2 (r + p) +
-2 v) e for queries, keys, values and the output layer's input, and where attention is not recomputed n a (2 (r + p) - v)
-e + 4 n a for values as wide as keys, the output, and logsumexp; of the rotary embedding 4 s r e.
+1) e each, and n' (20 k' + (1 + e) E) for the choice among E experts; of a weighted shared expert n' (h + 1) e. Latent
+attention, with r, p, v the rotary, plain and value widths: for each latent of width w n (norm(w) + w e), in float32 the
+keys' rotary part beside it, n a (2 (r + p) + 2 v) e for queries, keys, values and the output layer's input, and where
+attention is not recomputed n a (2 (r + p) - v) e + 4 n a for values as wide as keys, the output, and logsumexp; of the
+rotary embedding 4 s r e.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class Activations:
         has_experts = self._has_experts(index)
         if not self._is_local:
             return self._megatrons(1, has_experts) - self._megatrons(0, has_experts)
-        found = 2 * (self._norm(self._rows, self._arch.hidden_size) + self.hidden_states())
+        norm = self._norm(self._rows, self._arch.hidden_size)
+        found = 2 * (norm + self.hidden_states()) + 2 * norm * self._arch.output_norms
         if self._arch.latent is None:
             found += self._attention(index, recomputes_attention)
         else:

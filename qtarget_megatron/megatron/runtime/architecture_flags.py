@@ -15,6 +15,9 @@ _ABSENT = {
     "no_rope_freq": None,
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
+    "use_mup": False,
+    "mup_embedding_mult": 1.0,
+    "mup_output_mult": 1.0,
     "num_experts": None,
     "moe_ffn_hidden_size": None,
     "moe_router_topk": 2,
@@ -95,7 +98,16 @@ def layer_arguments(arch: Architecture) -> dict[str, object]:
         found["window_attn_skip_freq"] = _pattern(arch.window_layers)
     if arch.unrotated_layers:
         found["no_rope_freq"] = _pattern(arch.unrotated_layers)
-    return found | _expert_arguments(arch) | _latent_arguments(arch)
+    return found | _multiplier_arguments(arch) | _expert_arguments(arch) | _latent_arguments(arch)
+
+
+def _multiplier_arguments(arch: Architecture) -> dict[str, object]:
+    """MuP's multipliers at the width that MuP's rules for initialisation and learning rates start from: they change
+    nothing there. softmax_scale() and ResidualAdd have the others."""
+    given = arch.multipliers
+    if given is None or given.embedding == given.logits == 1:
+        return {}
+    return {"use_mup": True, "mup_embedding_mult": given.embedding, "mup_output_mult": given.logits}
 
 
 def value_channels(arch: Architecture) -> int:
@@ -266,9 +278,9 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
         "--moe-router-dtype",
         "--moe-router-bias-update-rate",
     }
-    # No Hugging Face model has these scales of logits, scores and embeddings, nor heads that would keep Megatron's own
+    # No Hugging Face model has another width to scale learning rates by, nor heads that would keep Megatron's own
     # cross-entropy.
-    fixed |= layer_flags() | {"--use-mup", "--mtp-num-layers"}
+    fixed |= layer_flags() | {"--mup-base-hidden-size", "--mtp-num-layers"}
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
     if given:
         raise ValueError(f"{', '.join(given)} follow(s) from the model's config.json and cannot be given: drop it")

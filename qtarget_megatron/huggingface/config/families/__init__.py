@@ -36,14 +36,12 @@ def by_name(name: str) -> Family:
 def by_architecture(architectures: object) -> Family:
     """The family that config.json's ``architectures`` names.
 
-    ValueError where it is not a list of one known architecture, or where Megatron cannot express that one.
+    ValueError where it is not a list of one known architecture, or where that one is not supported.
     """
     for family in all_families():
         if architectures == [family.architecture]:
             if family.refused is not None:
-                raise ValueError(
-                    f"expected a model that Megatron's GPT can express, got {family.name}: {family.refused}"
-                )
+                raise ValueError(f"expected a family that is supported, got {family.name}: {family.refused}")
             return family
     known = ", ".join(family.architecture for family in all_families() if family.refused is None)
     raise ValueError(

@@ -5,5 +5,6 @@ from qtarget_megatron.huggingface.config.family import Family
 FAMILY = Family(
     name="gemma2",
     architecture="Gemma2ForCausalLM",
-    refused="Megatron's layers have no soft cap on attention scores and logits and no norm behind attention and MLP",
+    refused="soft caps of attention scores and of logits, norms that multiply by 1 + weight, and MLPs gated by gelu, "
+    "are not supported",
 )
