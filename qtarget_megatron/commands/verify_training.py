@@ -37,13 +37,10 @@ def _begin(request, arch, is_known: bool) -> None:
     )
     print_once(
         f"layout     {request.in_words()} on {args.world_size} rank(s); 2 steps of {sizes.batch} rows of "
-        f"{sizes.row_length} tokens"
+        f"{sizes.row_length} tokens{''.join(f' {word}' for word in request.precision)}"
     )
-    noise = "in another order" + (", and in the precision of the layout" if request.is_lower else "")
-    print_once(
-        f"reference  one rank, float32{' (known from an earlier verification)' if is_known else ''}; noise: the same "
-        f"{noise}"
-    )
+    known = " (known from an earlier verification)" if is_known else ""
+    print_once(f"reference  one rank, float32{known}; noise: reordered, and in the precision of the layout")
     if request.left_out:
         print_once(f"left out   {' '.join(request.left_out)}")
     print_once("")
@@ -98,6 +95,8 @@ def _judgement(verdict) -> Iterator[str]:
             yield f"      {len(wrong)} of {len(differences)} differ{f': also {more}' if more else ''}" + (
                 ", ..." if len(wrong) > 1 + _NAMED else ""
             )
+    if not verdict.is_sound:
+        yield "one rank in the precision of the layout is off as well: it is not the layout alone"
     yield from _hint({difference.what for difference in (*verdict.tensors, *verdict.scalars) if not difference.ok})
     yield f"NOT verified: {layout} does not train as one rank does"
 

@@ -1,15 +1,17 @@
 """How far a training at a layout is from one on one rank in float32, and how far it may be.
 
-A bound is what one rank says about itself. It trains again with its hidden dimension in another order, so that all sums
-are added up otherwise, and, where the user's precision is not float32, in that precision. The largest of these
-differences is the noise of a tensor; another layout is a further draw of the same roundings, and may have MARGIN times
-as much.
+A bound is what one rank says about itself, twice. It trains again in float32 with its hidden dimension in another
+order, so that all sums are added up otherwise. And it trains in the precision of the layout, by the same kernels. How
+far these are from the reference is the noise of each tensor; a layout is a further draw of the same roundings, and may
+have MARGIN times as much.
 
     difference of a tensor = ||found - reference|| / ||reference||       (L2)
+    noise of a tensor      = max(reordered, min(precision, 2 (u / 2^-24) reordered))
     bound of a tensor      = MARGIN max(its noise, the median noise of its kind)
 
-The change of a weight is known as well as float32 holds the weight: its noise is at least 2^-24 ||weight|| / ||change||
-in each step.
+u is the unit roundoff of the precision: what is reordered says how far a tensor magnifies roundings, so a kernel that
+is wrong on one rank too does not pass for a rounding. The change of a weight is known as well as float32 holds the
+weight: its noise is at least 2^-24 ||weight|| / ||change|| in each step.
 
 A loss, or a gradient's norm, is one number, whose noise may be small by chance. It is a mean of many, and no mean of
 errors is larger than their root mean square: the bound of a loss is MARGIN times that of the errors of micro-batches,
@@ -156,6 +158,15 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class OneRankTrainings:
+    """What one rank has computed: the reference, the same reordered, the same in the precision of the layout."""
+
+    reference: Training
+    reordered: Training
+    precision: Training
+
+
+@dataclass(frozen=True)
 class Bounds:
     """The largest differences of a layout that is right: of tensors by kind and name, of scalars by name and step."""
 
@@ -164,48 +175,54 @@ class Bounds:
 
     @classmethod
     def of(
-        cls, training: Training, reference: Reference, others: Sequence[Training], weights: Mapping[str, Tensor]
+        cls, alone: OneRankTrainings, reference: Reference, weights: Mapping[str, Tensor], roundoff: float
     ) -> Bounds:
         """From what one rank has computed.
 
-        training: the reference's.
-        others:   the same computed otherwise, at least once.
         weights:  the first ones, by name.
+        roundoff: unit roundoff of the precision of the layout.
         """
-        measured = [reference.distances(other.tensors) for other in others]
-        noise = {key: max(distances[key].off for distances in measured) for key in measured[0]}
-        for name, size in reference.sizes[CHANGE].items():
-            rounding = len(training.losses) * 2.0**-24 * weights[name].float().norm().item() / size
-            noise[CHANGE, name] = max(noise[CHANGE, name], rounding)
-        usual = {
-            kind: statistics.median(noise[kind, name] for name in names) for kind, names in reference.tensors.items()
-        }
-        tensors = {key: MARGIN * max(value, usual[key[0]]) for key, value in noise.items()}
+        most = 2 * roundoff / 2.0**-24
+        steps = len(alone.reference.losses)
+        reordered, precision = (reference.distances(other.tensors) for other in (alone.reordered, alone.precision))
+        tensors: dict[tuple[str, str], float] = {}
+        for kind, names in reference.tensors.items():
+            own = {name: reordered[kind, name].off for name in names}
+            if kind == CHANGE:
+                for name, size in reference.sizes[kind].items():
+                    own[name] = max(own[name], steps * 2.0**-24 * weights[name].float().norm().item() / size)
+            usual = statistics.median(own.values())
+            noise = {
+                name: max(off, min(precision[kind, name].off, most * max(off, usual))) for name, off in own.items()
+            }
+            usual = statistics.median(noise.values())
+            tensors |= {(kind, name): MARGIN * max(value, usual) for name, value in noise.items()}
         scalars = {}
-        for step in range(1, len(training.losses) + 1):
-            losses = max(_loss_noise(training.losses[step - 1], other.losses[step - 1]) for other in others)
-            norms = max(_norm_noise(reference.tensors[gradient_of(step)], other, step) for other in others)
-            scalars[LOSS, step] = MARGIN * max(losses, _LEAST_SCALAR)
-            scalars[NORM, step] = MARGIN * max(norms, _LEAST_SCALAR)
+        for step in range(1, steps + 1):
+            for name, noise_of in ((LOSS, _loss_noise), (NORM, _norm_noise)):
+                least = max(noise_of(alone.reference, alone.reordered, step), _LEAST_SCALAR)
+                noise_in = noise_of(alone.reference, alone.precision, step)
+                scalars[name, step] = MARGIN * max(least, min(noise_in, most * least))
             scalars[TOKENS, step] = 0.0
         return cls(tensors, scalars)
 
 
-def _loss_noise(expected: Sequence[tuple[float, int]], found: Sequence[tuple[float, int]]) -> float:
+def _loss_noise(expected: Training, found: Training, step: int) -> float:
     """Root mean square over tokens of the error in the mean loss of their micro-batch, relative to the mean loss."""
-    tokens = sum(count for _, count in expected)
-    mean = sum(total for total, _ in expected) / max(tokens, 1)
-    square = sum((a - b) ** 2 / count for (a, count), (b, _) in zip(found, expected, strict=True) if count)
+    sums, others = expected.losses[step - 1], found.losses[step - 1]
+    tokens = sum(count for _, count in sums)
+    mean = sum(total for total, _ in sums) / max(tokens, 1)
+    square = sum((a - b) ** 2 / count for (a, count), (b, _) in zip(sums, others, strict=True) if count)
     return math.sqrt(square / max(tokens, 1)) / abs(mean) if mean else 0.0
 
 
-def _norm_noise(expected: Mapping[str, Tensor], other: Training, step: int) -> float:
+def _norm_noise(expected: Training, found: Training, step: int) -> float:
     """Root mean square of the relative errors of the tensors' norms, weighted by the squares of the norms."""
-    errors, weights = 0.0, 0.0
-    for name, tensor in other.tensors[gradient_of(step)]:
-        norm = expected[name].norm().item()
-        errors, weights = errors + (tensor.norm().item() - norm) ** 2, weights + norm**2
-    return math.sqrt(errors / weights)
+    errors, weights, others = 0.0, 0.0, dict(found.tensors[gradient_of(step)])
+    for name, tensor in expected.tensors[gradient_of(step)]:
+        norm = tensor.norm().item()
+        errors, weights = errors + (others[name].norm().item() - norm) ** 2, weights + norm**2
+    return math.sqrt(errors / weights) if weights else 0.0
 
 
 @dataclass(frozen=True)

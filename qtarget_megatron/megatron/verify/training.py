@@ -27,6 +27,7 @@ from qtarget_megatron.megatron.verify.comparison import (
     CHANGE,
     Bounds,
     Difference,
+    OneRankTrainings,
     Reference,
     Training,
     compare_scalars,
@@ -48,14 +49,17 @@ _BOARD = "--tensorboard-dir"
 class Verdict:
     """The same on every rank.
 
-    tensors: in the model's order, kind by kind. scalars: of each step.
-    arch:    of the small model.
+    arch:     of the small model.
+    tensors:  in the model's order, kind by kind.
+    scalars:  of each step.
+    is_sound: whether one rank in the precision of the layout is within the bounds of tensors.
     """
 
     words: TrainingWords
     arch: Architecture
     tensors: tuple[Difference, ...]
     scalars: tuple[Difference, ...]
+    is_sound: bool
 
     @property
     def ok(self) -> bool:
@@ -161,16 +165,16 @@ class _Problem:
         return cls(request, folder, Architecture.from_config(config), initial, config, order)
 
     def jobs(self) -> list[Job]:
-        """What is trained on one rank: the reference, the same reordered, and the same in the user's precision."""
+        """What is trained on one rank: the reference, the same reordered, the same in the precision of the layout."""
         request, on_cpu = self.request, self.request.run.on_cpu
         write_small_model(self.folder / REORDERED, self.config, request.run.args.seed, self.order)
         alone = {
             REFERENCE: request.of_reference(self._paths("model", REFERENCE)),
             REORDERED: request.of_reference(self._paths(REORDERED, REORDERED)),
         }
-        in_precision = {PRECISION: request.of_reference(self._paths("model", PRECISION), in_precision=True)}
+        in_precision = {PRECISION: request.of_precision(self._paths("model", PRECISION))}
         if on_cpu:
-            return [self._job(alone | (in_precision if request.is_lower else {}), on_cpu=True)]
+            return [self._job(alone | in_precision, on_cpu=True)]
         return [self._job(alone, on_cpu=True), self._job(in_precision, on_cpu=False)]
 
     def _job(self, runs: dict[str, list[str]], *, on_cpu: bool) -> Job:
@@ -197,15 +201,30 @@ class _Problem:
             print(f"--- printed at the layout\n{text[-3000:]}\n---", file=sys.stderr, flush=True)
             raise
 
-    def yardstick(self, found: Mapping[str, Training]) -> tuple[Reference, Bounds, dict[str, list[float]]]:
-        """From what one rank has computed: the reference, the bounds, the reference's scalars."""
-        back = self.order.argsort()
-        other = found[REORDERED]
+    def yardstick(self, found: Mapping[str, Training]) -> _Yardstick:
+        """From what one rank has computed, by name."""
+        back, other = self.order.argsort(), found[REORDERED]
         tensors = {kind: list(reordered(dict(named), back).items()) for kind, named in other.tensors.items()}
-        others = [Training(other.scalars, other.losses, tensors)]
-        others += [found[PRECISION]] if PRECISION in found else []
-        reference = Reference.of(found[REFERENCE], list(hf_tensor_shapes(self.arch)))
-        return reference, Bounds.of(found[REFERENCE], reference, others, self.initial), found[REFERENCE].scalars
+        alone = OneRankTrainings(found[REFERENCE], Training(other.scalars, other.losses, tensors), found[PRECISION])
+        reference = Reference.of(alone.reference, list(hf_tensor_shapes(self.arch)))
+        bounds = Bounds.of(alone, reference, self.initial, self.request.roundoff)
+        in_precision = reference.distances(alone.precision.tensors)
+        return _Yardstick(
+            reference,
+            bounds,
+            alone.reference.scalars,
+            all(difference.ok for difference in compare_tensors(reference, bounds, [in_precision])),
+        )
+
+
+@dataclass(frozen=True)
+class _Yardstick:
+    """What a layout is compared with. is_sound: one rank in the precision of the layout is within the bounds."""
+
+    reference: Reference
+    bounds: Bounds
+    scalars: dict[str, list[float]]
+    is_sound: bool
 
 
 def _compare(problem: _Problem, found: Training, alone: OneRank | None) -> Verdict:
@@ -220,15 +239,16 @@ def _compare(problem: _Problem, found: Training, alone: OneRank | None) -> Verdi
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is None:
         raise error or Fault("training on one rank has failed", already_reported=True)
-    reference, bounds, scalars = outcome[0]
+    known: _Yardstick = outcome[0]
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (reference.distances(found.tensors), found.scalars))
+    dist.all_gather_object(everyone, (known.reference.distances(found.tensors), found.scalars))
     last = len(everyone) - 1
     return Verdict(
         problem.request,
         problem.arch,
-        tuple(compare_tensors(reference, bounds, [distances for distances, _ in everyone])),
-        tuple(compare_scalars(scalars, everyone[last][1], bounds, last)),
+        tuple(compare_tensors(known.reference, known.bounds, [distances for distances, _ in everyone])),
+        tuple(compare_scalars(known.scalars, everyone[last][1], known.bounds, last)),
+        known.is_sound,
     )
 
 

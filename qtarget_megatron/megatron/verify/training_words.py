@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from qtarget_megatron.data import alignment
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.megatron.runtime.layout_checks import (
@@ -77,7 +79,10 @@ _PRECISION = {
 }  # fmt: skip
 _PRECISION_BEGINNINGS = ("--fp8-", "--no-fp8-", "--fp4-", "--moe-router-padding-for-")
 # What computes it, without which some precisions are not to be had.
-_IMPLEMENTATION = {"--transformer-impl", "--attention-backend", "--moe-grouped-gemm", "--qtarget-backend"}
+_IMPLEMENTATION = {
+    "--transformer-impl", "--attention-backend", "--moe-grouped-gemm", "--qtarget-backend", "--qtarget-chunk-size",
+    "--qtarget-materialize-logits",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ class TrainingWords:
     kept:           the user's words that the verified training gets.
     mathematics:    those of them that the reference gets.
     precision:      those of the precision, and of what computes in it.
-    is_lower:       whether that is another precision than float32.
+    roundoff:       unit roundoff of the precision.
     left_out:       flags that were replaced, or have no part in it.
     timeout:        seconds that ranks wait for each other.
     """
@@ -144,7 +149,7 @@ class TrainingWords:
     kept: tuple[str, ...]
     mathematics: tuple[str, ...]
     precision: tuple[str, ...]
-    is_lower: bool
+    roundoff: float
     left_out: tuple[str, ...]
     timeout: float
 
@@ -155,9 +160,13 @@ class TrainingWords:
             words += ["--num-virtual-stages-per-pipeline-rank", str(self.sizes.virtual_stages)]
         return words
 
-    def of_reference(self, paths: Mapping[str, Path], *, in_precision: bool = False) -> list[str]:
-        """Those of the same on one rank in float32, by nothing but what has to be; or in the user's precision."""
-        return [*self.mathematics, *(self.precision if in_precision else ()), *self._own(paths)]
+    def of_reference(self, paths: Mapping[str, Path]) -> list[str]:
+        """The words of the same on one rank in float32: with torch's operations, and Megatron's own output layer."""
+        return [*self.mathematics, "--qtarget-backend", "reference", "--qtarget-materialize-logits", *self._own(paths)]
+
+    def of_precision(self, paths: Mapping[str, Path]) -> list[str]:
+        """The words of the same on one rank in the precision of the layout, by its kernels."""
+        return [*self.mathematics, *self.precision, *self._own(paths)]
 
     def _own(self, paths: Mapping[str, Path]) -> list[str]:
         numbers: dict[str, object] = {
@@ -238,7 +247,7 @@ def read_training_words(words: Sequence[str], timeout: float) -> TrainingWords:
         kept=chosen(lambda one: not _is_left_out(one)),
         mathematics=chosen(lambda one: one.flag in _MATHEMATICS or one.group == _MATHEMATICS_GROUP),
         precision=chosen(lambda one: _is_precision(one) or one.flag in _IMPLEMENTATION),
-        is_lower=any(map(_is_precision, given)),
+        roundoff=_roundoff(args, on_cpu=run.on_cpu),
         left_out=tuple(dict.fromkeys(one.flag for one in given if _is_left_out(one) and one.flag not in _ALWAYS)),
         timeout=timeout,
     )
@@ -275,14 +284,25 @@ def _is_precision(one: _Given) -> bool:
     return one.flag in _PRECISION or one.flag.startswith(_PRECISION_BEGINNINGS)
 
 
+def _roundoff(args: argparse.Namespace, *, on_cpu: bool) -> float:
+    """Half the distance from 1 to the next number, of the coarsest numbers that are multiplied."""
+    if args.fp4_format:
+        return 2.0**-2
+    if args.fp8_format:
+        return 2.0**-4
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    # Of TensorFloat-32, in which a GPU may multiply float32.
+    return torch.finfo(dtype).eps / 2 if on_cpu or dtype != torch.float32 else 2.0**-11
+
+
 def _refuse(args: argparse.Namespace, given: Sequence[_Given]) -> None:
     """ValueError for what cannot be verified."""
     for one in given:
         if one.flag in _REFUSED:
-            raise ValueError(f"verify --train: {one.flag}: {_REFUSED[one.flag]}")
+            raise ValueError(f"{one.flag}: {_REFUSED[one.flag]}")
     if args.optimizer not in ("adam", "sgd") and args.use_distributed_optimizer:
         raise ValueError(
-            f"verify --train: --optimizer {args.optimizer} with --use-distributed-optimizer keeps gradients in a form "
+            f"--optimizer {args.optimizer} with --use-distributed-optimizer keeps gradients in a form "
             "of its own, which is not verified: drop one of them"
         )
 
