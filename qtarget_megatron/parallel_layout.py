@@ -61,8 +61,8 @@ def division_problems(arch: Architecture, who: str, *, tensor: int, seq_length: 
         yield f"{flag} does not divide the MLP width {arch.ffn_hidden_size} of the {who}"
     if arch.hidden_size % tensor:
         yield f"{flag} does not divide the hidden size {arch.hidden_size} of the {who}"
-    if seq_length is not None and seq_length > arch.max_position_embeddings:
-        yield f"--seq-length {seq_length} exceeds the {arch.max_position_embeddings} positions of the {who}"
+    if seq_length is not None and seq_length > arch.max_sequence_length:
+        yield f"--seq-length {seq_length} exceeds the {arch.sequence_limit(who)}"
 
 
 def stage_problems(arch: Architecture, who: str, *, pipeline: int) -> Iterator[str]:

@@ -65,8 +65,8 @@ MORE = {
         "latent at DP2",
     ),
 }
-# Of first_hour: scaled rotary embeddings, windows, layers without rotary embedding, biases, experts and latents.
-FAMILIES = ("llama3", "mistral_window", "qwen2_windows", "smollm3", "biases", "mixtral", "deepseek_v3")
+# Of first_hour: scaled, partial and interleaved rotary embeddings, windows, layers without, biases, experts, latents.
+FAMILIES = ("llama3", "mistral_window", "qwen2_windows", "smollm3", "phi3", "glm", "biases", "mixtral", "deepseek_v3")
 EXPORTED = [
     "untied at TP2 with sequence parallelism",
     "tied at TP2 with sequence parallelism",

@@ -46,6 +46,8 @@ CASES = {
         | dict(shared_expert_intermediate_size=36, mlp_only_layers=[0]),
     ),
     "mixtral": ("Mixtral", dict(num_key_value_heads=3, num_local_experts=5)),
+    # Queries, keys and values in one tensor, gate and up in another.
+    "phi3": ("Phi3", dict(num_key_value_heads=3, pad_token_id=None)),
 }
 
 

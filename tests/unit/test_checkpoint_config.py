@@ -1,12 +1,14 @@
 """What config.json says, against what transformers makes of the same file."""
 
 import json
+import sys
 
 import pytest
 import torch
 import transformers
 
 from qtarget_megatron.huggingface import Architecture, Experts, Groups, LatentAttention, RopeScaling
+from qtarget_megatron.parallel_layout import division_problems
 
 SHAPE = dict(
     vocab_size=131,
@@ -18,6 +20,7 @@ SHAPE = dict(
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", **SHAPE)
 QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SHAPE)
 QWEN3_MOE = dict(architectures=["Qwen3MoeForCausalLM"], num_key_value_heads=4)
+PHI3 = dict(architectures=["Phi3ForCausalLM"])
 SMOLLM3 = dict(architectures=["SmolLM3ForCausalLM"], num_key_value_heads=4)
 MIXTRAL = dict(architectures=["MixtralForCausalLM"])
 FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])
@@ -37,13 +40,17 @@ def both(tmp_path, config: dict):
 
 FAMILIES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
 
@@ -72,7 +79,7 @@ FAMILIES = {
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_are_what_transformers_reads(tmp_path, family, extra):
-    if family in ("mistral", "mixtral", "qwen2_moe", "qwen3_moe") and "num_key_value_heads" in extra:
+    if family in ("glm", "glm4_moe", "mistral", "mixtral", "qwen2_moe", "qwen3_moe") and "num_key_value_heads" in extra:
         extra = extra | dict(num_key_value_heads=8)  # their config classes take no null here
     if family == "deepseek_v3":  # its latent attention has as many key/value heads, no biases and one epsilon
         own = dict(num_key_value_heads=96, attention_bias=False, rms_norm_eps=1e-6, first_k_dense_replace=1)
@@ -80,7 +87,8 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
     ours, theirs = both(tmp_path, dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE, **extra))
     theirs.pad_token_id = None  # SmolLM3's is beyond this vocabulary
     with torch.device("meta"):
-        names = set(transformers.AutoModelForCausalLM.from_config(theirs).state_dict())
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
+    names = set(model.state_dict())
     layer = "model.layers.0."
     ids = theirs.eos_token_id
     assert ours == Architecture(
@@ -110,7 +118,16 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         experts=experts_of(theirs, names),
         latent=latent_of(theirs),
         further_layers=getattr(theirs, "num_nextn_predict_layers", 0),
+        partial_rotary_factor=theirs.rope_parameters.get("partial_rotary_factor", 1.0),
+        rotary_interleaved=family != "deepseek_v3" and pairs_neighbours(model),
     )
+
+
+def pairs_neighbours(model):
+    """Whether the model's code turns (1, 2, 3, 4) by a right angle in the planes of 1 and 2 and of 3 and 4."""
+    turned = sys.modules[type(model).__module__].rotate_half(torch.tensor([[[[1, 2, 3, 4]]]])).flatten().tolist()
+    assert turned in ([-2, 1, -4, 3], [-3, -4, 1, 2])
+    return turned == [-2, 1, -4, 3]
 
 
 def head_dim_of(theirs):
@@ -243,11 +260,41 @@ ROPES = {
 }
 
 
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("family", FAMILIES)
+LONGROPE = dict(short_factor=[1 + pair / 24 for pair in range(24)], long_factor=[1 + pair / 6 for pair in range(24)])
+LENGTHS = dict(max_position_embeddings=192, original_max_position_embeddings=64, partial_rotary_factor=0.75)
+LONGROPES = {
+    "longrope": LENGTHS | dict(rope_scaling=dict(type="longrope", **LONGROPE)),
+    "longrope-old": LENGTHS
+    | dict(rope_theta=5e5, rope_scaling=dict(type="su", original_max_position_embeddings=64, **LONGROPE)),
+    "longrope-older": LENGTHS | dict(rope_scaling=dict(type="yarn", **LONGROPE)),
+    "longrope-factor": LENGTHS | dict(rope_scaling=dict(rope_type="longrope", factor=7.0, **LONGROPE)),
+    "longrope-attention-factor": LENGTHS
+    | dict(rope_scaling=dict(rope_type="longrope", attention_factor=1.3, **LONGROPE)),
+    "longrope-no-longer": LENGTHS
+    | dict(max_position_embeddings=48, rope_parameters=dict(rope_type="longrope", **LONGROPE)),
+}
+PARTIAL = {
+    "partial": dict(partial_rotary_factor=0.35),
+    "partial-inner-wins": dict(partial_rotary_factor=0.35, rope_parameters=dict(partial_rotary_factor=0.25)),
+    "partial-yarn": ROPES["yarn-all"] | dict(partial_rotary_factor=0.7),
+    "partial-llama3": ROPES["llama3-new"] | dict(partial_rotary_factor=0.25),
+}
+# The code is one for all: every form by one family, and by each what its own defaults enter.
+ROPE_CASES = [("llama", rope) for rope in ROPES] + [("phi3", rope) for rope in LONGROPES]
+ROPE_CASES += [("phi3", "partial"), *(("glm", rope) for rope in PARTIAL)]
+ROPE_CASES += [(family, rope) for family in FAMILIES if family != "llama" for rope in ("default", "new-base")]
+ROPE_CASES += [
+    (family, rope)
+    for family in FAMILIES
+    if family not in ("llama", "phi3")
+    for rope in ("outer-base", "llama3-length-outside", "yarn-new")
+]
+
+
+@pytest.mark.parametrize(("family", "rope"), ROPE_CASES)
 def test_inverse_frequencies_are_the_bits_of_transformers(tmp_path, family, rope):
     config = dict(architectures=[FAMILIES[family]], model_type=family, **SHAPE)
-    config |= dict(num_attention_heads=12, num_key_value_heads=12) | ROPES[rope]
+    config |= dict(num_attention_heads=12, num_key_value_heads=12) | (ROPES | LONGROPES | PARTIAL)[rope]
     config |= dict(qk_rope_head_dim=64) if family == "deepseek_v3" else dict(head_dim=64)
     ours, theirs = both(tmp_path, config)
     small = dict(
@@ -262,11 +309,29 @@ def test_inverse_frequencies_are_the_bits_of_transformers(tmp_path, family, rope
         setattr(theirs, key, value)
     model = transformers.AutoModelForCausalLM.from_config(theirs)
     actual = ours.inverse_frequencies()
-    assert actual.dtype == torch.float32 and actual.shape == (32,)
+    assert actual.dtype == torch.float32 and actual.shape == (ours.rotary_dim // 2,)
     assert torch.equal(actual, model.model.rotary_emb.inv_freq)
     assert ours.rope_base == theirs.rope_parameters["rope_theta"]
     scaling = 1.0 if ours.rope_scaling is None else ours.rope_scaling.attention_factor
     assert scaling == model.model.rotary_emb.attention_scaling
+
+
+def test_longrope_is_that_of_sequences_up_to_the_original_length(tmp_path):
+    config = dict(architectures=["Phi3ForCausalLM"], model_type="phi3", **SHAPE | dict(num_attention_heads=12))
+    ours, theirs = both(tmp_path, config | LONGROPES["longrope"])
+    rotary = transformers.models.phi3.modeling_phi3.Phi3RotaryEmbedding(theirs)
+    for length, same in ((64, True), (65, False)):
+        rotary(torch.zeros(1), torch.arange(length)[None])
+        assert torch.equal(rotary.inv_freq, ours.inverse_frequencies()) == same
+        problems = list(division_problems(ours, "model", tensor=1, seq_length=length))
+        assert bool(problems) != same
+    assert "exceeds the 64 positions of the model (its original_max_position_embeddings: longer" in problems[0]
+    # Not of all numbers of a head: the scores cannot be scaled instead.
+    assert ours.softmax_scale() is None and ours.rotary_scale() == rotary.attention_scaling > 1
+    # Where nothing differs beyond, no length is refused.
+    same = dict(type="longrope", short_factor=LONGROPE["short_factor"], long_factor=LONGROPE["short_factor"])
+    write(tmp_path, config | LENGTHS | dict(rope_scaling=same))
+    assert Architecture.from_hf(tmp_path).max_sequence_length == 192
 
 
 def test_each_llama3_parameter_changes_the_frequencies(tmp_path):
@@ -357,7 +422,7 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (dict(architectures=["GPT2LMHeadModel"]), "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2"),
+        (dict(architectures=["GPT2LMHeadModel"]), "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Phi3"),
         (dict(architectures=["LlamaModel"]), "got \\['LlamaModel'\\]"),
         (dict(architectures=None), "got None"),
         (dict(architectures=[{}]), "expected architectures"),
@@ -384,7 +449,14 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (dict(dtype="int8"), "dtype to be one of"),
         (dict(dtype={}, torch_dtype=["float32"]), "dtype to be one of"),
         (dict(eos_token_id="</s>"), "eos_token_id to be an integer"),
-        (dict(rope_scaling=dict(type="longrope")), "'default', 'linear', 'llama3', 'yarn'.*'longrope'"),
+        (dict(rope_scaling=dict(type="su")), "'default', 'linear', 'llama3', 'yarn', 'longrope'.*'su'"),
+        (dict(rope_scaling=dict(type="longrope")), "short_factor to be a list of numbers, got None"),
+        (dict(rope_scaling=dict(type="longrope", short_factor=[1], long_factor=[0])), "long_factor to be a positive"),
+        (dict(rope_scaling=dict(type="longrope", short_factor=[1], long_factor=[1])), "each of 4 rotary pairs, got 1"),
+        (PHI3 | dict(rope_scaling=dict(type="linear", factor=2.0)), "'default', 'longrope', 'su', 'yarn'.*'linear'"),
+        (PHI3 | dict(partial_rotary_factor=1.5), "at most 1 that gives an even number of a head's 8 numbers, got 1.5"),
+        (PHI3 | dict(partial_rotary_factor=0.4), "gives an even number of a head's 8 numbers, got 0.4"),
+        (PHI3 | dict(partial_rotary_factor="half"), "partial_rotary_factor to be a positive number, got 'half'"),
         (dict(rope_scaling=dict(type="yarn", factor=-1.0)), "factor to be a positive number, got -1.0"),
         (dict(rope_scaling=dict(type="yarn", factor=2.0, truncate=1)), "truncate to be true or false, got 1"),
         (dict(rope_scaling=dict(type="dynamic", factor=4.0)), "got 'dynamic'"),

@@ -18,6 +18,7 @@ from qtarget_megatron.huggingface import Architecture, HFReader, check_tensors, 
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=32, beta_slow=1)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LONGROPE = dict(rope_type="longrope", factor=2.0, attention_factor=1.2, short_factor=[1.0, 2.0], long_factor=[1, 3])
 FIELDS = dict(SIZES, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, dtype="bfloat16", hidden_act="silu")
 FIELDS |= dict(eos_token_id=[2], bos_token_id=1, quantization_config=None, partial_rotary_factor=1, sliding_window=16)
 FIELDS |= dict(use_sliding_window=True, head_dim=4, attention_bias=False, mlp_bias=False, layer_types=None)
@@ -31,6 +32,11 @@ FAMILIES = {
     "Qwen2Moe": CASES["qwen2_moe"][1] | dict(decoder_sparse_step=2, norm_topk_prob=True, qkv_bias=True),
     "DeepseekV3": CASES["deepseek_v3"][1] | dict(routed_scaling_factor=2.5, rope_interleave=True, norm_topk_prob=True),
     "Mixtral": CASES["mixtral"][1],
+    "Phi3": dict(num_key_value_heads=3, original_max_position_embeddings=32, rope_scaling=LONGROPE),
+    "Glm4Moe": dict(num_key_value_heads=2, use_qk_norm=True, n_routed_experts=4, num_experts_per_tok=2, n_group=1)
+    | dict(topk_group=1, n_shared_experts=1, moe_intermediate_size=16, first_k_dense_replace=1, norm_topk_prob=True)
+    | dict(routed_scaling_factor=1.5),
+    "SeedOss": dict(num_key_value_heads=3, attention_out_bias=False),
 }
 VALUES = [None, "x", "a" * 10**5, [], [None], [10**12], {}, {"a": 1}, True, False, -1, 0, 1, 1.5, 10**12, 2**63]
 VALUES += [10**400, -(10**400), math.nan, math.inf, 1e308, 1e-308]

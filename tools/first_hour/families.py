@@ -37,6 +37,15 @@ YARN = {
     "original_max_position_embeddings": 24,
 }
 LATENT_YARN = {"truncate": True, "mscale": 0.7, "mscale_all_dim": 1.2}
+
+
+def longrope(pairs: int) -> dict:
+    """Factors of so many rotary pairs."""
+    short = [1 + 0.3 * pair for pair in range(pairs)]
+    long = [1 + 2.0 * pair for pair in range(pairs)]
+    return {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": short, "long_factor": long}
+
+
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2)
 # With 1 key/value head, two tensor-parallel ranks share one.
 FAMILIES = {
@@ -88,6 +97,21 @@ FAMILIES = {
         | dict(n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=16)
         | dict(first_k_dense_replace=1, routed_scaling_factor=1.7, rope_parameters=YARN | LATENT_YARN),
     ),
+    # Tensors of queries, keys and values, and of gate and up, in one; rotary embeddings of a part of each head, with an
+    # attention factor, in pairs of neighbours.
+    "phi3": (
+        "Phi3",
+        dict(num_attention_heads=4, num_key_value_heads=2, partial_rotary_factor=0.7, sliding_window=9)
+        | dict(pad_token_id=None, max_position_embeddings=192, original_max_position_embeddings=64)
+        | dict(rope_parameters=longrope(4)),
+    ),
+    "glm": ("Glm", dict(num_key_value_heads=2, head_dim=8, pad_token_id=None)),
+    "seed_oss": ("SeedOss", dict(num_key_value_heads=2, head_dim=8)),
+    "glm4_moe": (
+        "Glm4Moe",
+        dict(num_key_value_heads=2, head_dim=8, attention_bias=True, use_qk_norm=True, moe_intermediate_size=16)
+        | dict(n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=2, routed_scaling_factor=1.3),
+    ),
     "biases": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
 }
 
@@ -126,4 +150,6 @@ def engine_sizes(family: str) -> dict[str, int]:
     sizes["num_key_value_heads"] = 4 if given["num_key_value_heads"] == heads else 2
     larger = dict(head_dim=64, moe_intermediate_size=256, q_lora_rank=64, kv_lora_rank=64, v_head_dim=64)
     larger |= dict(qk_nope_head_dim=64, qk_rope_head_dim=32, shared_expert_intermediate_size=256)
+    if given.get("rope_parameters", {}).get("rope_type") == "longrope":
+        sizes["rope_parameters"] = longrope(int(64 * given["partial_rotary_factor"]) // 2)
     return sizes | {key: value for key, value in larger.items() if key in given}

@@ -31,7 +31,17 @@ def _training(name: str, title: str, function: str, limit: float = 300, **argume
 
 # The names in tools/first_hour/families.py, which imports torch; a test compares.
 FAMILIES = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_normalized", "mixtral")
-FAMILIES += ("mistral_window", "qwen2_windows", "smollm3", "deepseek_v3", "biases")
+FAMILIES += (
+    "mistral_window",
+    "qwen2_windows",
+    "smollm3",
+    "deepseek_v3",
+    "phi3",
+    "glm",
+    "seed_oss",
+    "glm4_moe",
+    "biases",
+)
 
 STEPS: tuple[Step, ...] = (
     _check("build", "nvidia-smi, nvcc, pip install, and what was built", "build", 1200),

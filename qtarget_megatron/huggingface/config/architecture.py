@@ -132,7 +132,7 @@ class Architecture:
                 f"config.json: expected num_attention_heads ({heads}) to be a multiple of "
                 f"num_key_value_heads ({groups})"
             )
-        rope_base, rope_scaling = read_rope(config, positions)
+        rope_base, rope_scaling = read_rope(config, positions, family.rope_types)
         unrotated = read_unrotated_layers(config, family, layers)
         window, window_layers = read_windows(config, family.window, layers, unrotated)
         latent = read_latent(config) if family.latent else None
@@ -152,7 +152,7 @@ class Architecture:
             qkv_bias=rule(config, family.qkv_bias),
             output_bias=rule(config, family.output_bias),
             mlp_bias=rule(config, family.mlp_bias),
-            qk_norm=family.qk_norm,
+            qk_norm=rule(config, family.qk_norm),
             rope_base=rope_base,
             rope_scaling=rope_scaling,
             sliding_window=window,
@@ -176,6 +176,24 @@ class Architecture:
         if self.latent is not None:
             return self.latent.rotary_dim
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of the longest sequence whose rotary embedding is that of inverse_frequencies()."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.short_factor == scaling.long_factor:
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, scaling.original_max_position_embeddings)
+
+    def sequence_limit(self, who: str) -> str:
+        """max_sequence_length in words, with the reason where it is below max_position_embeddings. who: the model."""
+        limit = self.max_sequence_length
+        if limit == self.max_position_embeddings:
+            return f"{limit} positions of the {who}"
+        return (
+            f"{limit} positions of the {who} (its original_max_position_embeddings: longer sequences have other rotary "
+            "frequencies in transformers, by long_factor, but Megatron has the same for all)"
+        )
 
     def inverse_frequencies(self) -> torch.Tensor:
         """Rotary inverse frequencies, float32 ``[rotary_dim / 2]``, the bits that transformers computes."""

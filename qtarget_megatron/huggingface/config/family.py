@@ -112,16 +112,17 @@ class WindowRules:
 class Family:
     """How one Hugging Face architecture differs from a Llama.
 
-    The bias rules are either a constant or the name of the config field that decides.
+    The rules for biases and qk_norm are either a constant or the name of the config field that decides.
 
     name:             of the family, in messages.
     architecture:     its entry in config.json's ``architectures``.
     refused:          why Megatron's GPT model cannot express it; nothing else counts then.
     qkv_bias, output_bias, mlp_bias: whether linear layers of attention and MLP have biases.
-    qk_norm:          RMS norm of each query and key head.
+    qk_norm:          whether each query and key head has an RMS norm.
     partial_rotary:   the rotary embedding is that of the first partial_rotary_factor of a head's numbers; a str names
                       the field with their number, which counts where that factor is absent.
     rotary_interleaved: the rotary embedding pairs neighbouring numbers, not those half its width apart.
+    rope_types:       the rope_type of a config -> what the family means by it; None: what the name says.
     latent:           queries, keys and values are made from small latents (multi-head latent attention).
     window:           None where sliding_window has no meaning.
     unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else every
@@ -140,9 +141,10 @@ class Family:
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     partial_rotary: bool | str = False
     rotary_interleaved: bool = False
+    rope_types: Mapping[str, str] | None = None
     latent: bool = False
     window: WindowRules | None = None
     unrotated_layers: bool = False

@@ -16,18 +16,22 @@ _FIELDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
+    "longrope": (),
 }
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary scaling, normalised: ``type`` "linear" (factor only), "llama3" or "yarn".
+    """Rotary scaling, normalised: ``type`` "linear" (factor only), "llama3", "yarn" or "longrope".
 
     attention_factor: of cosine and sine.
     score_scale:      latent attention multiplies its scores by yarn_scale(factor, score_scale)^2 besides; 0: it does
                       not.
     scale:            mscale; 0: absent.
     truncate:         yarn's ramp begins and ends at whole dimensions.
+    short_factor:     of longrope, what each wavelength is multiplied by in sequences of at most
+                      original_max_position_embeddings tokens.
+    long_factor:      the same in longer ones.
     """
 
     type: str
@@ -41,23 +45,29 @@ class RopeScaling:
     attention_factor: float = 1.0
     scale: float = 0.0
     score_scale: float = 0.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
-def read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeScaling | None]:
+def read_rope(
+    config: Mapping[str, Any], positions: int, types: Mapping[str, str] | None = None
+) -> tuple[float, RopeScaling | None]:
     """(base, scaling) from rope_theta + rope_scaling or from rope_parameters; scaling None for the default.
 
-    positions: max_position_embeddings. Precedence is transformers': rope_scaling over rope_parameters, an inner
-    rope_theta over the outer.
+    positions: max_position_embeddings. types: see Family.rope_types. Precedence is transformers': rope_scaling over
+    rope_parameters, an inner rope_theta over the outer.
     """
     rope = {"rope_theta": config.get("rope_theta", 10000.0)} | _parameters(config)
     base = positive_number(rope, "rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in tuple(_FIELDS):
-        raise ValueError(f"config.json: expected rope_type to be one of {tuple(_FIELDS)}, got {shown(kind)}")
+    types = types or dict(zip(_FIELDS, _FIELDS, strict=True))
+    if kind not in tuple(types):
+        raise ValueError(f"config.json: expected rope_type to be one of {tuple(types)}, got {shown(kind)}")
+    kind = types[kind]
     if kind == "default":
         return base, None
     values: dict[str, Any] = {name: positive_number(rope, name) for name in _FIELDS[kind]}
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         lengths: Mapping[str, Any] = {"original_max_position_embeddings": positions}
         for source in (rope, config):  # like transformers, the outer field wins where both exist
             if source.get("original_max_position_embeddings") is not None:
@@ -65,6 +75,8 @@ def read_rope(config: Mapping[str, Any], positions: int) -> tuple[float, RopeSca
         values["original_max_position_embeddings"] = positive_int(lengths, "original_max_position_embeddings")
     if kind == "yarn":
         values |= _yarn(rope, positions / values["original_max_position_embeddings"])
+    if kind == "longrope":
+        values |= _longrope(rope, positions, values["original_max_position_embeddings"])
     if kind == "llama3":
         if values["high_freq_factor"] <= values["low_freq_factor"]:
             raise ValueError(
@@ -132,6 +144,24 @@ def _yarn(rope: Mapping[str, Any], default_factor: float) -> dict[str, Any]:
     }
 
 
+def _longrope(rope: Mapping[str, Any], positions: int, original: int) -> dict[str, Any]:
+    factor = positive_number(rope, "factor") if rope.get("factor") is not None else positions / original
+    if rope.get("attention_factor") is not None:
+        attention_factor = positive_number(rope, "attention_factor")
+    elif factor <= 1:
+        attention_factor = 1.0
+    elif original == 1:
+        raise ValueError("config.json: expected original_max_position_embeddings above 1 for longrope, got 1")
+    else:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
+    lists = {}
+    for name in ("short_factor", "long_factor"):
+        if not isinstance(rope.get(name), list):
+            raise ValueError(f"config.json: expected {name} to be a list of numbers, got {shown(rope.get(name))}")
+        lists[name] = tuple(positive_number({name: value}, name) for value in rope[name])
+    return {"factor": factor, "attention_factor": attention_factor, **lists}
+
+
 def yarn_scale(factor: float, scale: float = 1.0) -> float:
     """1 + scale / 10 * ln(factor), for contexts that are longer than the original one."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
@@ -139,6 +169,12 @@ def yarn_scale(factor: float, scale: float = 1.0) -> float:
 
 def check_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> None:
     """ValueError where the parameters of the rotary embedding give frequencies that are not finite numbers."""
+    for factors in (scaling.short_factor, scaling.long_factor) if scaling and scaling.type == "longrope" else ():
+        if len(factors) != dim // 2:
+            raise ValueError(
+                f"config.json: expected a short_factor and a long_factor for each of {dim // 2} rotary pairs, got "
+                f"{len(factors)}"
+            )
     try:
         finite = bool(torch.isfinite(inverse_frequencies(dim, base, scaling)).all())
     except (ArithmeticError, ValueError):
@@ -155,12 +191,16 @@ def inverse_frequencies(dim: int, base: float, scaling: RopeScaling | None) -> t
     2 pi / f above L / low_freq_factor, keeps those below L / high_freq_factor, and blends in between with
     s = (L f / 2 pi - low) / (high - low): (1 - s) f / factor + s f; L is original_max_position_embeddings. "yarn" keeps
     f below the dimension j that turns beta_fast times within L, divides by factor above the one that turns beta_slow
-    times, and blends linearly in j in between (arXiv 2309.00071). The order of operations is that of transformers, so
-    that the float32 results are the same bits.
+    times, and blends linearly in j in between (arXiv 2309.00071). "longrope" is f_j / short_factor_j (arXiv
+    2402.13753), right for sequences of at most original_max_position_embeddings tokens. The order of operations is that
+    of transformers, so that the float32 results are the same bits.
     """
     if scaling is not None and scaling.type == "yarn":
         return _yarn_frequencies(dim, base, scaling)
-    inv_freq = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    powers = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if scaling is not None and scaling.type == "longrope":
+        return 1.0 / (torch.tensor(scaling.short_factor, dtype=torch.float32) * powers)
+    inv_freq = 1.0 / powers
     if scaling is None:
         return inv_freq
     if scaling.type == "linear":

@@ -7,6 +7,7 @@ and its experts grouped. Everything here is pure: no process groups, no Megatron
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -134,7 +135,7 @@ def hf_names(arch: Architecture, name: str, *, layer_offset: int, expert_offset:
     """
     if _is_tied_head(arch, name):
         return ()
-    return _sources(arch, name, layer_offset, expert_offset)
+    return tuple(dict.fromkeys(_sources(arch, name, layer_offset, expert_offset)))
 
 
 def load_parameter(
@@ -206,11 +207,13 @@ def parameter_pieces(
         columns = reader.shape(sources[0])[1]
         yield reader.read(sources[0], cols=_share(name, columns, tp_rank, tp_size))
     elif kind in (_GATE_UP, _ROWS):
-        rows = _share(name, reader.shape(sources[0])[0], tp_rank, tp_size)
-        for source in sources:
-            yield reader.read(source, rows=rows)
+        for index, source in enumerate(sources):
+            # Where several roles share a tensor, each has its share of the rows, one behind the other.
+            height = reader.shape(source)[0] // sources.count(source)
+            first, (low, high) = height * sources[:index].count(source), _share(name, height, tp_rank, tp_size)
+            yield reader.read(source, rows=(first + low, first + high))
     else:
-        segments = _qkv_segments(arch)
+        segments = _qkv_segments(arch, sources)
         start, stop = _share(name, sum(b - a for _, a, b in segments), tp_rank, tp_size)
         position = 0
         for part, first, last in segments:
@@ -271,7 +274,7 @@ def merge_rows(
         halves = [shard.chunk(2) for shard in shards]
         merged = [[half[part] for half in halves] for part in (0, 1)]
     else:
-        segments = _qkv_segments(arch)
+        segments = _qkv_segments(arch, sources)
         found, total = sum(len(shard) for shard in shards), sum(b - a for _, a, b in segments)
         if found != total:
             raise ValueError(
@@ -283,7 +286,10 @@ def merge_rows(
             [piece for run, (part, _, _) in zip(runs, segments, strict=True) if part == wanted for piece in run]
             for wanted in (0, 1, 2)
         ]
-    return {source: iter(pieces) for source, pieces in zip(sources, merged, strict=True)}
+    tensors: dict[str, Iterator[torch.Tensor]] = {}
+    for source, pieces in zip(sources, merged, strict=True):
+        tensors[source] = itertools.chain(tensors.get(source, ()), pieces)
+    return tensors
 
 
 def _joined(pieces: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -367,16 +373,16 @@ def _share(name: str, size: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
     return tp_rank * share, (tp_rank + 1) * share
 
 
-def _qkv_segments(arch: Architecture) -> list[tuple[int, int, int]]:
-    """Megatron's grouped rows as (0 q | 1 k | 2 v, first row, last row + 1) of the HF tensors."""
-    per_group, head = (
-        arch.num_attention_heads // arch.num_query_groups * arch.head_dim,
-        arch.head_dim,
-    )
+def _qkv_segments(arch: Architecture, sources: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Megatron's grouped rows as (0 q | 1 k | 2 v, first row, last row + 1) of the HF tensors, which may be one."""
+    groups, head = arch.num_query_groups, arch.head_dim
+    sizes = (arch.num_attention_heads // groups * head, head, head)
+    # Of each part, the rows of those before it in the same tensor.
+    before = [sum(groups * sizes[i] for i in range(part) if sources[i] == sources[part]) for part in range(3)]
     return [
-        (part, group * size, (group + 1) * size)
-        for group in range(arch.num_query_groups)
-        for part, size in ((0, per_group), (1, head), (2, head))
+        (part, before[part] + group * size, before[part] + (group + 1) * size)
+        for group in range(groups)
+        for part, size in enumerate(sizes)
     ]
 
 

@@ -28,7 +28,10 @@ def hf_tensor_shapes(arch: Architecture) -> Mapping[str, Shape]:
     matrix = (arch.vocab_size, arch.hidden_size)
     shapes: dict[str, Shape] = {family.tensor("embedding"): matrix}
     for layer in range(arch.num_layers):
-        shapes |= dict(_layer(arch, family, layer))
+        for name, (rows, *others) in _layer(arch, family, layer):
+            # Roles may share a tensor: their rows lie one behind the other.
+            rows += shapes[name][0] if name in shapes else 0
+            shapes[name] = (rows, *others)
     shapes[family.tensor("final_norm")] = (arch.hidden_size,)
     if not arch.tied:
         shapes[family.tensor("head")] = matrix

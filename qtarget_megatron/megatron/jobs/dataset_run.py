@@ -66,11 +66,9 @@ class RunOptions:
                 datetime.date.fromisoformat(self.data_date)
             except ValueError:
                 raise ValueError(f"--data-date: expected YYYY-MM-DD, got {self.data_date!r}") from None
-        limit = arch.max_position_embeddings
-        if not 0 < self.seq_length <= limit:
+        if not 0 < self.seq_length <= arch.max_sequence_length:
             raise ValueError(
-                f"--seq-length: expected 1 to {limit}, what the model of {self.hf_model} can attend to, got "
-                f"{self.seq_length}"
+                f"--seq-length: expected 1 to {arch.sequence_limit(f'model of {self.hf_model}')}, got {self.seq_length}"
             )
 
     def model_digests(self) -> dict[str, str]:

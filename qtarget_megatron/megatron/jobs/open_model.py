@@ -107,7 +107,7 @@ def _complete(run: Run, save: Path | None, dtype: torch.dtype | None, seq_length
         raise ValueError("expected --ckpt-format torch_dist without --async-save: drop those flags")
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     ranks = tp * pp * args.context_parallel_size
-    limit = arch.max_position_embeddings
+    limit = arch.max_sequence_length
     length = min(seq_length or limit, args.seq_length or limit)
     args.seq_length = length - length % tp if args.sequence_parallel else length
     check_layout(args, arch, "model")

@@ -266,7 +266,7 @@ def fill_in(run: Run) -> None:
         if args.train_samples is None:
             args.train_iters = args.train_iters or 1
     args.micro_batch_size = args.micro_batch_size or 1
-    args.seq_length = args.seq_length or min(4096, run.student.max_position_embeddings)
+    args.seq_length = args.seq_length or min(4096, run.student.max_sequence_length)
     # None where the two are one.
     args.sample_length = args.seq_length if args.max_tokens_per_row is not None else None
     args.save_interval = args.save_interval or 500
