@@ -19,24 +19,34 @@ SHAPES = {
     "a window of the token itself": (2, 1, 8, 8, 0, 24),
     "narrow values": (3, 3, 24, 16, None, 48),
     "a single token": (2, 1, 8, 8, None, 1),
+    "sinks, grouped queries": (6, 2, 16, 16, None, 40),
+    "sinks, a window": (4, 2, 8, 8, 5, 64),
+    "sinks, a window over several blocks": (2, 2, 8, 8, 100, 1200),
+    "sinks, narrow values": (3, 3, 24, 16, None, 48),
+    "sinks, a window of the token itself": (2, 1, 8, 8, 0, 24),
+    "sinks, a single token": (2, 1, 8, 8, None, 1),
 }
 # In float32: of sums of up to 1,200 products; the reference is in float64.
 CLOSE = dict(rtol=2e-5, atol=2e-6)
 
 
-def definition(query, key, value, scale, window):
-    """[s, b, heads d_v] in float64, of one sample a row."""
-    query, key, value = (x.double() for x in (query, key, value))
+def definition(query, key, value, sinks, scale, window):
+    """[s, b, heads d_v] in float64, of one sample a row; sinks: another score of each head, with no value."""
+    query, key, value, sinks = (x.double() for x in (query, key, value, sinks))
     share = query.shape[2] // key.shape[2]
     key, value = key.repeat_interleave(share, 2), value.repeat_interleave(share, 2)
     scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * scale
     i, j = torch.arange(len(query))[:, None], torch.arange(len(key))[None]
     seen = (j <= i) & (i - j <= (len(query) if window is None else window))
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if len(sinks):
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1)[..., : len(key)]
     return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
 
 
 def layer(shape, context=1, **changes):
+    """The layer's attention as a function of queries, keys, values and sinks (none: no sinks)."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.enums import AttnMaskType
@@ -55,7 +65,7 @@ def layer(shape, context=1, **changes):
         window_size=None if window is None else (window, 0),
         cp_comm_type="p2p" if context > 1 else None,
     )
-    return LocalAttention(
+    core = LocalAttention(
         TransformerConfig(**(settings | changes)),
         1,
         AttnMaskType.causal,
@@ -65,21 +75,36 @@ def layer(shape, context=1, **changes):
         v_channels=value_width,
     )
 
+    def attend(query, key, value, sinks, **how):
+        if not len(sinks):
+            return core(query, key, value, None, **how)
+        return torch.func.functional_call(core, {"softmax_offset": sinks}, (query, key, value, None), how)
 
-def draw(shape, batch=2):
-    heads, groups, width, value_width, _, length = shape
+    attend.core = core
+    return attend
+
+
+def draw(name, batch=2, length=None):
+    """Queries, keys, values, sinks, and the gradient of the output."""
+    heads, groups, width, value_width, _, longest = SHAPES[name]
+    length = length or longest
     generator = torch.Generator().manual_seed(7)
     sizes = ((heads, width), (groups, width), (groups, value_width))
     tensors = [torch.randn(length, batch, *size, generator=generator) for size in sizes]
-    return [*tensors, torch.randn(length, batch, heads * value_width, generator=generator)]
+    sinks = torch.randn(heads if name.startswith("sinks") else 0, generator=generator)
+    return [*tensors, sinks, torch.randn(length, batch, heads * value_width, generator=generator)]
 
 
 def results(compute, tensors, upstream):
-    """The output and the three gradients."""
+    """The output and the gradients, 0 of sinks that are not there."""
     inputs = [x.detach().clone().requires_grad_() for x in tensors]
     out = compute(*inputs)
     out.backward(upstream.to(out.dtype))
-    return [out.detach(), *(x.grad for x in inputs)]
+    return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs)]
+
+
+def kind(name):
+    return dict(softmax_type="learnable") if name.startswith("sinks") else {}
 
 
 def initialize(context=1):
@@ -93,10 +118,10 @@ def initialize(context=1):
 def whole_rows():
     initialize()
     for name, shape in SHAPES.items():
-        *tensors, upstream = draw(shape)
+        *tensors, upstream = draw(name)
         scale = 1 / math.sqrt(shape[2])
         expected = results(lambda *x, s=shape, c=scale: definition(*x, c, s[4]), tensors, upstream)
-        for got, want in zip(results(layer(shape), tensors, upstream), expected, strict=True):
+        for got, want in zip(results(layer(shape, **kind(name)), tensors, upstream), expected, strict=True):
             torch.testing.assert_close(got.double(), want.double(), **CLOSE, msg=lambda text, n=name: f"{n}: {text}")
 
 
@@ -114,17 +139,18 @@ def packed_rows():
     initialize()
     edges = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=edges, cu_seqlens_kv=edges, max_seqlen_q=65)
-    for shape in SHAPES.values():
-        shape = (*shape[:5], sum(LENGTHS))
-        *tensors, upstream = draw(shape, batch=1)
-        core, scale = layer(shape), 1 / math.sqrt(shape[2])
+    for name, shape in SHAPES.items():
+        *tensors, upstream = draw(name, batch=1, length=sum(LENGTHS))
+        attend, scale = layer(shape, **kind(name)), 1 / math.sqrt(shape[2])
 
-        def packed_row(*x, core=core):
-            return core(*(part.squeeze(1) for part in x), None, packed_seq_params=packed).unsqueeze(1)
+        def packed_row(*x, attend=attend):
+            *parts, sinks = x
+            return attend(*(part.squeeze(1) for part in parts), sinks, packed_seq_params=packed).unsqueeze(1)
 
         def one_by_one(*x, window=shape[4], scale=scale):
-            rows = zip(*(part.split(LENGTHS) for part in x), strict=True)
-            return torch.cat([definition(*row, scale, window) for row in rows])
+            *parts, sinks = x
+            rows = zip(*(part.split(LENGTHS) for part in parts), strict=True)
+            return torch.cat([definition(*row, sinks, scale, window) for row in rows])
 
         expected = results(one_by_one, tensors, upstream)
         for got, want in zip(results(packed_row, tensors, upstream), expected, strict=True):
@@ -142,14 +168,17 @@ def shared_rows(ranks):
     initialize(ranks)
     rank = parallel_state.get_context_parallel_rank()
     for name, shape in SHAPES.items():
-        shape = (*shape[:5], -(-shape[5] // (2 * ranks)) * 2 * ranks)
-        *tensors, upstream = draw(shape)
-        scale, chunk = 1 / math.sqrt(shape[2]), shape[5] // (2 * ranks)
+        scale, chunk = 1 / math.sqrt(shape[2]), -(-shape[5] // (2 * ranks))
+        *tensors, sinks, upstream = draw(name, length=2 * ranks * chunk)
         at = torch.cat([torch.arange(c * chunk, (c + 1) * chunk) for c in (rank, 2 * ranks - 1 - rank)])
-        expected = results(lambda *x, s=shape, c=scale: definition(*x, c, s[4]), tensors, upstream)
-        found = results(layer(shape, ranks), [x[at] for x in tensors], upstream[at])
+        expected = results(lambda *x, s=shape, c=scale: definition(*x, c, s[4]), [*tensors, sinks], upstream)
+        attend = layer(shape, ranks, **kind(name))
+        *found, of_sinks = results(attend, [*(x[at] for x in tensors), sinks], upstream[at])
+        # Each rank has its tokens' part, as of every parameter.
+        torch.distributed.all_reduce(of_sinks, group=parallel_state.get_context_parallel_group())
+        close = CLOSE | {"msg": lambda text, n=name: f"{n}: {text}"}
+        torch.testing.assert_close(of_sinks.double(), expected.pop().double(), **close)
         for got, want in zip(found, expected, strict=True):
-            close = CLOSE | {"msg": lambda text, n=name: f"{n}: {text}"}
             torch.testing.assert_close(got.double(), want[at].double(), **close)
 
 
@@ -164,12 +193,11 @@ def largest_allocation():
 
     initialize()
     found = {}
-    for name in ("grouped queries", "a window", "narrow values"):
-        shape = (*SHAPES[name][:5], 4096)
-        *tensors, upstream = draw(shape, batch=1)
-        core = layer(shape)
+    for name in ("grouped queries", "a window", "narrow values", "sinks, grouped queries", "sinks, a window"):
+        *tensors, upstream = draw(name, batch=1, length=4096)
+        attend = layer(SHAPES[name], **kind(name))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            results(core, tensors, upstream)
+            results(attend, tensors, upstream)
         found[name] = max(event.self_cpu_memory_usage for event in profiled.events())
     return found
 
@@ -186,12 +214,12 @@ def test_no_matrix_of_scores_is_made():
 def dropped():
     """Dropout draws in training alone, and other probabilities each time."""
     initialize()
-    shape = SHAPES["grouped queries"]
-    *tensors, _ = draw(shape)
-    core = layer(shape, attention_dropout=0.5)
-    first, second = core(*tensors, None), core(*tensors, None)
-    core.eval()
-    still = core(*tensors, None)
+    name = "grouped queries"
+    *tensors, _ = draw(name)
+    attend = layer(SHAPES[name], attention_dropout=0.5)
+    first, second = attend(*tensors), attend(*tensors)
+    attend.core.eval()
+    still = attend(*tensors)
     torch.testing.assert_close(still.double(), definition(*tensors, 0.25, None), **CLOSE)
     return bool((first != second).any() and (first != still).any())
 
@@ -211,7 +239,7 @@ def test_dropout_and_what_it_does_not_serve():
     assert run_ranks(1, dropped, megatron=True) == [True]
     assert run_ranks(1, refusals, megatron=True) == [
         [
-            "local layers have the vanilla softmax only, got --softmax-type off-by-one",
+            "sinks are learnt or absent in local layers, got --softmax-type off-by-one",
             "a causal window has no tokens to the right, got --window-size 4,4",
         ]
     ]

@@ -5,6 +5,13 @@ parallelism, and is an order of magnitude slower on a CPU. This one serves machi
 a GPU (where torch has flash kernels).
 
     out_i = sum_j softmax_j(scale q_i . k_j) v_j,    j <= i, i - j <= window, j in the same sample as i
+
+A sink is a learnt number of each head that takes part in the softmax like another score, whose value is 0:
+
+    out_i = sum_j exp(scale q_i . k_j) v_j / (exp(sink) + sum_j exp(scale q_i . k_j))
+
+To torch's kernels it is a key before the first one. Queries and keys get further numbers: sink / scale in a query, 1 in
+that key, 0 in the others.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from qtarget_megatron.megatron.model.context_parallel import Edges, own_tokens, places_in_order
@@ -38,8 +45,12 @@ class LocalAttention(MegatronModule):
     Collectives: under context parallelism one all-gather of keys and one of values over that group, and their
     reduce-scatters in backward.
 
-    Errors: ValueError for a softmax with an offset and for a window that looks ahead.
+    softmax_offset: the sinks of this rank's heads, where config.softmax_type is learnable; else None.
+
+    Errors: ValueError for a window that looks ahead.
     """
+
+    softmax_offset: Tensor | None
 
     def __init__(
         self,
@@ -57,8 +68,6 @@ class LocalAttention(MegatronModule):
         """k_channels, v_channels: head widths of latent attention; default config.kv_channels. softmax_scale: default
         1 / sqrt(the head width of keys)."""
         super().__init__(config=config)
-        if config.softmax_type != "vanilla":
-            raise ValueError(f"local layers have the vanilla softmax only, got --softmax-type {config.softmax_type}")
         self._scale = softmax_scale or 1 / math.sqrt(k_channels or config.kv_channels)
         self._dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self._window = None
@@ -69,6 +78,31 @@ class LocalAttention(MegatronModule):
             self._window = left if left >= 0 else None
         self._cp = pg_collection.cp if config.context_parallel_size > 1 else None
         self._ranks = config.context_parallel_size
+        self._tp = pg_collection.tp
+        self.softmax_offset = None
+        if config.softmax_type != "vanilla":
+            self.softmax_offset = self._new_sinks(config)
+
+    def _new_sinks(self, config: TransformerConfig) -> torch.nn.Parameter:
+        if config.softmax_type != "learnable":
+            raise ValueError(f"sinks are learnt or absent in local layers, got --softmax-type {config.softmax_type}")
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        heads = config.num_attention_heads // self._tp.size()
+        sinks = torch.nn.Parameter(torch.empty(heads, device=device, dtype=config.params_dtype))
+        if config.perform_initialization:
+            config.init_method(sinks)
+        return sinks
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """The sinks, as Megatron's own attention saves them."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self._tp,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
     def forward(
         self,
@@ -115,11 +149,14 @@ class LocalAttention(MegatronModule):
             # torch's kernels without scores have one width; zeros in values stay zeros.
             value = F.pad(value, (0, query.shape[-1] - width))
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self.softmax_offset is not None:
+            query, key, value = self._with_sinks(query, key, value)
         if self._window is None or self._window >= length - 1:
             out = self._attend(query, key, value, is_causal=True, enable_gqa=heads != key.shape[1])
         else:
             out = self._windowed(query, key, value)
-        return out[..., :width].permute(2, 0, 1, 3).reshape(length, batch, heads * width)
+        # A sink has a query of its own, so that torch's rule of what is causal holds.
+        return out[:, :, -length:, :width].permute(2, 0, 1, 3).reshape(length, batch, heads * width)
 
     def _windowed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         share = query.shape[1] // key.shape[1]
@@ -129,9 +166,27 @@ class LocalAttention(MegatronModule):
             block = query[:, :, first : first + BLOCK]
             end, low = first + block.shape[2], max(first - self._window, 0)
             at, seen = (torch.arange(*ends, device=query.device) for ends in ((first, end), (low, end)))
+            keys, values = key[:, :, low:end], value[:, :, low:end]
+            if self.softmax_offset is not None and low:
+                keys, values = (torch.cat([x[:, :, :1], x[:, :, low:end]], 2) for x in (key, value))
+                seen = F.pad(seen, (1, 0))
             mask = (seen <= at[:, None]) & (seen >= at[:, None] - self._window)
-            blocks.append(self._attend(block, key[:, :, low:end], value[:, :, low:end], attn_mask=mask))
+            if self.softmax_offset is not None:
+                mask |= seen == 0
+            blocks.append(self._attend(block, keys, values, attn_mask=mask))
         return torch.cat(blocks, 2)
+
+    def _with_sinks(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[b, heads or groups, 1 + s, d + p]: a sink's key before the others; p numbers add up to sink / scale."""
+        rest, parts = self.softmax_offset.float() / self._scale, []
+        # What float32 holds takes three numbers of 16 bits.
+        for _ in range(1 if query.itemsize > 2 else 3):
+            parts.append(rest.to(query.dtype))
+            rest = (rest - parts[-1]).detach()
+        query, key, value = (F.pad(x, (0, len(parts), 1, 0)) for x in (query, key, value))
+        query[..., -len(parts) :] = torch.stack(parts, -1)[:, None]
+        key[:, :, 0, -len(parts) :] = 1
+        return query, key, value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **how) -> Tensor:
         dropout = self._dropout if self.training else 0.0

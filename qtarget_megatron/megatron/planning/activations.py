@@ -26,11 +26,12 @@ heads of width d, q = a d and k numbers of queries and of keys, MLP width f:
     MLP                  3 n f e                        output of the first linear layer, input of the second
 
 Experts: k' per token, balanced, of width f' on each of E' expert tensor-parallel ranks make k' n' E' rows: (h + 3 f' +
-1) e each, and n' (20 k' + (1 + e) E) for the choice among E experts; of a weighted shared expert n' (h + 1) e. Latent
-attention, with r, p, v the rotary, plain and value widths: for each latent of width w n (norm(w) + w e), in float32 the
-keys' rotary part beside it, n a (2 (r + p) + 2 v) e for queries, keys, values and the output layer's input, and where
-attention is not recomputed n a (2 (r + p) - v) e + 4 n a for values as wide as keys, the output, and logsumexp; of the
-rotary embedding 4 s r e.
+1) e each, and n' (20 k' + (1 + e) E) for the choice among E experts; of a weighted shared expert n' (h + 1) e.
+
+Latent attention, with r, p, v the rotary, plain and value widths: for each latent of width w n (norm(w) + w e), in
+float32 the keys' rotary part beside it, n a (2 (r + p) + 2 v) e for queries, keys, values and the output layer's input,
+and where attention is not recomputed n a (2 (r + p) - v) e + 4 n a for values as wide as keys, the output, and
+logsumexp; of the rotary embedding 4 s r e.
 """
 
 from __future__ import annotations
