@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from launching import run_ranks
+from launching import run_alone, run_ranks
 from megatron_reset import reset
 
 from qtarget_megatron.commands import verify_parallel
@@ -283,13 +284,8 @@ def assert_gone(number: Path) -> None:
 def test_a_training_ends_with_the_process_that_has_started_it(tmp_path):
     """Also where that was gone before it could look."""
     (gone := subprocess.Popen([sys.executable, "-c", ""])).wait()
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps({"parent": gone.pid, "folder": "", "runs": {}, "objective_file": None, "on_cpu": True}))
-    program = (
-        "import sys, time; from qtarget_megatron.megatron.verify import training\n"
-        "training.run_job(sys.argv[1], None); time.sleep(1000)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, path], timeout=400, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    )
-    assert done.returncode == 1
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(1000)\n")
+    job = Job(gone.pid, str(tmp_path), {}, str(tmp_path / "slow.py"), True)
+    (tmp_path / "job.json").write_text(json.dumps(dataclasses.asdict(job)))
+    done = run_alone([one_rank.MODULE, tmp_path / "job.json"], timeout=200, folder=tmp_path)
+    assert done.returncode == 1, done.stdout
