@@ -33,7 +33,7 @@ COMMANDS = {
     ),
     "plan": Command("qtarget_megatron.commands.plan", (), "memory and traffic of a layout, before renting for it"),
     "verify": Command(
-        "qtarget_megatron.commands.verify_parallel", (), "compare losses and gradients of a layout with one process"
+        "qtarget_megatron.commands.verify_parallel", (), "compare losses or a whole training with one process"
     ),
     "inspect": Command(
         "qtarget_megatron.commands.inspect_targets", (), "show the target distribution of each token of a sample"

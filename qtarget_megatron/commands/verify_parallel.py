@@ -8,6 +8,10 @@
     torchrun --nproc-per-node 4 -m qtarget_megatron.verify --tensor-model-parallel-size 4 \\
         --objective dft target-sft:eta=0.3 --vocab-size 1000
 
+    # a whole training: the flags of finetune behind --train; of --hf-model config.json alone is read
+    torchrun --nproc-per-node 8 -m qtarget_megatron.verify --train --hf-model DIR --bf16 \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel
+
 Every rank draws the same problem from --seed: hidden states, an output layer whose vocabulary is padded,
 labels of which some are ignored, a teacher, and tokens with extreme logits. It computes each objective on
 its shard over Megatron's process groups (NCCL where CUDA is found, gloo elsewhere), and compares with the
@@ -30,6 +34,13 @@ a rank left out of the merge, every row exceeds one of the two at least tenfold.
 Prints a table on rank 0, each error with the rank that has the worst. Exit code on every rank: 0 all well,
 1 a mismatch, or a rank that failed, 2 bad input. Expert and virtual pipeline parallelism do not touch the
 loss and have no flags here. On a CPU the whole takes minutes; a smaller --vocab-size makes it seconds.
+
+--train verifies what this leaves out: all that a fine-tuning with these flags runs through. Two steps of a
+small random model, of the family and structure of --hf-model, are trained at the layout on data of its own,
+and on one rank on the CPU in float32. Losses, gradient norms, all gradients and the change of all weights
+are compared, as whole tensors put together from all ranks. Bounds are measured in the same run: what another
+order of summation, and the precision of the layout, do to one rank, times four. The first parameter that
+differs is named. Only --keep, --timeout and --train itself are flags of this command then.
 """
 
 from __future__ import annotations
@@ -48,11 +59,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    _check_own_flags(args)
     if args.train is not None:
         from qtarget_megatron.commands.verify_training import verify
 
         return verify(args.train, timeout=600.0 if args.timeout is None else args.timeout, keep=args.keep)
     return _verify_losses(args)
+
+
+def _check_own_flags(args: argparse.Namespace) -> None:
+    """ValueError for flags that would not be heeded, with --train or without it."""
+    if args.train is None:
+        if args.keep is not None:
+            raise ValueError("--keep keeps what one rank computes for --train: drop it, or give --train")
+        return
+    for action in command_line()._actions:
+        if action.dest in ("train", "keep", "timeout") or not hasattr(args, action.dest):
+            continue
+        if getattr(args, action.dest) != action.default:
+            flag = action.option_strings[0]
+            raise ValueError(f"{flag} stands before --train: the flags of the training, as its layout, follow --train")
 
 
 def _verify_losses(args: argparse.Namespace) -> int:

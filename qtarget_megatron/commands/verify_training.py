@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-# Tensors that are named where many differ.
-_NAMED = 8
 # A bound above which a gradient that is half or twice as large may go unseen.
 _BLIND = 0.5
 
@@ -81,23 +79,24 @@ def _judgement(verdict) -> Iterator[str]:
     if verdict.ok:
         yield f"verified: {layout} trains as one rank does ({len(verdict.tensors)} tensors, 2 steps)"
         return
-    for kind, of_kind in groupby(verdict.tensors, lambda difference: difference.what):
-        differences = list(of_kind)
-        wrong = [difference for difference in differences if not difference.ok]
-        if wrong:
-            first = wrong[0]
-            yield (
-                f"FAIL: {kind}: the first parameter, in the model's order, that differs is {first.name}: off by "
-                f"{first.off:.2g} of its size (bound {first.bound:.1e}) on rank {first.rank}, where {first.ratio:.3f} "
-                "times the reference's is in it"
-            )
-            more = ", ".join(difference.name for difference in wrong[1 : 1 + _NAMED])
-            yield f"      {len(wrong)} of {len(differences)} differ{f': also {more}' if more else ''}" + (
-                ", ..." if len(wrong) > 1 + _NAMED else ""
-            )
+    wrong = [difference for difference in (*verdict.tensors, *verdict.scalars) if not difference.ok]
+    first = wrong[0]
+    if first.name:
+        yield (
+            f"FAIL: {first.name} is the first parameter, in the model's order, whose {first.what} differs: off by "
+            f"{first.off:.2g} of its size (bound {first.bound:.1e}) on rank {first.rank}, {first.ratio:.3f} times the "
+            "reference's along it"
+        )
+        counts = []
+        for kind, of_kind in groupby(verdict.tensors, lambda difference: difference.what):
+            ok = [difference.ok for difference in of_kind]
+            counts.append(f"{kind}: {ok.count(False)} of {len(ok)}")
+        yield f"      that differ: {', '.join(counts)}"
+    else:
+        yield f"FAIL: {first.what} is off by {first.off:.1e} (bound {first.bound:.1e}), while all tensors agree"
     if not verdict.is_sound:
         yield "one rank in the precision of the layout is off as well: it is not the layout alone"
-    yield from _hint({difference.what for difference in (*verdict.tensors, *verdict.scalars) if not difference.ok})
+    yield from _hint({difference.what for difference in wrong})
     yield f"NOT verified: {layout} does not train as one rank does"
 
 

@@ -366,6 +366,10 @@ def test_parameters_are_known_for_every_objective_without_defaults():
         (["--backend", "gpu"], "unknown backend 'gpu'"),
         (["--bf16", "--fp16"], "--fp16: not allowed with argument --bf16"),
         (["--no-such-flag"], "unknown flag --no-such-flag: --help lists the flags"),
+        (["--keep", "DIR"], "--keep keeps what one rank computes for --train"),
+        (["--bf16", "--train", "--hf-model", "DIR"], "--bf16 stands before --train"),
+        (["--timeout", "0", "--train", "--hf-model", "DIR"], "--timeout must be above 0 seconds, got 0"),
+        (["--train"], "the following arguments are required: --hf-model"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, monkeypatch, words, message):

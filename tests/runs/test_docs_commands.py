@@ -62,7 +62,9 @@ def faults(found):
         try:
             rest = parsers[name].parse_known_args(words)[1] if words and name != "finetune" else words
             if name in ("verify", "inspect"):
-                parsers[name].parse_args(words)
+                own = parsers[name].parse_args(words)
+                if getattr(own, "train", None):
+                    launch.parse_arguments(own.train, add_arguments)
             elif rest:
                 launch.parse_arguments(rest, trains.get(name, lambda parser: parser))
         except (ValueError, argparse.ArgumentError) as error:
@@ -78,11 +80,13 @@ def test_every_flag_is_known_and_has_a_value_of_its_kind():
         ["finetune", "--hf-model", "X", "--learning-rate", "1"],
         ["plan", "--world-size", "x"],
         ["verify", "--lr", "1"],
+        ["verify", "--train", "--hf-model", "X", "--tensor-parallel", "2"],
     ]
     said = run_ranks(1, faults, ([*found, *wrong],), megatron=True)[0]
-    # The last three show that it would be seen.
-    assert len(said) == 3, said
+    # The last ones show that it would be seen.
+    assert len(said) == 4, said
     assert "did you mean --lr" in said[0] and "world-size" in said[1] and "unknown flag --lr" in said[2]
+    assert "unknown flag --tensor-parallel" in said[3]
 
 
 def test_other_programs_are_given_what_exists():

@@ -85,8 +85,8 @@ ALLOWED = {
         "megatron.runtime", "megatron.model", "megatron.training",
     },
     "megatron.verify": {
-        "_version", "collectives", "data", "huggingface", "huggingface.config", "kernels", "objectives", "output_lock",
-        "statistics", "loss.cross_entropy", "loss.linear_cross_entropy", "loss.sparse_teacher",
+        "_version", "collectives", "command_line", "data", "huggingface", "huggingface.config", "kernels", "objectives",
+        "output_lock", "statistics", "loss.cross_entropy", "loss.linear_cross_entropy", "loss.sparse_teacher",
         "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.training",
     },
     "commands": {

@@ -33,7 +33,7 @@ class Job:
     """What one process computes.
 
     parent:         the process that it ends with.
-    runs:           name of each training -> its words; <name>.safetensors is what comes of it.
+    runs:           name of each training -> its words.
     objective_file: of the user's, run before.
     on_cpu:         without a GPU, and without what is made for one.
     keys:           name of each training -> a digest of all that it depends on.
@@ -52,8 +52,8 @@ class Job:
         return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
     def result(self, name: str) -> Path:
-        """The file of a training."""
-        return Path(self.folder, f"{name}.safetensors")
+        """The file of a training: one for each key."""
+        return Path(self.folder, f"{name}-{self.keys[name][:16]}.safetensors")
 
     def with_keys(self) -> Job:
         """The same with its keys."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import alignment
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.megatron.runtime.layout_checks import (
@@ -209,6 +210,8 @@ def read_training_words(words: Sequence[str], timeout: float) -> TrainingWords:
     timeout: seconds that ranks wait for each other. Raises ValueError for flags that fine-tuning refuses, a layout that
     the user's model cannot be cut into, and what cannot be verified.
     """
+    # What is missing is said in a line, before anything is imported.
+    add_arguments(Parser(allow_abbrev=False, add_help=False)).parse_known_args(words)
     parsers: list[argparse.ArgumentParser] = []
 
     def adding(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -286,9 +289,9 @@ def _is_precision(one: _Given) -> bool:
 
 def _roundoff(args: argparse.Namespace, *, on_cpu: bool) -> float:
     """Half the distance from 1 to the next number, of the coarsest numbers that are multiplied."""
-    if args.fp4_format:
+    if args.fp4:
         return 2.0**-2
-    if args.fp8_format:
+    if args.fp8:
         return 2.0**-4
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # Of TensorFloat-32, in which a GPU may multiply float32.
