@@ -261,9 +261,8 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
         "--moe-router-dtype",
         "--moe-router-bias-update-rate",
     }
-    # No Hugging Face model has these scales of logits, scores and embeddings, nor heads that would keep Megatron's own
-    # cross-entropy.
-    fixed |= layer_flags() | {"--use-mup", "--mtp-num-layers"}
+    # No Hugging Face model has these scales of logits, scores and embeddings.
+    fixed |= layer_flags() | {"--use-mup"}
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
     if given:
         raise ValueError(f"{', '.join(given)} follow(s) from the model's config.json and cannot be given: drop it")
