@@ -60,7 +60,7 @@ from qtarget_megatron.megatron.training.arguments import (
 from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_lengths, check_schedule, read_saved
 from qtarget_megatron.megatron.verify.problem import try_evaluate
 from qtarget_megatron.megatron.weights.checkpoint_folder import saved_argument
-from qtarget_megatron.megatron.weights.saved_model import SavedModel, check_resumed_experts
+from qtarget_megatron.megatron.weights.saved_model import SavedModel, check_resumed_experts, check_saved_heads
 from qtarget_megatron.teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
@@ -243,6 +243,7 @@ def _check(run: Run) -> None:
         )
     if launch.has_checkpoint(args.load):
         check_resumed_experts(args, student)
+        check_saved_heads(args)
 
 
 def _data_paths(args: argparse.Namespace) -> dict[str, list[Path]]:
@@ -367,6 +368,8 @@ def _train(
     _log.info("objective %s, starting from %s", objective, origin)
     if objective.note:
         _log.info("%s: %s", objective.name, objective.note)
+    if args.mtp_num_layers and not from_checkpoint:
+        _log.info("the %d head(s) of --mtp-num-layers start from random weights", args.mtp_num_layers)
     settings = StepSettings(
         objective,
         teacher_tail=args.teacher_tail,
@@ -399,7 +402,8 @@ def _train(
         digests = save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype, progress=progress)
         if args.rank == 0:
             outputs.record_export(args, digests)
-        _log.info("exported the model to %s", args.save_hf)
+        heads = ", without the heads of --mtp-num-layers, which checkpoints keep" if args.mtp_num_layers else ""
+        _log.info("exported the model to %s%s", args.save_hf, heads)
     _report_peak_memory()
 
 

@@ -114,6 +114,10 @@ def _language_module(model: Any) -> LanguageModule:
     return bare
 
 
+def _is_tied(model: LanguageModule) -> bool:
+    return getattr(model, "share_embeddings_and_output_weights", False)
+
+
 @dataclass(frozen=True)
 class HeadResult:
     """What the objective has made of one head in a micro-batch.
@@ -190,6 +194,10 @@ class AttachedObjective:
         self._check(model)
         if (before := vars(model).get(ATTRIBUTE)) is not None:
             before.detach()
+        if _is_tied(model) and hasattr(model, "embedding"):
+            # The loss adds the weight's gradient to main_grad, and the embedding's comes beside it. Megatron's mark of
+            # such a weight is missing where multi-token prediction brings the embedding to a last stage.
+            model.shared_embedding_or_output_weight().zero_out_wgrad = True
         self._positions = {name: place for place, name in enumerate(inspect.signature(model.forward).parameters)}
         self._own_loss = model.compute_language_model_loss
         model.compute_language_model_loss = self._compute_loss
@@ -204,8 +212,7 @@ class AttachedObjective:
         scale = logit_scale(model._scale_logits)
         if self.loss.chunk_size is None:
             return scale
-        tied = getattr(model, "share_embeddings_and_output_weights", False)
-        check_layer(model.output_layer, model.shared_embedding_or_output_weight() if tied else None)
+        check_layer(model.output_layer, model.shared_embedding_or_output_weight() if _is_tied(model) else None)
         return check_scale(scale)
 
     # ---- while the model's forward runs

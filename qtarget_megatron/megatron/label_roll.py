@@ -80,7 +80,7 @@ class LabelRoll:
     def _last(self, mask: Tensor) -> Tensor:
         """bool [s], True at the last token of each sample."""
         begins = torch.zeros(mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
-        begins[-1] = True
+        begins[-1:].fill_(True)
         if self._packed is not None:
             begins.index_fill_(0, self._packed.cu_seqlens_q.long(), True)
         return begins[1:]

@@ -212,6 +212,40 @@ def reports():
     return found
 
 
+def further_heads():
+    """Where everything lies that a head of multi-token prediction reads, in packed rows; it waits for nothing."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from qtarget_megatron.megatron.attach import DeferredLogits
+    from qtarget_megatron.megatron.head_loss import LossInputs
+    from qtarget_megatron.megatron.label_roll import LabelRoll
+    from qtarget_megatron.megatron.model.output_head import OutputHead
+
+    layer = SimpleNamespace(tp_group=None, sequence_parallel=False)
+    with gpu(1, capturing=False) as (_, _):
+        labels = torch.ones(1, TOKENS, dtype=torch.int64, device=GPU)
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.empty(4, dtype=torch.int32, device=GPU))
+        roll, weight, head = (
+            LabelRoll(packed, None, layer),
+            matrix(1, TOKENS),
+            OutputHead(matrix(TOKENS, 8), layer, None),
+        )
+        given = roll.inputs(LossInputs({"weight": weight}, None, lambda: head, (5, 4)))
+        _, stats = cross_entropy(
+            matrix(TOKENS, VOCABULARY), labels[0], objective=objectives.sft(), return_statistics=True
+        )
+        deferred = DeferredLogits(head)
+        deferred.set_most_likely(labels, stats.reshaped(torch.Size((TOKENS, 1))))
+        found = [roll.mask(labels), given.token_inputs["weight"], given.teacher().hidden, deferred.argmax(-1)]
+        return [(str(values.device), tuple(values.shape)) for values in found]
+
+
+@pytest.mark.distributed
+def test_a_head_of_multi_token_prediction_never_waits():
+    (found,) = run_ranks(1, further_heads, megatron=True)
+    assert found == [("cuda:0", shape) for shape in ((1, TOKENS), (1, TOKENS), (TOKENS, 8), (TOKENS, 1))]
+
+
 @pytest.mark.distributed
 def test_the_report_of_a_micro_batch_never_waits():
     (found,) = run_ranks(1, reports, megatron=True)

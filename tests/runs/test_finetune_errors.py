@@ -294,7 +294,7 @@ NUMBERS = dict.fromkeys(
     (
         *("train_iters", "train_samples", "micro_batch_size", "global_batch_size", "seq_length", "save_interval"),
         *("eval_interval", "log_interval", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
-        *("context_parallel_size", "expert_model_parallel_size"),
+        *("context_parallel_size", "expert_model_parallel_size", "mtp_num_layers"),
     )
 )
 

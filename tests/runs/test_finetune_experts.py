@@ -142,7 +142,11 @@ def test_what_experts_cannot_do_is_refused_before_anything_is_built(workspace, t
         "a flag": (["--num-experts", 8], "--num-experts follow(s) from the model's config.json"),
         "a router": (["--moe-router-pre-softmax"], "--moe-router-pre-softmax follow(s) from"),
         "scales": (["--use-mup"], "--use-mup follow(s) from"),
-        "heads": (["--mtp-num-layers", 1], "--mtp-num-layers follow(s) from"),
+        "heads": (["--mtp-num-layers", 0], "--mtp-num-layers: expected 1 or more, got 0"),
+        "saved heads": (
+            ["--load", workspace / "saved", "--no-load-optim", "--mtp-num-layers", 1],
+            "was saved with --mtp-num-layers None, got 1",
+        ),
         "sinkhorn": (["--moe-router-load-balancing-type", "sinkhorn"], "sinkhorn would balance padding as well"),
         "quantiles": (
             ["--moe-router-load-balancing-type", "aux_loss", "quantile_balancing", "--moe-aux-loss-coeff", 0.1, 0],

@@ -181,6 +181,8 @@ def _optimizer_tensors(optimizer):
 
 
 def _saved_bytes(model, args: argparse.Namespace, student) -> int:
+    from megatron.core.utils import get_attr_wrapped_model
+
     from qtarget_megatron.megatron.model.output_head import heads_without_logits
 
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -195,7 +197,7 @@ def _saved_bytes(model, args: argparse.Namespace, student) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         tokens, positions, mask, packed = _inputs(args, student)
-        with heads_without_logits(model) as heads:
+        with heads_without_logits(get_attr_wrapped_model(model, "post_process", return_model_obj=True)) as heads:
             model(tokens, positions, mask, packed_seq_params=packed)
     return storage_bytes([*saved.values(), heads[0].hidden])
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # Every parameter is filled afterwards, so Megatron need not draw random ones.
-_FROZEN = Purpose(flags=("--no-initialization",), refused=("--save", "--load"))
+_FROZEN = Purpose(flags=("--no-initialization",), refused=("--save", "--load", "--mtp-num-layers"))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.huggingface import Architecture, HFReader
 from qtarget_megatron.megatron.model.attention import LocalAttention
+from qtarget_megatron.megatron.model.multi_token_prediction import mtp_block_spec
 from qtarget_megatron.megatron.model.norm import RMSNorm
 from qtarget_megatron.megatron.model.residual import ResidualAdd
 from qtarget_megatron.megatron.model.router import Router
@@ -49,7 +50,7 @@ def layer_spec(
 ):
     """This stage's layers: Transformer Engine's where --transformer-impl asks for them, Megatron's local ones
     otherwise."""
-    is_local = args.transformer_impl != "transformer_engine"
+    is_local = _is_local(args)
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=not is_local,
@@ -62,6 +63,10 @@ def layer_spec(
         return dataclasses.replace(block, layer_specs=layers)
     layers = [_local_layer(spec, config) for spec in layers]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _is_local(args: argparse.Namespace) -> bool:
+    return args.transformer_impl != "transformer_engine"
 
 
 def _with_router(spec: ModuleSpec) -> ModuleSpec:
@@ -114,9 +119,12 @@ def _local_layer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
 def transformer_config(args: argparse.Namespace, arch: Architecture, *, own_stages: bool = False) -> TransformerConfig:
     """Megatron's transformer config for this architecture at the layout, precision and recomputation of args.
 
-    own_stages: share the layers evenly over the pipeline stages, whatever args say of those of the first model.
+    own_stages: share the layers evenly over the pipeline stages, whatever args say of those of the first model, and
+    leave out the first model's heads of multi-token prediction.
     """
     args = copy.copy(args)
+    if own_stages:
+        args.mtp_num_layers = None
     if own_stages and args.pipeline_model_parallel_size > 1:
         args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
         args.account_for_embedding_in_pipeline_split = args.account_for_loss_in_pipeline_split = False
@@ -166,14 +174,17 @@ def build_gpt(
     config: default transformer_config(args, arch). vocab_size: of the embedding before padding, where it is not the
     architecture's.
     """
-    config = config or transformer_config(args, arch)
+    config, pp_rank = config or transformer_config(args, arch), pg_collection.pp.rank()
     if arch.rotary_scale() != 1:
         # Attention multiplies cosine and sine by 1 + mscale / 10 ln(factor) of these, whatever the frequencies are.
         config.yarn_rotary_scaling_factor, config.yarn_mscale_all_dim = math.e, 0.0
         config.yarn_mscale = 10 * (arch.rotary_scale() - 1)
+    layers = layer_spec(config, args, arch, vp_stage, pp_rank)
+    norm = RMSNorm if _is_local(args) else None
     model = StackedGPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, args, arch, vp_stage, pg_collection.pp.rank()),
+        transformer_layer_spec=layers,
+        mtp_block_spec=mtp_block_spec(config, layers, norm, vp_stage, pp_rank),
         vocab_size=padded_vocab_size(vocab_size or arch.vocab_size, args),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=pre_process,
@@ -193,7 +204,11 @@ def build_gpt(
         rotary = [model.rotary_pos_emb]
     else:
         # Each layer has its own; yarn's is computed in the forward, by the same formula.
-        rotary = [layer.self_attention.rotary_pos_emb for layer in model.decoder.layers if arch.rope_scaling is None]
+        layers = [
+            *model.decoder.layers,
+            *(head.mtp_model_layer for head in (model.mtp.layers if model.mtp_process else ())),
+        ]
+        rotary = [layer.self_attention.rotary_pos_emb for layer in layers if arch.rope_scaling is None]
     for embedding in rotary:
         embedding.inv_freq = arch.inverse_frequencies().to(embedding.inv_freq.device)
     return model

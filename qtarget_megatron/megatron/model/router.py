@@ -155,11 +155,16 @@ class Router(TopKRouter):
         count = reduce_from_tensor_model_parallel_region(real.sum(), self.tp_cp_group).clamp(min=1)
         # This rank's share of the mean over the micro-batch.
         z_loss = (squares * real).sum() / count
+        heads, layer_number = self.config.mtp_num_layers or 0, self.layer_number
+        if self.is_mtp_layer:
+            layer_number += self.config.num_layers
+            # A layer that is used for all heads counts once.
+            z_loss = z_loss / heads if self.config.mtp_use_repeated_layer else z_loss
         get_moe_metrics_tracker().record(
             "z_loss",
             z_loss * self.tp_cp_group.size(),
-            self.layer_number,
-            self.config.num_layers,
+            layer_number,
+            self.config.num_layers + heads,
             avg_group=self.tp_dp_cp_group,
         )
         return MoEAuxLossAutoScaler.apply(logits, coefficient * z_loss * self._scale())

@@ -43,6 +43,10 @@ class StackedGPTModel(GPTModel):
         self.taught: OutputHead | None = None
         self._teacher_cost = teacher_cost or TeacherCost()
         self._student_width = self.config.hidden_size
+        if self.mtp_process and self.share_embeddings_and_output_weights and not self.pre_process:
+            # The embedding that multi-token prediction brings to the last stage is the head as well. Megatron makes a
+            # weight all the same, which nobody would use, and cannot save it.
+            self.output_layer.weight = None
         # The routers of all layers with experts, the teacher's included.
         models = [self] if teacher is None else [self, teacher]
         self.routers = [module for model in models for module in model.modules() if isinstance(module, Router)]

@@ -278,9 +278,8 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
         "--moe-router-dtype",
         "--moe-router-bias-update-rate",
     }
-    # No Hugging Face model has another width to scale learning rates by, nor heads that would keep Megatron's own
-    # cross-entropy.
-    fixed |= layer_flags() | {"--mup-base-hidden-size", "--mtp-num-layers"}
+    # No Hugging Face model has another width to scale learning rates by.
+    fixed |= layer_flags() | {"--mup-base-hidden-size"}
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
     if given:
         raise ValueError(f"{', '.join(given)} follow(s) from the model's config.json and cannot be given: drop it")

@@ -304,7 +304,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     keys = ("micro_batch_size", "global_batch_size", "seq_length", "save_interval", "eval_interval", "log_interval")
     layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     steps = () if args.skip_train else ("train_iters", "train_samples")
-    for key in (*steps, *keys, *layout, "expert_model_parallel_size"):
+    for key in (*steps, *keys, *layout, "expert_model_parallel_size", "mtp_num_layers"):
         value = getattr(args, key)
         if value is not None and value < 1:
             more = "; to evaluate or export only, give --skip-train" if key in steps else ""

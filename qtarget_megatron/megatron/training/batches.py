@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from torch import Tensor
 
 from qtarget_megatron.data import IGNORE_INDEX, Batch
@@ -48,6 +48,8 @@ class Batches:
         one all-reduce of 8 bytes over the data-parallel group.
         """
 
+        further = get_model_config(model).mtp_num_layers or 0
+
         def read() -> Batch:
             batch = Batch.of(next_batch(data_iterator))
             if is_last:
@@ -57,7 +59,7 @@ class Batches:
 
         adding = [router for router in routers if router.training and router.has_loss] if model.training else []
         if not adding:
-            return on_this_rank(read())
+            return on_this_rank(read(), further)
         chunk = id(data_iterator)
         ahead = self._ahead.setdefault(chunk, deque())
         if not ahead:
@@ -67,7 +69,7 @@ class Batches:
             share = self._shares.setdefault(chunk, torch.empty_like(share)).copy_(share)
             for router in adding:
                 router.supervised_share = share
-        return on_this_rank(ahead.popleft())
+        return on_this_rank(ahead.popleft(), further)
 
 
 def next_batch(data_iterator: Iterator) -> dict[str, Tensor]:
@@ -83,11 +85,12 @@ class OwnBatch:
     packed: PackedSeqParams | None = None
 
 
-def on_this_rank(read: Batch) -> OwnBatch:
+def on_this_rank(read: Batch, further: int = 0) -> OwnBatch:
     """A micro-batch as the loader has it, on this rank's device and cut for context parallelism; with the number of
     supervised tokens where the host knows it and the labels are not cut.
 
-    Packed rows stand one behind another, [1, b s].
+    further: heads of multi-token prediction, each of which predicts a token more ahead. Packed rows stand one behind
+    another, [1, b s].
     """
     cp_group = parallel_state.get_context_parallel_group()
     packed = None
@@ -99,7 +102,7 @@ def on_this_rank(read: Batch) -> OwnBatch:
     batch = read.map(lambda tensor: tensor.cuda(non_blocking=True))
     if cp_group.size() == 1:
         if not read.labels.is_cuda:
-            batch = replace(batch, num_supervised=(int((read.labels != IGNORE_INDEX).sum()),))
+            batch = replace(batch, num_supervised=_supervised(read, further))
     elif packed is None:
 
         def cut(tensor: Tensor) -> Tensor:
@@ -109,6 +112,12 @@ def on_this_rank(read: Batch) -> OwnBatch:
 
         batch = batch.map(cut)
     return OwnBatch(batch, packed)
+
+
+def _supervised(read: Batch, further: int) -> tuple[int, ...]:
+    """How many labels are supervised, and how many of them have 1, 2, ... tokens of their sample before them."""
+    supervised = read.labels != IGNORE_INDEX
+    return tuple(int((supervised & (read.position_ids >= ahead)).sum()) for ahead in range(further + 1))
 
 
 def _edges(position_ids: Tensor) -> list[tuple[int, int]]:

@@ -90,7 +90,9 @@ def forward_step(settings: StepSettings, on_nan: str | None, data_iterator: Iter
         teacher=lambda: bare.taught,
         num_supervised=batch.num_supervised,
     ):
-        output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, **arguments)
+        # Megatron asks its heads of multi-token prediction for losses of all tokens where there is no mask.
+        mask = (batch.labels != IGNORE_INDEX).float() if bare.mtp_process else None
+        output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=mask, **arguments)
     context.heads, context.teacher = attached.heads, bare.take_taught()
     return output, partial(sum_loss, context, on_nan, in_training=model.training)
 
@@ -103,18 +105,30 @@ def sum_loss(context: LossContext, on_nan: str | None, token_losses: Tensor, *, 
     ranks before it divides. in_training: report what belongs to a training step as well, see step_report.
     """
     loss_sum, batch = token_losses.sum(), context.batch
+    sums = [loss_sum.detach(), *(head.losses.sum() for head in context.heads[1:])]
     if on_nan is not None:
-        context.settings.loss_check.look(loss_sum.detach(), batch.records, on_nan, in_training=in_training)
-    statistics = context.statistics
-    num_tokens = context.settings.objective.num_tokens(
-        batch.labels != IGNORE_INDEX, batch.inputs, statistics.label_mass
-    )
-    entries = report(statistics, loss_sum.detach(), num_tokens)
+        context.settings.loss_check.look(sum(sums[1:], sums[0]), batch.records, on_nan, in_training=in_training)
+    counts = [_num_tokens(context.settings.objective, head) for head in context.heads]
+    num_tokens, entries = counts[0], dict[str, Tensor]()
+    for ahead, (head, total, count) in enumerate(zip(context.heads, sums, counts, strict=True)):
+        entries |= _named(ahead, report(head.statistics, total, count))
     if in_training:
         entries |= step_report(context)
     elif batch.held_out is not None:
         entries |= held_out_report(context, token_losses.detach())
     return loss_sum, num_tokens.to(torch.int), entries
+
+
+def _num_tokens(objective: Objective, head: HeadResult) -> Tensor:
+    return objective.num_tokens(head.labels != IGNORE_INDEX, head.token_inputs, head.statistics.label_mass)
+
+
+def _named(ahead: int, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A head's entries by their names in the log; of multi-token prediction those that tell most."""
+    if ahead == 0:
+        return entries
+    names = {"lm loss": "loss", "trust": "trust", "p(y)": "p(y)", "entropy": "entropy"}
+    return {f"mtp {ahead} {short}": entries[name] for name, short in names.items()}
 
 
 def step_report(context: LossContext) -> dict[str, Tensor]:

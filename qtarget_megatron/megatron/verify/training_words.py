@@ -294,7 +294,7 @@ def _roundoff(args: argparse.Namespace, *, on_cpu: bool) -> float:
     if args.fp8:
         return 2.0**-4
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    # Of TensorFloat-32, in which a GPU may multiply float32.
+    # A GPU may multiply float32 in TensorFloat-32.
     return torch.finfo(dtype).eps / 2 if on_cpu or dtype != torch.float32 else 2.0**-11
 
 

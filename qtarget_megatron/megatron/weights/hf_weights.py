@@ -44,7 +44,8 @@ def load_hf_weights(
     report: called with the bytes of the parameters that were filled, bit by bit. ValueError where a parameter has no
     counterpart there or another shape.
     """
-    for name, parameter in weights(model):
+    copies = [("embedding.word_embeddings.weight", model.embedding.word_embeddings.weight)] if _has_copy(model) else []
+    for name, parameter in [*weights(model), *copies]:
         rank, size = tensor_share(model, arch, name, parameter)
         pieces = parameter_pieces(
             reader,
@@ -284,9 +285,18 @@ def _stages(models: Sequence[GPTModel], arch: Architecture) -> list[list[str]]:
 
 
 def weights(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint has: the parameters, and the router's numbers that are not trained by gradients."""
-    yield from model.named_parameters()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(".router.expert_bias"))
+    """What a Hugging Face checkpoint has: the parameters, and the router's numbers that are not trained by gradients.
+
+    Heads of multi-token prediction are left out, and their copy of the embedding on a last pipeline stage.
+    """
+    left_out = ("mtp.", "embedding.") if _has_copy(model) else ("mtp.",)
+    corrections = (pair for pair in model.named_buffers() if pair[0].endswith(".router.expert_bias"))
+    yield from (pair for pair in (*model.named_parameters(), *corrections) if not pair[0].startswith(left_out))
+
+
+def _has_copy(model: GPTModel) -> bool:
+    """Whether multi-token prediction has brought a copy of the first stage's embedding here."""
+    return model.mtp_process and not model.pre_process
 
 
 def tensor_share(model: GPTModel, arch: Architecture, name: str, parameter: Tensor) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from qtarget_megatron.huggingface import Architecture, is_finite
-from qtarget_megatron.megatron.weights.checkpoint_folder import checkpoint_directory
+from qtarget_megatron.megatron.weights.checkpoint_folder import checkpoint_directory, saved_argument
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -67,7 +67,8 @@ class SavedModel:
         """ValueError unless checkpoint and model have the same tensors; collective over all ranks.
 
         arch: the model's, which source names. Megatron itself ignores tensors that it did
-        not ask for, and cuts or pads a vocabulary of another size.
+        not ask for, and cuts or pads a vocabulary of another size. Heads of multi-token prediction in the checkpoint
+        are left there.
         """
         problems = [
             f"{ours} {expected} by config.json, {actual} in the checkpoint"
@@ -78,12 +79,13 @@ class SavedModel:
             if (actual := getattr(self.args, theirs, None)) not in (None, expected)
         ]
         wanted = self._wanted(chunks)
-        for key in sorted(wanted.keys() | self.shapes.keys()):
-            if key not in wanted or key not in self.shapes:
+        stored = {key: shape for key, shape in self.shapes.items() if not key.startswith("mtp.")}
+        for key in sorted(wanted.keys() | stored.keys()):
+            if key not in wanted or key not in stored:
                 where = "missing from" if key in wanted else "only in"
                 problems.append(f"{key} {where} the checkpoint")
                 continue
-            ours, theirs = wanted[key], self.shapes[key]
+            ours, theirs = wanted[key], stored[key]
             if key in _VOCABULARY:
                 # Padded differently at each tensor-parallel size.
                 same = ours[1:] == theirs[1:] and theirs[0] >= arch.vocab_size
@@ -177,4 +179,17 @@ def check_resumed_experts(args: argparse.Namespace, arch: Architecture) -> None:
             f"--load {args.load} was saved with --expert-model-parallel-size {before}: its optimizer states load with "
             f"{'that size' if before == 1 else 'any size above 1'} only, got {ours}; change it, or take the weights "
             "alone with --finetune"
+        )
+
+
+def check_saved_heads(args: argparse.Namespace) -> None:
+    """ValueError where args load a checkpoint that has not the heads of multi-token prediction that they ask for, or
+    resume a training with others. The CPU platform must have been activated."""
+    directory = checkpoint_directory(args.load, args.ckpt_step)
+    saved, given = saved_argument(Path(directory), "mtp_num_layers"), args.mtp_num_layers
+    drops = given is None and (args.finetune or args.no_load_optim)
+    if saved != given and not drops:
+        raise ValueError(
+            f"--load {args.load} was saved with --mtp-num-layers {saved}, got {given}: give the same, or none with "
+            "--finetune, or start from --hf-model"
         )
