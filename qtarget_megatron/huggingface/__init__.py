@@ -12,6 +12,7 @@ from qtarget_megatron.huggingface.config.latent import LatentAttention
 from qtarget_megatron.huggingface.config.rope import RopeScaling, yarn_scale
 from qtarget_megatron.huggingface.weights.parameter_map import (
     hf_names,
+    holds_all_experts,
     is_expert,
     load_parameter,
     merge_parameter,
@@ -43,6 +44,7 @@ __all__ = [
     "export_bytes",
     "hf_names",
     "hf_tensor_shapes",
+    "holds_all_experts",
     "is_expert",
     "is_finite",
     "load_parameter",

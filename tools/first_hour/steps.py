@@ -30,8 +30,10 @@ def _training(name: str, title: str, function: str, limit: float = 300, **argume
 
 
 # The names in tools/first_hour/families.py, which imports torch; a test compares.
-FAMILIES = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_normalized", "mixtral")
+FAMILIES = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_normalized", "qwen2_moe")
 FAMILIES += (
+    "gpt_oss",
+    "mixtral",
     "mistral_window",
     "qwen2_windows",
     "smollm3",

@@ -12,6 +12,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -54,6 +55,18 @@ class RMSNorm(torch.nn.Module):
         return (hidden.float() * scale).to(hidden.dtype) * self.weight
 
 
+class ExpertOutput(RowParallelLinear):
+    """The second linear layer of a local expert.
+
+    What the ranks of an expert have is added up behind it, by the dispatcher. Megatron's does it over a single rank
+    itself, and a bias cannot be added in place to what comes from there.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True
+
+
 # Names in checkpoints of Transformer Engine's layers, whose norms are parts of the linear layer behind them.
 _LATENT_NAMES = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -73,19 +86,22 @@ def layer_spec(config: TransformerConfig, args: argparse.Namespace, vp_stage: in
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
-    layers = [_with_router(spec) for spec in block.layer_specs]
+    layers = [_with_router(spec, is_local) for spec in block.layer_specs]
     if not is_local:
         return dataclasses.replace(block, layer_specs=layers)
     layers = [_local_layer(spec, config) for spec in layers]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _with_router(spec: ModuleSpec) -> ModuleSpec:
-    """Megatron's layer with our router, where it has one."""
+def _with_router(spec: ModuleSpec, is_local: bool) -> ModuleSpec:
+    """Megatron's layer with our router, where it has one, and experts that can have biases."""
     layer = spec.submodules
     if not _has_experts(layer):
         return spec
     experts = dataclasses.replace(layer.mlp.keywords["submodules"], router=Router)
+    if is_local:
+        linears = dataclasses.replace(experts.experts.keywords["submodules"], linear_fc2=ExpertOutput)
+        experts = dataclasses.replace(experts, experts=functools.partial(experts.experts, submodules=linears))
     layer = dataclasses.replace(layer, mlp=functools.partial(layer.mlp, submodules=experts))
     return dataclasses.replace(spec, submodules=layer)
 
@@ -194,6 +210,7 @@ def build_gpt(
         teacher=teacher,
         teacher_cost=teacher_cost,
     )
+    _mark_parameters(model)
     # Megatron hard-wires three of the four parameters of the llama-3 scaling, and its base is an integer.
     if arch.latent is None:
         rotary = [model.rotary_pos_emb]
@@ -203,6 +220,18 @@ def build_gpt(
     for embedding in rotary:
         embedding.inv_freq = arch.inverse_frequencies().to(embedding.inv_freq.device)
     return model
+
+
+def _mark_parameters(model: GPTModel) -> None:
+    """Set the attributes that Megatron adds up gradients by, and takes their norm by, where it does not."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".core_attention.softmax_offset"):
+            # Each tensor-parallel rank has those of its own heads.
+            parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, 0, 1
+        elif ".mlp.experts." in name and hasattr(parameter, "sequence_parallel"):
+            # Biases: their gradients are added up over the ranks that have the same expert, not over shards of a
+            # sequence.
+            parameter.sequence_parallel = False
 
 
 def build_teacher(args: argparse.Namespace, arch: Architecture, *, student_vocab_size: int, **stage) -> GPTModel:
