@@ -99,6 +99,11 @@ def expert_problems(
             f"--expert-tensor-parallel-size {expert_tensor} (default: that of tensor parallelism) does not divide the "
             f"expert width {experts.ffn_hidden_size} of the {who}"
         )
+    if experts.bias and expert_tensor > 1:
+        yield (
+            f"Megatron does not cut experts with biases, as those of the {who} have: give "
+            "--expert-tensor-parallel-size 1 (the default is the size of tensor parallelism)"
+        )
     if (experts.shared_ffn_hidden_size or 0) % tensor:
         yield (
             f"--tensor-model-parallel-size {tensor} does not divide the width {experts.shared_ffn_hidden_size} of the "

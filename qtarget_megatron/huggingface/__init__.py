@@ -13,6 +13,7 @@ from qtarget_megatron.huggingface.config.multipliers import Multipliers
 from qtarget_megatron.huggingface.config.rope import RopeScaling, yarn_scale
 from qtarget_megatron.huggingface.weights.parameter_map import (
     hf_names,
+    holds_all_experts,
     is_expert,
     load_parameter,
     merge_parameter,
@@ -45,6 +46,7 @@ __all__ = [
     "export_bytes",
     "hf_names",
     "hf_tensor_shapes",
+    "holds_all_experts",
     "is_expert",
     "is_finite",
     "load_parameter",

@@ -65,10 +65,10 @@ MORE = {
         "latent at DP2",
     ),
 }
-# Of first_hour: scaled, partial and interleaved rotary embeddings, windows, layers without, biases, experts, latents;
-# norms behind attention and MLP, multipliers.
+# Of first_hour: scaled, partial and interleaved rotary embeddings, windows, layers without, biases, latents; experts,
+# with a shared one or biases, sinks; norms behind attention and MLP, multipliers.
 FAMILIES = ("llama3", "mistral_window", "qwen2_windows", "smollm3", "phi3", "glm4", "granite", "biases", "mixtral")
-FAMILIES += ("deepseek_v3",)
+FAMILIES += ("deepseek_v3", "qwen2_moe", "gpt_oss")
 EXPORTED = [
     "untied at TP2 with sequence parallelism",
     "tied at TP2 with sequence parallelism",
@@ -177,7 +177,7 @@ def engine(workspace, local):
     # A folder of their own: both kinds of layers have runs of one name.
     (workspace / "engine").mkdir()
     tools = {name: ("convert_hf", [str(word) for word in command]) for name, command in commands(workspace).items()}
-    grouped = {family: [*ep(1, 1), *GROUPED] for family in ("mixtral", "deepseek_v3")}
+    grouped = {family: [*ep(1, 1), *GROUPED] for family in ("mixtral", "deepseek_v3", "qwen2_moe", "gpt_oss")}
     models = {family: (str(workspace / family), [*SHARED, *grouped.get(family, [])]) for family in FAMILIES}
     arguments = runs, tools, models, str(workspace / "engine")
     results = run_ranks(2, transformer_engine_runs.run_all, arguments, timeout=300)

@@ -18,7 +18,7 @@ from conversion_runs import (
 )
 from finetune_runs import COMMON, write_data, write_models
 from launching import run_ranks
-from quantized_models import write_fp8
+from quantized_models import stands_for, write_fp8
 from safetensors.torch import load_file, save_file
 
 from tools.first_hour.families import FAMILIES, VOCAB, write_model
@@ -66,12 +66,14 @@ COMPARED = [
     for world, layouts in LAYOUTS.items()
     for layout in layouts
     for name in (WITH_EXPERTS if "ep2" in layout else MODELS_AT.get(layout, COMPARED_MODELS))
+    if (layout, name) != ("tp2-ep2-etp2", "gpt_oss-untied")
 ]
 # Imported and exported: ties, biases, qk norms, a shared key/value head, fused tensors, both dtypes, experts in some or
 # all layers.
 ROUND_TRIPS = ["llama3-untied", "qwen2-tied", "qwen3-untied", "phi3-tied", "glm4-untied", "biases-tied"]
 ROUND_TRIPS += ["mistral-bf16"]
 SPREAD = ["qwen3_moe-tied", "qwen3_moe_normalized-untied", "mixtral-untied", "deepseek_v3-bf16", "deepseek_v3-fp8"]
+SPREAD += ["gpt_oss-bf16"]
 ROUND_TRIPS += SPREAD
 
 
@@ -80,7 +82,7 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversion")
     for name, (family, tied) in MODELS.items():
         write_model(folder / name, family, tied=tied)
-    for family in ("mistral", "deepseek_v3"):
+    for family in ("mistral", "deepseek_v3", "gpt_oss"):
         write_model(folder / f"{family}-bf16", family, tied=False, dtype=torch.bfloat16)
     stands_for(folder / "deepseek_v3-fp8", write_fp8(folder / "deepseek_v3-bf16", folder / "deepseek_v3-fp8"))
     write_model(folder / "wide", "llama2", tied=False, hidden_size=96, num_key_value_heads=3)
@@ -118,16 +120,6 @@ def workspace(tmp_path_factory):
     return folder
 
 
-def stands_for(directory, tensors):
-    """The unquantised directory beside a quantised one."""
-    source = directory.with_name(f"{directory.name}-stands-for")
-    source.mkdir()
-    save_file(tensors, source / "model.safetensors")
-    config = json.loads((directory / "config.json").read_text())
-    del config["quantization_config"]
-    (source / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
 def swap_gate_and_up(weights):
     gate, up = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up"))
     weights[gate], weights[up] = weights[up], weights[gate]
@@ -146,9 +138,14 @@ def launch(world_size, jobs, timeout=420):
     return {name: [result[name] for result in results] for name in jobs}
 
 
+def of_experts(name):
+    """Experts with biases are not cut."""
+    return ETP1 if name.startswith("gpt_oss") else []
+
+
 def logits_jobs(workspace, world_size):
     return {
-        f"logits {name} {layout}": ("logits", workspace / name, *PADDING, *LAYOUTS[world][layout])
+        f"logits {name} {layout}": ("logits", workspace / name, *PADDING, *LAYOUTS[world][layout], *of_experts(name))
         for world, layout, name in COMPARED
         if world == world_size
     }
@@ -187,6 +184,7 @@ def bad_inputs(workspace):
         ),
         "heads": (importing("untied", "--tensor-model-parallel-size", 3), "3 does not divide the 4 attention heads"),
         "layers": (importing("untied", "--pipeline-model-parallel-size", 3), "3 does not divide the 4 layers"),
+        "biases": (importing("gpt_oss-untied", *TP2), "give --expert-tensor-parallel-size 1"),
         "processes": (importing("untied", *TP2), "--nproc-per-node 2"),
         "architecture flag": (importing("untied", "--num-layers", 2), "--num-layers follow"),
         "load while importing": (importing("untied", "--load", ckpt), "--load has no meaning"),

@@ -32,12 +32,14 @@ TWO = {
     ],
     "target-sft at TP2 with EP2": [*tp(2), *ep(2, 1), *SEQUENCE_PARALLEL],
     "latent at EP2": ep(2),
+    "sinks at TP2 with EP2": [*tp(2), *ep(2, 1), *SEQUENCE_PARALLEL],
     "balanced at EP2": ep(2),
     "taught by experts at EP2": ep(2),
 }
 FOUR = {
     "target-sft at PP2 with EP2": [*pp(2), *ep(2)],
     "latent at PP2 with EP2": [*pp(2), *ep(2)],
+    "sinks at TP2 with PP2": [*tp(2), *pp(2), *ep(1, 1), *SEQUENCE_PARALLEL, *DISTRIBUTED_OPTIMIZER],
     # The teacher's later stages get the whole padding mask, to cut it for their own experts.
     "taught by experts at TP2 with PP2": [*tp(2), *pp(2), *SEQUENCE_PARALLEL],
     "target-sft at TP2 with EP2, experts cut as well": [*tp(2), *ep(2), *SEQUENCE_PARALLEL, *DISTRIBUTED_OPTIMIZER],
@@ -60,6 +62,7 @@ def kinds(workspace):
     return {
         "target-sft": taught,
         "latent": [word if word != workspace / "experts" else workspace / "latent" for word in taught],
+        "sinks": [word if word != workspace / "experts" else workspace / "sinks" for word in taught],
         "balanced": [*taught, "--moe-aux-loss-coeff", 0.5],
         "taught by experts": [
             *(word if word != workspace / "experts" else workspace / "weighted" for word in words),
@@ -76,6 +79,7 @@ def with_layout(kinds, layouts):
 def single(workspace, kinds):
     runs = {**kinds, "target-sft": [*kinds["target-sft"], "--save-hf", workspace / "single"]}
     runs["taught by experts"] = [*runs["taught by experts"], "--save-hf", workspace / "weighted-single"]
+    runs["sinks"] = [*runs["sinks"], "--save-hf", workspace / "sinks-single"]
     runs["latent"] = [*runs["latent"], "--save-hf", workspace / "latent-single"]
     return launch(1, runs, workspace, timeout=240)
 
@@ -85,6 +89,7 @@ def two(workspace, kinds):
     runs = with_layout(kinds, TWO)
     runs["latent at EP2"] += ["--save-hf", workspace / "latent-spread"]
     runs["taught by experts at EP2"] += ["--save-hf", workspace / "weighted-spread"]
+    runs["sinks at TP2 with EP2"] += ["--save-hf", workspace / "sinks-spread"]
     runs["target-sft at EP2"] += ["--save-hf", workspace / "spread"]
     stop = ["--save", workspace / "saved", "--save-interval", 2, "--exit-interval", 2]
     runs["stopped at EP2"] = [*kinds["target-sft"], *ep(2), *DISTRIBUTED_OPTIMIZER, *stop]
@@ -115,6 +120,12 @@ def test_every_expert_is_trained_and_exported(workspace, single, two):
 def test_a_shared_expert_and_its_weight_are_trained_and_exported(workspace, single, two):
     compare_exports(workspace / "weighted-spread", workspace / "weighted-single", workspace / "weighted")
     assert sum(".shared_expert_gate." in name for name in tensors(workspace / "weighted-spread")) == 3
+
+
+def test_sinks_and_biases_are_trained_and_exported(workspace, single, two):
+    compare_exports(workspace / "sinks-spread", workspace / "sinks-single", workspace / "sinks")
+    names = {name.rpartition(".")[2] for name in tensors(workspace / "sinks-spread")}
+    assert {"sinks", "gate_up_proj_bias", "down_proj_bias", "bias"} <= names
 
 
 def test_the_correction_of_the_routers_scores_is_not_trained(workspace, single, two):

@@ -45,15 +45,20 @@ CASES = {
         dict(num_key_value_heads=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
         | dict(shared_expert_intermediate_size=36, mlp_only_layers=[0]),
     ),
+    "gpt_oss": (
+        "GptOss",
+        dict(num_key_value_heads=3, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=5)
+        | dict(pad_token_id=None),
+    ),
     "mixtral": ("Mixtral", dict(num_key_value_heads=3, num_local_experts=5)),
     # Queries, keys and values in one tensor, gate and up in another.
     "phi3": ("Phi3", dict(num_key_value_heads=3, pad_token_id=None)),
 }
 
 
-def make_model(case: str, dtype=torch.bfloat16):
+def make_model(case: str, dtype=torch.bfloat16, **changes):
     prefix, extra = CASES[case]
-    config = getattr(transformers, f"{prefix}Config")(**SIZES, **extra)
+    config = getattr(transformers, f"{prefix}Config")(**(SIZES | extra | changes))
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).to(dtype).eval()
     generator = torch.Generator().manual_seed(sum(map(ord, case)))
     with torch.no_grad():  # norms start at one and biases at zero: a mix-up would not show

@@ -45,7 +45,8 @@ def spoiled():
 def write_models(folder: Path) -> None:
     """untied: a Llama; tied: a Qwen3 with qk norms and 2 key/value heads; teacher: another width, depth and tie; deep:
     a teacher of the student's depth; odd: one of 3 layers; experts: a Qwen3-MoE whose first layer has one MLP;
-    weighted: a Qwen2-MoE, with a shared expert; latent: a DeepSeek-V3, whose first layer has one MLP."""
+    weighted: a Qwen2-MoE, with a shared expert; sinks: a gpt-oss; latent: a DeepSeek-V3, whose first layer has one
+    MLP."""
     sizes = dict(vocab_size=vocabulary(), max_position_embeddings=64, num_attention_heads=4)
     models = {
         "untied": ("Llama", dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4)),
@@ -76,6 +77,11 @@ def write_models(folder: Path) -> None:
         "Qwen2Moe",
         dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_key_value_heads=2, mlp_only_layers=[1])
         | dict(moe_intermediate_size=20, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=24),
+    )
+    models["sinks"] = (
+        "GptOss",
+        dict(hidden_size=32, intermediate_size=20, num_hidden_layers=4, num_key_value_heads=2, head_dim=8)
+        | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=6, swiglu_limit=1.0, pad_token_id=None),
     )
     models["latent"] = (
         "DeepseekV3",

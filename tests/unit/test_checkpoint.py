@@ -19,6 +19,7 @@ from qtarget_megatron.huggingface import (
     check_tensors,
     hf_names,
     hf_tensor_shapes,
+    holds_all_experts,
     is_expert,
     load_parameter,
     merge_parameter,
@@ -63,6 +64,7 @@ GATE_UP = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwe
         "block_sparse_moe.experts.3.w3",
     ),
     "phi3": (_MLP[0], "mlp.gate_up_proj"),
+    "gpt_oss": ("decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight",),
 }
 
 
@@ -90,8 +92,11 @@ def megatron_names(arch: Architecture, engine: str) -> list[str]:
             if arch.experts.shared_ffn_hidden_size is not None:
                 names += [f"{layer}.mlp.shared_experts.linear_fc{part}.weight" for part in (1, 2)]
             names += [f"{layer}.mlp.shared_experts.gate_weight"] if arch.experts.shared_weight else []
-            for linear, expert in itertools.product(("linear_fc1", "linear_fc2"), range(arch.experts.count)):
-                inner = f"local_experts.{expert}.{linear}.weight" if local else f"{linear}.weight{expert}"
+            names += [f"{layer}.mlp.router.bias"] if arch.experts.bias else []
+            parts = ("weight", "bias") if arch.experts.bias else ("weight",)
+            linears = itertools.product(("linear_fc1", "linear_fc2"), parts, range(arch.experts.count))
+            for linear, part, expert in linears:
+                inner = f"local_experts.{expert}.{linear}.{part}" if local else f"{linear}.{part}{expert}"
                 names.append(f"{layer}.mlp.experts.{inner}")
         else:
             names += [f"{layer}.mlp.linear_fc1.weight", f"{layer}.mlp.linear_fc2.weight"]
@@ -99,7 +104,9 @@ def megatron_names(arch: Architecture, engine: str) -> list[str]:
             names.append(f"{attention}.linear_qkv.bias")
         if arch.output_bias:
             names.append(f"{attention}.linear_proj.bias")
-        if arch.mlp_bias:
+        if arch.sinks:
+            names.append(f"{attention}.core_attention.softmax_offset")
+        if arch.mlp_bias and not has_experts:
             names += [f"{layer}.mlp.linear_fc1.bias", f"{layer}.mlp.linear_fc2.bias"]
         if arch.qk_norm:
             names += [f"{attention}.q_layernorm.weight", f"{attention}.k_layernorm.weight"]
@@ -133,6 +140,9 @@ def test_load_then_merge_returns_every_tensor_bit_for_bit(checkpoint, engine, tp
         shards = load_all_ranks(reader, arch, name, tp)
         part = merge_parameter(arch, name, layer_offset=0, shards=shards)
         assert tuple(part) == hf_names(arch, name, layer_offset=0)
+        if holds_all_experts(arch, name):
+            # One expert's after another's.
+            part = {key: torch.cat([merged.pop(key, tensor[:0]), tensor]) for key, tensor in part.items()}
         assert not merged.keys() & part.keys()
         merged |= part
     assert_same_bits(merged, tensors)
@@ -179,6 +189,9 @@ def test_fc1_shards_hold_their_gate_rows_then_their_up_rows(checkpoint, tp):
     _, reader, arch, tensors = checkpoint
     name, *halves = GATE_UP[arch.family]
     found = [tensors[f"model.layers.0.{half}.weight"] for half in halves]
+    if not found:  # of all experts, transposed, in turns
+        whole = tensors["model.layers.0.mlp.experts.gate_up_proj"][3].T
+        found = [whole[::2], whole[1::2]]
     gate, up = found if len(found) == 2 else found[0].chunk(2)
     rows = len(gate) // tp
     shards = load_all_ranks(reader, arch, name, tp)
@@ -213,10 +226,12 @@ def test_ranks_read_their_share_and_nothing_twice(checkpoint, tp):
     whole = (
         "shared_expert_gate.weight",
         "norm.weight",
-        "norm.weight",
         "o_proj.bias",
         "down_proj.bias",
         "gate.weight",
+        "router.weight",
+        "router.bias",
+        "experts.down_proj_bias",
         "e_score_correction_bias",
     )
     replicated = sum(t.nbytes for n, t in tensors.items() if n.endswith(whole))

@@ -1,6 +1,7 @@
 """What config.json says, against what transformers makes of the same file."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -20,6 +21,7 @@ SHAPE = dict(
 LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", **SHAPE)
 QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SHAPE)
 QWEN3_MOE = dict(architectures=["Qwen3MoeForCausalLM"], num_key_value_heads=4)
+GPT_OSS = dict(architectures=["GptOssForCausalLM"])
 PHI3 = dict(architectures=["Phi3ForCausalLM"])
 GRANITE = dict(architectures=["GraniteForCausalLM"])
 SMOLLM3 = dict(architectures=["SmolLM3ForCausalLM"], num_key_value_heads=4)
@@ -46,6 +48,7 @@ FAMILIES = {
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "granite": "GraniteForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
@@ -83,10 +86,8 @@ FAMILIES = {
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_are_what_transformers_reads(tmp_path, family, extra):
-    if (
-        family in ("glm", "glm4", "glm4_moe", "mistral", "mixtral", "qwen2_moe", "qwen3_moe")
-        and "num_key_value_heads" in extra
-    ):
+    without_null = ("glm", "glm4", "glm4_moe", "gpt_oss", "mistral", "mixtral", "qwen2_moe", "qwen3_moe")
+    if family in without_null and "num_key_value_heads" in extra:
         extra = extra | dict(num_key_value_heads=8)  # their config classes take no null here
     if family == "deepseek_v3":  # its latent attention has as many key/value heads, no biases and one epsilon
         own = dict(num_key_value_heads=96, attention_bias=False, rms_norm_eps=1e-6, first_k_dense_replace=1)
@@ -112,12 +113,12 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         tied=theirs.tie_word_embeddings,
         qkv_bias=layer + "self_attn.q_proj.bias" in names,
         output_bias=layer + "self_attn.o_proj.bias" in names,
-        mlp_bias=layer + "mlp.up_proj.bias" in names,
+        mlp_bias=not names.isdisjoint({layer + "mlp.up_proj.bias", layer + "mlp.experts.gate_up_proj_bias"}),
         qk_norm=layer + "self_attn.q_norm.weight" in names,
         rope_base=theirs.rope_parameters["rope_theta"],
-        rope_scaling=None,
+        rope_scaling=GPT_OSS_ROPE if family == "gpt_oss" else None,
         sliding_window=getattr(theirs, "sliding_window", None) or None,
-        window_layers=(True, True) if getattr(theirs, "sliding_window", None) else (),
+        window_layers=(True, family != "gpt_oss") if getattr(theirs, "sliding_window", None) else (),
         unrotated_layers=unrotated_of(theirs),
         dtype=theirs.dtype or torch.bfloat16,
         eos_token_ids=() if ids is None else tuple(ids) if isinstance(ids, list) else (ids,),
@@ -125,10 +126,12 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         experts=experts_of(theirs, names),
         latent=latent_of(theirs),
         partial_rotary_factor=theirs.rope_parameters.get("partial_rotary_factor", 1.0),
-        rotary_interleaved=family != "deepseek_v3" and pairs_neighbours(model),
+        # Neither has the function that says so; the logits of both are compared.
+        rotary_interleaved=family not in ("deepseek_v3", "gpt_oss") and pairs_neighbours(model),
         further_layers=getattr(theirs, "num_nextn_predict_layers", 0),
         output_norms=layer + "post_mlp_layernorm.weight" in names,
         multipliers=multipliers_of(theirs),
+        sinks=layer + "self_attn.sinks" in names,
     )
 
 
@@ -137,6 +140,18 @@ def multipliers_of(theirs):
         return None
     attention, logits = theirs.attention_multiplier, 1 / theirs.logits_scaling
     return Multipliers(theirs.embedding_multiplier, theirs.residual_multiplier, attention, logits)
+
+
+# By its config class where the file has none: 1 + ln(32) / 10 scales cosine and sine.
+GPT_OSS_ROPE = RopeScaling(
+    type="yarn",
+    factor=32.0,
+    original_max_position_embeddings=4096,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    truncate=False,
+    attention_factor=1 + 0.1 * math.log(32),
+)
 
 
 def pairs_neighbours(model):
@@ -171,7 +186,8 @@ def unrotated_of(theirs):
 
 def experts_of(theirs, names):
     """What transformers built: routers where there are experts."""
-    layers = tuple(f"model.layers.{i}.mlp.gate.weight" in names for i in range(theirs.num_hidden_layers))
+    routers = [{f"model.layers.{i}.mlp.{name}.weight" for name in ("gate", "router")} for i in range(10)]
+    layers = tuple(not names.isdisjoint(routers[i]) for i in range(theirs.num_hidden_layers))
     if not any(layers):
         return None
     own = {}
@@ -182,6 +198,8 @@ def experts_of(theirs, names):
         own |= dict(groups=Groups(theirs.n_group, theirs.topk_group) if limited else None)
     if hasattr(theirs, "shared_expert_intermediate_size"):
         own = dict(shared_ffn_hidden_size=theirs.shared_expert_intermediate_size, shared_weight=True)
+    if hasattr(theirs, "swiglu_limit"):
+        own = dict(clamp=theirs.swiglu_limit, fused=True, bias="model.layers.0.mlp.router.bias" in names)
     return Experts(
         count=getattr(theirs, "num_local_experts", None) or theirs.num_experts,
         per_token=theirs.num_experts_per_tok,
@@ -384,6 +402,9 @@ SWITCHED = dict(use_sliding_window=True)
         ("qwen2_moe", SWITCHED | dict(max_window_layers=0), None, ()),
         ("qwen2_moe", SWITCHED | dict(layer_types=["full_attention", *["sliding_attention"] * 2]), 4096, (0, 1, 1)),
         ("qwen2_moe", dict(sliding_window=64), None, ()),
+        ("gpt_oss", dict(sliding_window=64), 64, (1, 0, 1)),
+        ("gpt_oss", dict(layer_types=["full_attention", *["sliding_attention"] * 2]), 128, (0, 1, 1)),
+        ("gpt_oss", dict(sliding_window=None), None, ()),
         ("smollm3", SWITCHED | dict(sliding_window=64, no_rope_layer_interval=2), 64, (0, 1, 0)),
         ("smollm3", dict(sliding_window=64, no_rope_layer_interval=2), None, ()),
         ("smollm3", SWITCHED | dict(no_rope_layer_interval=2), None, ()),
@@ -394,7 +415,7 @@ def test_a_window_counts_in_the_layers_that_use_it(tmp_path, family, extra, wind
     ours, theirs = both(tmp_path, config | dict(num_key_value_heads=96) | extra)
     assert (ours.sliding_window, ours.window_layers) == (window, layers)
     kinds = zip(theirs.layer_types, range(3), strict=True)
-    used = theirs.sliding_window is not None and theirs.use_sliding_window
+    used = theirs.sliding_window is not None and getattr(theirs, "use_sliding_window", True)
     assert [used and kind == "sliding_attention" for kind, _ in kinds] == list(map(bool, layers or (0, 0, 0)))
 
 
@@ -493,6 +514,9 @@ def test_remote_code_entries_are_ignored_not_run(tmp_path):
         (MIXTRAL | QWEN3_MOE | dict(mlp_only_layers="0"), "mlp_only_layers to be a list of layers, got '0'"),
         (dict(architectures=["Own"], auto_map=dict(AutoModel="own.Own")), "auto_map.* is never run"),
         (DEEPSEEK_V3 | dict(q_lora_rank=None), "q_lora_rank to be a number, got null: Megatron adds a norm"),
+        (GPT_OSS | dict(swiglu_alpha=1.0), "swiglu_alpha to be 1.702, got 1.0: not supported"),
+        (GPT_OSS | dict(swiglu_limit=None, num_local_experts=0), "num_local_experts to be a positive integer, got 0"),
+        (GPT_OSS | dict(swiglu_limit=0), "swiglu_limit to be a positive number, got 0"),
         (DEEPSEEK_V3 | dict(rope_interleave=False), "rope_interleave true"),
         (DEEPSEEK_V3 | dict(scoring_func="softmax"), "scoring_func to be 'sigmoid', got 'softmax'"),
         (DEEPSEEK_V3 | dict(topk_method="greedy"), "topk_method to be 'noaux_tc', got 'greedy'"),

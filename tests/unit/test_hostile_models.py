@@ -30,6 +30,7 @@ FAMILIES = {
     "SmolLM3": dict(num_key_value_heads=3, no_rope_layers=[1, 1, 0], no_rope_layer_interval=4),
     "Qwen3Moe": CASES["qwen3_moe"][1] | dict(num_experts=4, decoder_sparse_step=1, norm_topk_prob=True),
     "Qwen2Moe": CASES["qwen2_moe"][1] | dict(decoder_sparse_step=2, norm_topk_prob=True, qkv_bias=True),
+    "GptOss": CASES["gpt_oss"][1] | dict(swiglu_limit=7.0, swiglu_alpha=1.702, rope_scaling=YARN),
     "DeepseekV3": CASES["deepseek_v3"][1] | dict(routed_scaling_factor=2.5, rope_interleave=True, norm_topk_prob=True),
     "Mixtral": CASES["mixtral"][1],
     "Phi3": dict(num_key_value_heads=3, original_max_position_embeddings=32, rope_scaling=LONGROPE),

@@ -71,6 +71,12 @@ FAMILIES = {
         | dict(shared_expert_intermediate_size=28, decoder_sparse_step=2, use_sliding_window=True, sliding_window=7)
         | dict(max_window_layers=3),
     ),
+    # Sinks, biases and clamps everywhere, a window in every second layer, experts of a layer in one tensor.
+    "gpt_oss": (
+        "GptOss",
+        dict(num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6)
+        | dict(swiglu_limit=1.5, rope_parameters=YARN, pad_token_id=None),
+    ),
     "mixtral": ("Mixtral", dict(num_key_value_heads=2) | EXPERTS),
     # A window in every layer, in some, and layers without rotary embedding.
     "mistral_window": ("Mistral", dict(num_key_value_heads=2, sliding_window=9)),

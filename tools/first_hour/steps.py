@@ -31,8 +31,8 @@ def _training(name: str, title: str, function: str, limit: float = 300, **argume
 
 # The names in tools/first_hour/families.py, which imports torch; a test compares.
 FAMILIES = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_moe_normalized", "qwen2_moe")
-FAMILIES += ("mixtral", "mistral_window", "qwen2_windows", "smollm3", "deepseek_v3", "phi3", "glm", "glm4", "granite")
-FAMILIES += ("ernie4_5", "seed_oss", "glm4_moe", "biases")
+FAMILIES += ("gpt_oss", "mixtral", "mistral_window", "qwen2_windows", "smollm3", "deepseek_v3", "phi3", "glm", "glm4")
+FAMILIES += ("granite", "ernie4_5", "seed_oss", "glm4_moe", "biases")
 
 
 STEPS: tuple[Step, ...] = (

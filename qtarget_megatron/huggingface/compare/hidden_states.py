@@ -47,8 +47,8 @@ class Place:
 def recorded(modules: Mapping[Place, torch.nn.Module]) -> Iterator[dict[Place, Tensor]]:
     """Place -> what its module returned the first time within the context, detached.
 
-    Of a module that returns a tuple: the first element, plus the second where that is a tensor of fewer dimensions (a
-    bias that is yet to be added).
+    Of a module that returns a tuple: the first element, plus the second where that is a tensor of one dimension (a bias
+    that is yet to be added).
     """
     found: dict[Place, Tensor] = {}
 
@@ -72,6 +72,6 @@ def _value(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     value, *others = output
-    if others and isinstance(others[0], Tensor) and others[0].dim() < value.dim():
+    if others and isinstance(others[0], Tensor) and others[0].dim() == 1:
         return value + others[0]
     return value

@@ -60,7 +60,8 @@ class Architecture:
 
     ``head_dim``: of a query and key head. ``ffn_hidden_size``: of the MLP in layers without experts. ``tied``: the
     output head is the embedding. ``qkv_bias``, ``output_bias`` (o_proj) and ``mlp_bias``: which linear layers carry a
-    bias. ``qk_norm``: RMS norm per head on queries and keys. ``rope_scaling`` is None for the default rotary embedding.
+    bias. ``qk_norm``: RMS norm per head on queries and keys. ``sinks``: the softmax of each head has a learnt score
+    more, whose value is 0. ``rope_scaling`` is None for the default rotary embedding.
     ``partial_rotary_factor``: of a head's numbers, the first ones, have the rotary embedding (``rotary_dim`` of them);
     ``rotary_interleaved``: it pairs neighbouring numbers, not those half its width apart.
     ``sliding_window``: tokens that a layer of ``window_layers`` attends to, itself included. ``window_layers`` and
@@ -102,6 +103,7 @@ class Architecture:
     further_layers: int = 0
     output_norms: bool = False
     multipliers: Multipliers | None = None
+    sinks: bool = False
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> Architecture:
@@ -173,6 +175,7 @@ class Architecture:
             further_layers=_further_layers(config, family.further_layers),
             output_norms=family.output_norms,
             multipliers=read_multipliers(config) if family.multipliers else None,
+            sinks=family.sinks,
         )
         check_frequencies(arch.rotary_dim, rope_base, rope_scaling)
         return arch

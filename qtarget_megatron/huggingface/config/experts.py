@@ -36,6 +36,9 @@ class Experts:
     shared_ffn_hidden_size: width of an MLP that every token goes through as well, None where there is none.
     shared_weight:          a learnt function of the token, between 0 and 1, weights what that MLP adds.
     float32_router:         the router's logits are float32 in models of any dtype.
+    bias:                   linear layers of experts and routers have biases.
+    fused:                  in a checkpoint one tensor holds those of all experts of a layer.
+    clamp:                  see ExpertRules; None: experts are SiLU-gated MLPs.
     layers:                 for each layer of the model, whether it has experts.
     """
 
@@ -51,6 +54,9 @@ class Experts:
     shared_ffn_hidden_size: int | None = None
     shared_weight: bool = False
     float32_router: bool = False
+    bias: bool = False
+    fused: bool = False
+    clamp: float | None = None
 
 
 def read_experts(config: Mapping[str, Any], rules: ExpertRules | None, num_layers: int) -> Experts | None:
@@ -78,6 +84,9 @@ def read_experts(config: Mapping[str, Any], rules: ExpertRules | None, num_layer
         shared_ffn_hidden_size=_shared_width(config, rules, width),
         shared_weight=rules.shared_weight,
         float32_router=rules.float32_router,
+        bias=rules.bias,
+        fused=rules.fused,
+        clamp=None if rules.clamp is None else positive_number(config, rules.clamp),
     )
 
 

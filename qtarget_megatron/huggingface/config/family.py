@@ -12,7 +12,8 @@ from typing import Any
 
 _LAYER = "model.layers.{layer}."
 
-# Role of a tensor -> its name in a checkpoint, without ".weight" and ".bias". Layers and experts are counted from 0.
+# Role of a tensor -> its name in a checkpoint, without ".weight" and ".bias", or "" and "_bias" of _BARE roles. Layers
+# and experts are counted from 0.
 _TENSORS = {
     "embedding": "model.embed_tokens",
     "head": "lm_head",
@@ -38,6 +39,10 @@ _TENSORS = {
     "shared_up": _LAYER + "mlp.shared_experts.up_proj",
     "shared_down": _LAYER + "mlp.shared_experts.down_proj",
     "shared_weight": _LAYER + "mlp.shared_expert_gate",
+    # Those of all experts of a layer in one.
+    "experts_gate_up": _LAYER + "mlp.experts.gate_up_proj",
+    "experts_down": _LAYER + "mlp.experts.down_proj",
+    "sinks": _LAYER + "self_attn.sinks",
     # Latent attention: hidden states to a latent, its norm, the latent to heads.
     "query_down": _LAYER + "self_attn.q_a_proj",
     "query_latent_norm": _LAYER + "self_attn.q_a_layernorm",
@@ -46,6 +51,7 @@ _TENSORS = {
     "key_value_norm": _LAYER + "self_attn.kv_a_layernorm",
     "key_value_up": _LAYER + "self_attn.kv_b_proj",
 }
+_BARE = ("experts_gate_up", "experts_down", "sinks")
 # The part of a router that is added to scores where experts are chosen, float32 in every checkpoint.
 CORRECTION = "e_score_correction_bias"
 
@@ -65,6 +71,11 @@ class ExpertRules:
     shared_width:       of an MLP that every token goes through, in place of that number.
     shared_weight:      what that MLP adds is multiplied by the sigmoid of a learnt function of the token.
     float32_router:     the router's logits are float32 in models of any dtype.
+    bias:               linear layers of experts and routers have biases.
+    fused:              a tensor holds those of all experts of a layer: [E, h, 2 f] with gate and up in turns, and
+                        [E, f, h].
+    clamp:              an expert is not down(silu(gate) up), but down(gate' sigmoid(1.702 gate') (up' + 1)) with gate'
+                        and up' limited by that field: gate' to at most it, up' between its negative and it.
     dense_layers:       a list of layers that have one MLP instead.
     sparse_step:        layer i has experts where (i + 1) is a multiple of it.
     first_sparse:       layers before this one have one MLP.
@@ -85,6 +96,9 @@ class ExpertRules:
     shared_width: str | None = None
     shared_weight: bool = False
     float32_router: bool = False
+    bias: bool = False
+    fused: bool = False
+    clamp: str | None = None
     dense_layers: str | None = None
     sparse_step: str | None = None
     first_sparse: str | None = None
@@ -97,7 +111,8 @@ class WindowRules:
     switch:    must be true for any of them to do so.
     listed:    layer_types says which.
     first:     without that list, those from this layer on.
-    before:    without that list, every second one before this layer, from the first on.
+    alternate: without that list, every second one, from the first on.
+    before:    of those that alternate, those before this layer.
     unrotated: without that list, those without rotary embedding.
 
     With none of these, all of them. None: there is no such field.
@@ -106,6 +121,7 @@ class WindowRules:
     switch: str | None = None
     listed: bool = False
     first: str | None = None
+    alternate: bool = False
     before: str | None = None
     unrotated: bool = False
 
@@ -127,6 +143,7 @@ class Family:
     rope_types:       the rope_type of a config -> what the family means by it; None: what the name says.
     output_norms:     further RMS norms behind attention and MLP, before their output is added to the hidden states.
     multipliers:      embedding_multiplier, residual_multiplier, attention_multiplier and logits_scaling count.
+    sinks:            the softmax of each head has a learnt score more, whose value is 0.
     latent:           queries, keys and values are made from small latents (multi-head latent attention).
     window:           None where sliding_window has no meaning.
     unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else every
@@ -152,6 +169,7 @@ class Family:
     rope_types: Mapping[str, str] | None = None
     output_norms: bool = False
     multipliers: bool = False
+    sinks: bool = False
     latent: bool = False
     window: WindowRules | None = None
     unrotated_layers: bool = False
@@ -168,7 +186,8 @@ class Family:
 
     def tensor(self, role: str, part: str = "weight", **place: int) -> str:
         """The name of a tensor in the checkpoint; place: layer and expert, counted from 0, where the role has them."""
-        return f"{self.tensors.get(role, _TENSORS[role]).format(**place)}.{part}"
+        name = self.tensors.get(role, _TENSORS[role]).format(**place)
+        return f"{name}.{part}" if role not in _BARE else name if part == "weight" else f"{name}_{part}"
 
     def layer_prefix(self, layer: int) -> str:
         """What the names of a layer's tensors begin with."""

@@ -53,8 +53,9 @@ def _window_layers(
         return tuple(kind == _SLIDING for kind in kinds)
     if rules.unrotated:
         return unrotated
-    if rules.before is not None:
-        return tuple(layer % 2 == 0 and layer < _layer_number(config, rules.before) for layer in range(num_layers))
+    if rules.alternate:
+        end = num_layers if rules.before is None else _layer_number(config, rules.before)
+        return tuple(layer % 2 == 0 and layer < end for layer in range(num_layers))
     first = 0 if rules.first is None else _layer_number(config, rules.first)
     return tuple(layer >= first for layer in range(num_layers))
 

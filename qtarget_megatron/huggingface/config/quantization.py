@@ -10,18 +10,21 @@ from qtarget_megatron.huggingface.config.config_file import shown
 
 # Where a config.json says how weights are quantised.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-_READ = "blocks of fp8 (quant_method fp8 with weight_block_size)"
+_READ = "blocks of fp8 (quant_method fp8 with weight_block_size) or mxfp4"
 # A block has no more rows or columns: the largest published ones have 128.
 _LARGEST_BLOCK = 2**16
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Weights in float8_e4m3fn with a scale for each block: those of ``NAME.weight_scale_inv`` for ``NAME.weight``.
+    """Weights in fewer bits, with a scale for each block.
 
+    method:        "fp8": matrices NAME in float8_e4m3fn, scales in NAME_scale_inv. "mxfp4": experts' matrices in 4
+                   bits, two numbers in a byte of NAME_blocks, and powers of two as scales in NAME_scales.
     rows, columns: of a block.
     """
 
+    method: str
     rows: int
     columns: int
 
@@ -37,6 +40,8 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     given = config[found[0]]
     if not isinstance(given, dict):
         raise ValueError(f"config.json: expected {found[0]} to be an object, got {shown(given)}")
+    if given.get("quant_method") == "mxfp4":
+        return Quantization("mxfp4", 1, 32)
     if given.get("quant_method") != "fp8" or given.get("weight_block_size") is None:
         method = shown(given.get("quant_method"))
         detail = " without weight_block_size" if method == "'fp8'" else ""
@@ -55,7 +60,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
         raise ValueError(
             f"config.json: expected weight_block_size to be rows and columns of a block, got {shown(block)}"
         )
-    return Quantization(*block)
+    return Quantization("fp8", *block)
 
 
 def _is_size(value: object) -> bool:

@@ -18,6 +18,7 @@ import torch
 from qtarget_megatron.huggingface.config import families
 from qtarget_megatron.huggingface.config.architecture import Architecture
 from qtarget_megatron.huggingface.config.family import CORRECTION
+from qtarget_megatron.huggingface.weights.fused_experts import down_pieces, down_slab, gate_up_pieces, gate_up_slab
 from qtarget_megatron.huggingface.weights.reader import HFReader
 from qtarget_megatron.huggingface.weights.tensors import hf_tensor_shapes
 
@@ -43,6 +44,7 @@ _LAYER = {
     "self_attention.linear_qkv.layer_norm_weight": (_REPLICATED, ("input_norm",)),
     "self_attention.linear_qkv.weight": (_QKV, ("query", "key", "value")),
     "self_attention.linear_qkv.bias": (_QKV, ("query", "key", "value")),
+    "self_attention.core_attention.softmax_offset": (_ROWS, ("sinks",)),
     "self_attention.q_layernorm.weight": (_REPLICATED, ("query_norm",)),
     "self_attention.k_layernorm.weight": (_REPLICATED, ("key_norm",)),
     "self_attention.linear_proj.weight": (_COLUMNS, ("attention_output",)),
@@ -56,6 +58,7 @@ _LAYER = {
     "mlp.linear_fc2.weight": (_COLUMNS, ("down",)),
     "mlp.linear_fc2.bias": (_REPLICATED, ("down",)),
     "mlp.router.weight": (_REPLICATED, ("router",)),
+    "mlp.router.bias": (_REPLICATED, ("router",)),
     "mlp.router.expert_bias": (_REPLICATED, ("router",)),
     "mlp.shared_experts.linear_fc1.weight": (_GATE_UP, ("shared_gate", "shared_up")),
     "mlp.shared_experts.linear_fc2.weight": (_COLUMNS, ("shared_down",)),
@@ -73,12 +76,16 @@ _PARTS = {"mlp.router.expert_bias": CORRECTION}
 _TO_LATENTS = ("query_down", "key_value_down")
 # Parameters of each expert that this expert-parallel rank holds.
 _EXPERT = {
-    "linear_fc1": (_GATE_UP, ("expert_gate", "expert_up")),
-    "linear_fc2": (_COLUMNS, ("expert_down",)),
+    "linear_fc1.weight": (_GATE_UP, ("expert_gate", "expert_up")),
+    "linear_fc1.bias": (_GATE_UP, ("expert_gate", "expert_up")),
+    "linear_fc2.weight": (_COLUMNS, ("expert_down",)),
+    "linear_fc2.bias": (_REPLICATED, ("expert_down",)),
 }
+# The roles where a checkpoint has a tensor for all experts of a layer.
+_FUSED = {("expert_gate", "expert_up"): ("experts_gate_up",), ("expert_down",): ("experts_down",)}
 _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>\w+)\.weight")
-_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<linear>\w+)\.weight(?P<expert>\d+)")
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>\w+\.(weight|bias))")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<linear>\w+\.(weight|bias))(?P<expert>\d+)")
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,11 @@ def is_expert(name: str) -> bool:
     """True for a Megatron parameter of one of a rank's experts: expert tensor parallelism cuts it, and each
     expert-parallel rank has others. ValueError for a name that has no counterpart in a Hugging Face checkpoint."""
     return _rule(name).expert is not None
+
+
+def holds_all_experts(arch: Architecture, name: str) -> bool:
+    """True for a Megatron parameter of an expert whose tensor holds those of all experts of the layer."""
+    return arch.experts is not None and arch.experts.fused and is_expert(name)
 
 
 def partition_dim(name: str) -> int | None:
@@ -198,10 +210,16 @@ def parameter_pieces(
     """
     if not 0 <= tp_rank < tp_size:
         raise ValueError(f"expected a tensor-parallel rank in [0, {tp_size}), got {tp_rank}")
-    kind = _rule(name).kind
+    rule = _rule(name)
+    kind = rule.kind
     read_as = "embedding.word_embeddings.weight" if _is_tied_head(arch, name) else name
     sources = _sources(arch, read_as, layer_offset, expert_offset)
-    if kind == _REPLICATED:
+    if holds_all_experts(arch, name):
+        width = arch.experts.ffn_hidden_size
+        share = None if kind == _REPLICATED else _share(name, width, tp_rank, tp_size)
+        read = gate_up_pieces if kind == _GATE_UP else down_pieces
+        yield from read(reader, sources[0], rule.expert + expert_offset, share)
+    elif kind == _REPLICATED:
         yield reader.read(sources[0])
     elif kind == _VOCABULARY:
         yield from _load_vocabulary(reader, arch, sources[0], tp_rank, tp_size, padded_vocab_size)
@@ -234,11 +252,14 @@ def merge_parameter(
     ``shards``: those of every (expert) tensor-parallel rank, in rank order; of a replicated parameter the
     first is taken. Vocabulary padding is cut. The output layer of a tied model gives {}, its weight
     being exported as the embedding.
+    Where a tensor holds all experts of a layer: the part of this one, [1, ...].
     Tensors keep the shards' dtype and device. ValueError where the shards do not add up to the
     architecture's shapes.
     """
     rows = merge_rows(arch, name, layer_offset=layer_offset, shards=shards, expert_offset=expert_offset)
-    merged, expected = {source: _joined(pieces) for source, pieces in rows.items()}, hf_tensor_shapes(arch)
+    merged, expected = {source: _joined(pieces) for source, pieces in rows.items()}, dict(hf_tensor_shapes(arch))
+    if holds_all_experts(arch, name):
+        expected |= {source: (1, *expected[source][1:]) for source in merged}
     for source, tensor in merged.items():
         if tuple(tensor.shape) != expected[source]:
             raise ValueError(
@@ -263,7 +284,9 @@ def merge_rows(
     kind = _rule(name).kind
     sources = _sources(arch, name, layer_offset, expert_offset)
     merged: list[Iterable[torch.Tensor]]
-    if kind == _REPLICATED:
+    if holds_all_experts(arch, name):
+        merged = [[(gate_up_slab if kind == _GATE_UP else down_slab)(shards)]]
+    elif kind == _REPLICATED:
         merged = [[shards[0]]]
     elif kind == _COLUMNS:
         merged = [_side_by_side(shards)]
@@ -330,7 +353,8 @@ def _rule(name: str) -> _Rule:
         return _Rule(*_LAYER[match[2]], _PARTS.get(match[2], part), layer=int(match[1]))
     expert = match and (_LOCAL_EXPERT.fullmatch(match[2]) or _GROUPED_EXPERT.fullmatch(match[2]))
     if expert and expert["linear"] in _EXPERT:
-        return _Rule(*_EXPERT[expert["linear"]], "weight", layer=int(match[1]), expert=int(expert["expert"]))
+        part = expert["linear"].partition(".")[2]
+        return _Rule(*_EXPERT[expert["linear"]], part, layer=int(match[1]), expert=int(expert["expert"]))
     raise ValueError(
         f"expected the name of a Megatron GPTModel parameter, got {name!r}; it has no counterpart in a Hugging Face "
         "checkpoint"
@@ -359,7 +383,9 @@ def _source_names(arch: Architecture, name: str, layer_offset: int, expert_offse
     place = {}
     if rule.layer is not None:
         place["layer"] = rule.layer + layer_offset
-    if rule.expert is not None:
+    if holds_all_experts(arch, name):
+        roles = _FUSED[roles]
+    elif rule.expert is not None:
         place["expert"] = rule.expert + expert_offset
     return tuple(family.tensor(role, rule.part, **place) for role in roles)
 

@@ -125,8 +125,9 @@ class HFReader:
     @property
     def names(self) -> tuple[str, ...]:
         """All tensor names, file by file."""
-        hidden = {part for quantized in self._quantized.values() for part in quantized.parts}
-        return tuple(name for name in self._entries if name not in hidden or name in self._quantized)
+        logical = {quantized.parts[0]: name for name, quantized in self._quantized.items()}
+        scales = {quantized.parts[1] for quantized in self._quantized.values()}
+        return tuple(logical.get(name, name) for name in self._entries if name not in scales)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's full shape."""
@@ -141,16 +142,17 @@ class HFReader:
         name: str,
         rows: tuple[int, int] | None = None,
         cols: tuple[int, int] | None = None,
+        last: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """A tensor on the CPU, in dtype(name); all of it or half-open ranges of it.
 
-        ``rows``: range of the first dimension, ``cols``: of the second. Only the bytes of that part
-        are read.
+        ``rows``: range of the first dimension, ``cols``: of the second, ``last``: of the third. Only the bytes of that
+        part are read.
 
         Raises ValueError for an unknown name or a range outside the tensor, and for a weight that is NaN or infinite.
         """
         shape, ranges = self._tensor(name).shape, []
-        for dim, wanted in enumerate((rows, cols)):
+        for dim, wanted in enumerate((rows, cols, last)):
             if dim >= len(shape) and wanted is None:
                 continue
             size = shape[dim] if dim < len(shape) else -1
@@ -160,7 +162,7 @@ class HFReader:
                     f"{name}: expected a range within shape {list(shape)}, got {wanted} in dimension {dim}"
                 )
             ranges.append((begin, end))
-        ranges += [(0, size) for size in shape[2:]]
+        ranges += [(0, size) for size in shape[3:]]
         quantized = self._quantized.get(name)
         tensor = self._slice(name, ranges) if quantized is None else quantized.read(self._slice, ranges)
         if not is_finite(tensor):

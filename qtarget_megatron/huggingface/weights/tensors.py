@@ -70,6 +70,8 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
     if arch.qk_norm:
         yield family.tensor("query_norm", layer=layer), (head,)
         yield family.tensor("key_norm", layer=layer), (head,)
+    if arch.sinks:
+        yield family.tensor("sinks", layer=layer), (arch.num_attention_heads,)
     experts = arch.experts
     if experts is None or not experts.layers[layer]:
         ffn = arch.ffn_hidden_size
@@ -78,10 +80,15 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
         yield from linear("down", hidden, ffn, arch.mlp_bias)
     else:
         ffn = experts.ffn_hidden_size
-        yield from linear("router", experts.count, hidden)
+        yield from linear("router", experts.count, hidden, experts.bias)
         if experts.has_correction:
             yield family.tensor("router", CORRECTION, layer=layer), (experts.count,)
-        for expert in range(experts.count):
+        for role, before, behind in (("experts_gate_up", hidden, 2 * ffn), ("experts_down", ffn, hidden)):
+            if experts.fused:
+                yield family.tensor(role, layer=layer), (experts.count, before, behind)
+            if experts.fused and experts.bias:
+                yield family.tensor(role, "bias", layer=layer), (experts.count, behind)
+        for expert in range(0 if experts.fused else experts.count):
             yield from linear("expert_gate", ffn, hidden, expert=expert)
             yield from linear("expert_up", ffn, hidden, expert=expert)
             yield from linear("expert_down", hidden, ffn, expert=expert)
@@ -149,7 +156,7 @@ def check_tensors(reader: HFReader, arch: Architecture) -> None:
 def _check_fused(reader: HFReader, arch: Architecture) -> None:
     """ValueError where the experts of a layer lie in one tensor, as transformers has them in memory."""
     fused = [name for name in reader.names if name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))]
-    if arch.experts is not None and fused:
+    if arch.experts is not None and not arch.experts.fused and fused:
         raise ValueError(
             f"{reader.directory}: expected tensors of each expert, got {fused[0]} of all experts of a layer: the model "
             "was saved with save_original_format=False; load it with transformers and save it without that"

@@ -22,6 +22,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.huggingface import Architecture, HFReader
 from qtarget_megatron.megatron.model.attention import LocalAttention
+from qtarget_megatron.megatron.model.experts import ExpertOutput
 from qtarget_megatron.megatron.model.multi_token_prediction import mtp_block_spec
 from qtarget_megatron.megatron.model.norm import RMSNorm
 from qtarget_megatron.megatron.model.residual import ResidualAdd
@@ -58,7 +59,7 @@ def layer_spec(
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
-    layers = [_with_residual_add(_with_router(spec), config, arch) for spec in block.layer_specs]
+    layers = [_with_residual_add(_with_router(spec, is_local), config, arch) for spec in block.layer_specs]
     if not is_local:
         return dataclasses.replace(block, layer_specs=layers)
     layers = [_local_layer(spec, config) for spec in layers]
@@ -69,12 +70,15 @@ def _is_local(args: argparse.Namespace) -> bool:
     return args.transformer_impl != "transformer_engine"
 
 
-def _with_router(spec: ModuleSpec) -> ModuleSpec:
-    """Megatron's layer with our router, where it has one."""
+def _with_router(spec: ModuleSpec, is_local: bool) -> ModuleSpec:
+    """Megatron's layer with our router, where it has one, and experts that can have biases."""
     layer = spec.submodules
     if not _has_experts(layer):
         return spec
     experts = dataclasses.replace(layer.mlp.keywords["submodules"], router=Router)
+    if is_local:
+        linears = dataclasses.replace(experts.experts.keywords["submodules"], linear_fc2=ExpertOutput)
+        experts = dataclasses.replace(experts, experts=functools.partial(experts.experts, submodules=linears))
     layer = dataclasses.replace(layer, mlp=functools.partial(layer.mlp, submodules=experts))
     return dataclasses.replace(spec, submodules=layer)
 
@@ -199,6 +203,7 @@ def build_gpt(
         teacher=teacher,
         teacher_cost=teacher_cost,
     )
+    _mark_parameters(model)
     # Megatron hard-wires three of the four parameters of the llama-3 scaling, and its base is an integer.
     if arch.latent is None:
         rotary = [model.rotary_pos_emb]
@@ -212,6 +217,18 @@ def build_gpt(
     for embedding in rotary:
         embedding.inv_freq = arch.inverse_frequencies().to(embedding.inv_freq.device)
     return model
+
+
+def _mark_parameters(model: GPTModel) -> None:
+    """Set the attributes that Megatron adds up gradients by, and takes their norm by, where it does not."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".core_attention.softmax_offset"):
+            # Each tensor-parallel rank has those of its own heads.
+            parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, 0, 1
+        elif ".mlp.experts." in name and hasattr(parameter, "sequence_parallel"):
+            # Biases: their gradients are added up over the ranks that have the same expert, not over shards of a
+            # sequence.
+            parameter.sequence_parallel = False
 
 
 def build_teacher(args: argparse.Namespace, arch: Architecture, *, student_vocab_size: int, **stage) -> GPTModel:

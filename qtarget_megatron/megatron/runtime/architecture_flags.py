@@ -10,6 +10,9 @@ from qtarget_megatron.huggingface import Architecture, yarn_scale
 
 # Megatron's arguments for what not every model has, with the values that mean it has not.
 _ABSENT = {
+    "softmax_type": "vanilla",
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
     "window_size": None,
     "window_attn_skip_freq": None,
     "no_rope_freq": None,
@@ -71,7 +74,8 @@ def megatron_flags(arch: Architecture) -> list[str]:
         "--tokenizer-type": "NullTokenizer",
     }
     flags = [str(word) for pair in values.items() for word in pair]
-    flags += ["--swiglu"] if arch.latent else ["--swiglu", "--group-query-attention"]
+    flags += ["--swiglu"] if has_swiglu(arch) else ["--quick-geglu"]
+    flags += [] if arch.latent else ["--group-query-attention"]
     if linear_biases != {True}:
         flags.append("--disable-bias-linear")
         flags += ["--add-qkv-bias"] if arch.qkv_bias else []
@@ -91,7 +95,8 @@ def layer_arguments(arch: Architecture) -> dict[str, object]:
 
     Raises ValueError where Megatron cannot express them.
     """
-    found = _ABSENT | {"rotary_percent": arch.partial_rotary_factor, "rotary_interleaved": arch.rotary_interleaved}
+    found: dict[str, object] = _ABSENT | {"softmax_type": "learnable" if arch.sinks else "vanilla"}
+    found |= {"rotary_percent": arch.partial_rotary_factor, "rotary_interleaved": arch.rotary_interleaved}
     if arch.window_layers:
         # Tokens before and behind the one that attends.
         found["window_size"] = (arch.sliding_window - 1, 0)
@@ -113,6 +118,11 @@ def _multiplier_arguments(arch: Architecture) -> dict[str, object]:
 def value_channels(arch: Architecture) -> int:
     """What Megatron's local attention takes a head's output to be wide."""
     return arch.head_dim if arch.latent is None else arch.latent.value_dim
+
+
+def has_swiglu(arch: Architecture) -> bool:
+    """MLPs gated by SiLU, not by a clamped function."""
+    return arch.experts is None or arch.experts.clamp is None
 
 
 def has_qk_norm(arch: Architecture) -> bool:
@@ -152,6 +162,8 @@ def _expert_arguments(arch: Architecture) -> dict[str, object]:
         "moe_router_group_topk": None if groups is None else groups.top,
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
         "moe_shared_expert_gate": experts.shared_weight,
+        "glu_linear_offset": 0.0 if experts.clamp is None else 1.0,
+        "activation_func_clamp_value": experts.clamp,
     }
 
 
@@ -213,6 +225,10 @@ def padded_vocab_size(vocab_size: int, args: argparse.Namespace) -> int:
 def describe_layers(args: argparse.Namespace, arch: Architecture) -> None:
     """Set layer_arguments, and what has no flag."""
     vars(args).update(layer_arguments(arch))
+    args.swiglu, args.quick_geglu = has_swiglu(arch), not has_swiglu(arch)
+    if args.quick_geglu:
+        # Megatron's fused one clamps before it adds the bias.
+        args.bias_gelu_fusion = False
     args.group_query_attention = arch.latent is None
     args.softmax_scale = arch.softmax_scale()
     if arch.rotary_scale() != 1:
@@ -279,7 +295,7 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
         "--moe-router-bias-update-rate",
     }
     # No Hugging Face model has another width to scale learning rates by.
-    fixed |= layer_flags() | {"--mup-base-hidden-size"}
+    fixed |= layer_flags() | {"--swiglu", "--quick-geglu", "--mup-base-hidden-size"}
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
     if given:
         raise ValueError(f"{', '.join(given)} follow(s) from the model's config.json and cannot be given: drop it")

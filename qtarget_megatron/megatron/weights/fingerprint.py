@@ -192,7 +192,8 @@ class Fingerprints:
             return _EMBEDDING
         first = first_indices(chunk, self._arch)
         name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda found: str(int(found[0]) + first["layer_offset"]), name)
-        number = r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+$"
+        grouped = r"(?<=\.experts\.linear_fc[12]\."
+        number = rf"(?<=\.local_experts\.)\d+|{grouped}weight)\d+$|{grouped}bias)\d+$"
         return re.sub(number, lambda found: str(int(found[0]) + first["expert_offset"]), name)
 
     def _is_first_shard(self, chunk: GPTModel, name: str, parameter: Tensor) -> bool:

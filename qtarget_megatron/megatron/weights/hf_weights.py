@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from qtarget_megatron.huggingface import (
     ShardPlan,
     hf_names,
     hf_tensor_shapes,
+    holds_all_experts,
     is_expert,
     merge_rows,
     parameter_pieces,
@@ -105,11 +107,12 @@ def save_hf_weights(
     Returns the SHA-256 of each file.
 
     Of each pipeline stage, its data-parallel replicas share the files (with experts: each expert-parallel rank writes
-    those of its own, the first one also the rest); one tensor-parallel rank of a replica writes, so the directory must
-    be on storage that all nodes share. It holds no more than one parameter, as a whole, beside its own shard. The
-    directory appears under its final name only when it is complete.
+    those of its own, the first one also the rest, and tensors of all experts of a layer); one tensor-parallel rank of a
+    replica writes, so the directory must be on storage that all nodes share. It holds no more than one parameter, as a
+    whole, beside its own shard. The directory appears under its final name only when it is complete.
 
-    Communicates: shards over the (expert) tensor-parallel group to the rank that writes; object gathers and broadcasts.
+    Communicates: shards over the (expert) tensor-parallel group, and over that of expert parallelism as well where a
+    tensor holds all experts, to the rank that writes; object gathers and broadcasts.
     """
     dtype = dtype or arch.dtype
     plan = plan_shards(arch, dtype, stages=_stages(models, arch))
@@ -140,7 +143,9 @@ class _Parameter:
     """A parameter of this rank.
 
     offsets:           as hf_names takes them.
-    group:             the ranks that hold its shards, in order; shards: how many different ones.
+    group:             the ranks that hold its shards, in order; those of the other experts as well where the tensor
+                       holds_all_experts.
+    shards:            how many different ones.
     replica, replicas: which of the groups that hold the same this is, and among how many files are shared.
     hf_names:          of the tensors that it is exported to, in this dtype.
     """
@@ -154,6 +159,7 @@ class _Parameter:
     shards: int
     replica: int
     replicas: int
+    holds_all_experts: bool
 
 
 def _parameters(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dtype) -> list[_Parameter]:
@@ -169,10 +175,11 @@ def _parameters(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dty
             names,
             # A tied head on a stage of its own is exported to nothing.
             tensor_dtype(names[0], dtype) if names else dtype,
-            shard_group(model, name),
+            model.pg_collection.tp_ep if holds_all_experts(arch, name) else shard_group(model, name),
             tensor_share(model, arch, name, parameter)[1],
             parallel_state.get_expert_data_parallel_rank() if is_expert(name) else dense,
             replicas,
+            holds_all_experts(arch, name),
         )
         for model in models
         for offsets in [first_indices(model, arch)]
@@ -217,12 +224,33 @@ def _tensors(
         names = wanted.intersection(parameter.hf_names)
         if not names:
             continue
+        if parameter.holds_all_experts:
+            # With the first of the experts, those of the others.
+            (name,) = names
+            wanted = wanted - names
+            experts = _slabs(arch, name, [other for other in parameters if name in other.hf_names], gathering)
+            if parameter.group.rank() == 0:
+                yield name, _reported(experts, report)
+            else:
+                for _ in experts:
+                    pass
+            continue
         shards = gathering.shards(parameter)
         if shards is None:
             continue
         merged = merge_rows(arch, parameter.name, **parameter.offsets, shards=shards)
         for name in names:
             yield name, _reported(merged.pop(name), report)
+
+
+def _slabs(arch: Architecture, name: str, experts: Sequence[_Parameter], gathering: _Gathering) -> Iterator[Tensor]:
+    """The tensor of all experts of a layer, expert by expert, on the writer; nothing elsewhere.
+
+    experts: those of this rank.
+    """
+    for shards in gathering.of_all_experts(experts):
+        (slabs,) = merge_rows(arch, experts[0].name, **experts[0].offsets, shards=shards).values()
+        yield from slabs
 
 
 def _reported(pieces: Iterator[Tensor], report: Callable[[int], None]) -> Iterator[Tensor]:
@@ -238,7 +266,7 @@ class _Gathering:
     """
 
     def __init__(self, parameters: Sequence[_Parameter], dtype: torch.dtype):
-        cut = [p for p in parameters if p.shards > 1 and p.group.rank() == 0]
+        cut = [p for p in parameters if (p.shards > 1 or p.holds_all_experts) and p.group.rank() == 0]
         largest = max((p.shard.numel() * p.shards for p in cut), default=0)
         self._whole = torch.empty(largest, dtype=dtype, device="cpu")
         device = parameters[0].shard.device if parameters else None
@@ -250,19 +278,50 @@ class _Gathering:
         if ranks == 1:
             return [parameter.shard.to("cpu", parameter.dtype)] if group.rank() == 0 else None
         if group.rank() != 0:
-            for part in own.split(self._block.numel()):
-                block = self._block[: part.numel()]
-                block.copy_(part)
-                dist.send(block, group=group, group_dst=0)
+            self._send(own, group)
             return None
         shards = self._whole[: own.numel() * ranks].view(ranks, own.numel())
         shards[0].copy_(own)
         for rank in range(1, ranks):
-            for part in shards[rank].split(self._block.numel()):
-                block = self._block[: part.numel()]
-                dist.recv(block, group=group, group_src=rank)
-                part.copy_(block)
+            self._receive(shards[rank], group, rank)
         return [shard.view(parameter.shard.shape) for shard in shards]
+
+    def of_all_experts(self, experts: Sequence[_Parameter]) -> Iterator[list[Tensor]]:
+        """The shards of one expert after another, of those that this rank has and then of those of the other ranks, on
+        the first rank of their group, each until the next; nothing elsewhere."""
+        first = experts[0]
+        group, numel = first.group, first.shard.numel()
+        tensor, expert = (
+            parallel_state.get_expert_tensor_parallel_group(),
+            parallel_state.get_expert_model_parallel_group(),
+        )
+        if group.rank() != expert.rank() * tensor.size() + tensor.rank():
+            raise RuntimeError("the ranks of expert parallelism lie in another order than expected")
+        if group.rank() != 0:
+            for parameter in experts if tensor.rank() < first.shards else ():
+                self._send(parameter.shard.view(-1), group)
+            return
+        shards = self._whole[: numel * first.shards].view(first.shards, numel)
+        for other in range(expert.size()):
+            for parameter in experts:
+                for rank in range(first.shards):
+                    if (other, rank) == (0, 0):
+                        shards[0].copy_(parameter.shard.view(-1))
+                    else:
+                        self._receive(shards[rank], group, other * tensor.size() + rank)
+                yield [shard.view(parameter.shard.shape) for shard in shards]
+
+    def _send(self, own: Tensor, group: ProcessGroup) -> None:
+        for part in own.split(self._block.numel()):
+            block = self._block[: part.numel()]
+            block.copy_(part)
+            dist.send(block, group=group, group_dst=0)
+
+    def _receive(self, target: Tensor, group: ProcessGroup, rank: int) -> None:
+        for part in target.split(self._block.numel()):
+            block = self._block[: part.numel()]
+            dist.recv(block, group=group, group_src=rank)
+            part.copy_(block)
 
 
 def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
@@ -280,6 +339,11 @@ def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
 def _stages(models: Sequence[GPTModel], arch: Architecture) -> list[list[str]]:
     """The Hugging Face tensors of every pipeline stage, in order; of each those on every expert-parallel rank."""
     of_stage = _gather(_held(models, arch), parallel_state.get_expert_model_parallel_group())
+    if arch.experts is not None and arch.experts.fused:
+        # A tensor of all experts counts on the first rank, where all ranks together have all of them.
+        found = Counter(name for held in of_stage for name in held)
+        whole = [name for name in dict.fromkeys(of_stage[0]) if found[name] in (1, arch.experts.count)]
+        of_stage = [whole, *([] for _ in of_stage[1:])]
     stages = _gather(of_stage, parallel_state.get_pipeline_model_parallel_group())
     return [held for of_stage in stages for held in of_stage]
 

@@ -8,7 +8,7 @@ FAMILY = Family(
     name="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     qkv_bias="qkv_bias",
-    window=WindowRules(switch="use_sliding_window", listed=True, before="max_window_layers"),
+    window=WindowRules(switch="use_sliding_window", listed=True, alternate=True, before="max_window_layers"),
     experts=ExpertRules(
         normalized="norm_topk_prob",
         shared_width="shared_expert_intermediate_size",

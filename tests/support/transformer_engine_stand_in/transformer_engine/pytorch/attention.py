@@ -15,7 +15,8 @@ class DotProductAttention(TransformerEngineBaseModule):
     """Causal attention over [sequence, batch, heads, channels], softmax in float32.
 
     num_attention_heads, num_gqa_groups: of all ranks. kv_channels: of keys and values, or of each. window_size: tokens
-    before and behind the one that attends, itself not counted; none behind it.
+    before and behind the one that attends, itself not counted; none behind it. softmax_type: "learnable" has a score
+    more for each head.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         layer_number: int | None = None,
         attention_type: str = "self",
         softmax_scale: float | None = None,
+        softmax_type: str = "vanilla",
     ):
         super().__init__()
         before, behind = window_size or (-1, 0)
@@ -40,6 +42,12 @@ class DotProductAttention(TransformerEngineBaseModule):
             raise NotImplementedError("the stand-in for Transformer Engine has causal self-attention alone")
         self.tp_size = tp_size if tp_group is None else dist.get_world_size(tp_group)
         self.set_tensor_parallel_group(tp_group)
+        if softmax_type not in ("vanilla", "learnable"):
+            raise NotImplementedError(f"the stand-in for Transformer Engine has no softmax of type {softmax_type}")
+        self.softmax_offset = None
+        if softmax_type == "learnable":
+            offsets = torch.empty(divide(num_attention_heads, self.tp_size), device="cuda")
+            self.softmax_offset = torch.nn.Parameter(offsets)
         self.num_attention_heads = num_attention_heads
         self.num_gqa_groups = num_attention_heads if num_gqa_groups is None else num_gqa_groups
         self.num_gqa_groups_per_partition = divide(self.num_gqa_groups, self.tp_size)
@@ -63,6 +71,10 @@ class DotProductAttention(TransformerEngineBaseModule):
         position = torch.arange(length, device=scores.device)
         distance, before = position[:, None] - position, self.window_size[0]
         unseen = (distance < 0) | ((distance > before) if before >= 0 else False)
-        weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(unseen, -torch.inf)
+        if self.softmax_offset is not None:
+            offsets = self.softmax_offset.float()[:, None, None]
+            scores = torch.cat([scores, offsets.expand(*scores.shape[:3], 1)], -1)
+        weights = scores.softmax(-1)[..., :length]
         out = torch.einsum("bhqk,bhkc->qbhc", weights, value.float())
         return out.to(value.dtype).flatten(2)

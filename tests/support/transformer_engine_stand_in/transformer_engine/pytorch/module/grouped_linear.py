@@ -12,7 +12,8 @@ from .base import TransformerEngineBaseModule, refuse_fused_gradients
 
 
 class GroupedLinear(TransformerEngineBaseModule):
-    """One weight for each expert: weight0, weight1, ... It does not communicate: the token dispatcher does."""
+    """One weight for each expert: weight0, weight1, ..., and biases that are returned. It does not communicate: the
+    token dispatcher does."""
 
     def __init__(
         self,
@@ -37,8 +38,10 @@ class GroupedLinear(TransformerEngineBaseModule):
     ):
         super().__init__()
         refuse_fused_gradients(fuse_wgrad_accumulation)
-        if bias or single_grouped_weight or single_grouped_bias:
-            raise NotImplementedError("the stand-in for Transformer Engine has a weight for each expert, and no biases")
+        if single_grouped_weight or single_grouped_bias or bias != (bias and return_bias):
+            raise NotImplementedError(
+                "the stand-in for Transformer Engine has a weight for each expert, and adds no biases itself"
+            )
         self._join(tp_group, tp_size, parallel_mode, sequence_parallel)
         self.in_features = divide(in_features, self.tp_size) if parallel_mode == "row" else in_features
         self.out_features = divide(out_features, self.tp_size) if parallel_mode == "column" else out_features
@@ -47,7 +50,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         for index in range(num_gemms):
             init = init_method, get_rng_state_tracker, rng_tracker_name
             self._add_weight(f"weight{index}", params_dtype, device, *init)
-            self._add_bias(f"bias{index}", params_dtype, device, wanted=False)
+            self._add_bias(f"bias{index}", params_dtype, device, wanted=bias)
 
     def forward(
         self,
@@ -61,4 +64,5 @@ class GroupedLinear(TransformerEngineBaseModule):
             raise ValueError(f"expected {self.num_gemms} numbers of tokens, got {splits}")
         weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
         out = torch.cat([linear(part, weight) for part, weight in zip(inp.split(splits), weights, strict=True)])
-        return (out, []) if self.return_bias else out
+        biases = [getattr(self, f"bias{index}") for index in range(self.num_gemms)] if self.use_bias else []
+        return (out, biases) if self.return_bias else out
