@@ -109,8 +109,12 @@ def _language_module(model: Any) -> LanguageModule:
                 "expected a megatron-core language model (GPTModel, HybridModel, ...), wrapped or not, got "
                 f"{type(model).__name__}"
             )
-    if bare.post_process and not hasattr(bare, "output_layer"):
-        raise ValueError(f"expected a language model with an output_layer, got {type(bare).__name__}, which has none")
+    taken = inspect.signature(bare.forward).parameters
+    by_name = "labels" in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    if not by_name or (bare.post_process and not hasattr(bare, "output_layer")):
+        raise ValueError(
+            f"expected a language model with an output_layer whose forward takes labels, got {type(bare).__name__}"
+        )
     return bare
 
 

@@ -439,6 +439,14 @@ def behaviour():
     found["teacher"] = message(attach, model, "target-sft", "eta=0.5", vocab_size=VOCAB)
     found["name"] = message(attach, model, "no-such", vocab_size=VOCAB)
     found["arguments"] = message(attach, model, objectives.sft(), "gamma=2", vocab_size=VOCAB)
+
+    class Other(type(model)):
+        def forward(self, input_ids, lm_labels):
+            """As BertModel's."""
+
+    other = build("untied")
+    other.__class__ = Other
+    found["other labels"] = message(attach, other, "sft", vocab_size=VOCAB)
     del model.output_layer
     found["headless"] = message(attach, model, "sft", vocab_size=VOCAB)
     return found
@@ -457,7 +465,8 @@ def test_an_attached_objective_comes_and_goes():
         "teacher": "reads a second model, and none is attached: use",
         "name": "no-such",
         "arguments": "an Objective has its arguments already, got gamma=2",
-        "headless": "expected a language model with an output_layer, got GPTModel",
+        "other labels": "with an output_layer whose forward takes labels, got Other",
+        "headless": "with an output_layer whose forward takes labels, got GPTModel",
     }
     assert messages.keys() == expected.keys()
     for name, text in expected.items():
