@@ -80,8 +80,9 @@ $(BUILD): $(DEPENDENCIES) $(NATIVE_SOURCES)
 demo: $(BUILD)
 	@$(PY) -m examples.demo.run $(DEMO_ARGS)
 
-# Two files at a time: each has launches of several ranks of its own.
-PYTEST = $(PY) -m pytest -n 2 --dist loadfile
+# Two files at a time: each has launches of several ranks of its own. In the order of their names: those with few long
+# tests come before those with many short ones, which end at about one time.
+PYTEST = $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
 test: $(BUILD)

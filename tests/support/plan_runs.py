@@ -27,6 +27,16 @@ MODELS = {
         dict(num_key_value_heads=2, head_dim=24, moe_intermediate_size=96, num_experts_per_tok=2, norm_topk_prob=True)
         | dict(num_local_experts=8, decoder_sparse_step=2),
     ),
+    "weighted": (
+        "Qwen2Moe",
+        dict(num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96)
+        | dict(shared_expert_intermediate_size=160, mlp_only_layers=[1]),
+    ),
+    "sinks": (
+        "GptOss",
+        dict(num_key_value_heads=2, head_dim=24, num_local_experts=8, num_experts_per_tok=2, sliding_window=40)
+        | dict(intermediate_size=96, pad_token_id=None),
+    ),
     "latent": (
         "DeepseekV3",
         dict(num_key_value_heads=8, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8)

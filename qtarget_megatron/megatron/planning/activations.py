@@ -22,11 +22,14 @@ heads of width d, q = a d and k numbers of queries and of keys, MLP width f:
       of C ranks         n (q + C (2 q + 2 k)) e        queries and output at their places in the sequence, keys, values
       with a window w    n (4 q e + 4 a) + s (w + B) e  queries, keys and values of every head, the output of blocks of
                                                         B queries; their masks
+      with sinks         n (q + 2 (a + g) (d + p)) e    p 1 in float32, else 3; g key/value heads; the output besides
+      and a window       n (q + (4 + 2 m) a (d + p)) e  m = (1 - B / s) (1 + w / B), at least 0
     output layer         n q e
     MLP                  3 n f e                        output of the first linear layer, input of the second
 
 Experts: k' per token, balanced, of width f' on each of E' expert tensor-parallel ranks make k' n' E' rows: (h + 3 f' +
-1) e each, and n' (20 k' + (1 + e) E) for the choice among E experts; of a weighted shared expert n' (h + 1) e.
+1) e each (8 f' where they are clamped), and n' (20 k' + (1 + e) E) for the choice among E experts; of a weighted shared
+expert n' (h + 1) e.
 
 Latent attention, with r, p, v the rotary, plain and value widths: for each latent of width w n (norm(w) + w e), in
 float32 the keys' rotary part beside it, n a (2 (r + p) + 2 v) e for queries, keys, values and the output layer's input,
@@ -123,7 +126,20 @@ class Activations:
                         keys if layout.context == 1 else 2 * layout.context * keys
                     )
                     whole = whole if whole_is_normed else 0
+            if arch.sinks:
+                numbers, whole = queries + layout.context * self._with_sinks(heads, groups, window), 0
         return found + layout.tokens * (numbers + whole) * element
+
+    def _with_sinks(self, heads: float, groups: float, window: int | None) -> float:
+        """Numbers per token of queries, keys, values and output with those of the sinks, which are copies."""
+        from qtarget_megatron.megatron.model.attention import BLOCK
+
+        length, wide = self._layout.seq_length, self._arch.head_dim + (1 if self._element == 4 else 3)
+        if window is None or window >= length - 1:
+            return 2 * (heads + groups) * wide
+        # Each block of queries but the first has keys and values of its own.
+        more = max(1 - BLOCK / length, 0) * (1 + window / BLOCK)
+        return (4 + 2 * more) * heads * wide
 
     def _latent_attention(self, recomputes: bool) -> float:
         latent, layout, element = self._arch.latent, self._layout, self._element
@@ -145,7 +161,9 @@ class Activations:
     def _experts(self) -> float:
         experts, element, ranks = self._arch.experts, self._element, self._layout.expert_tensor
         rows = experts.per_token * self._rows * ranks
-        found = rows * (self._arch.hidden_size + 3 * experts.ffn_hidden_size / ranks + 1) * element
+        # Megatron's fused SiLU keeps its input; of clamped functions autograd keeps each step.
+        widths = 3 if experts.clamp is None else 8
+        found = rows * (self._arch.hidden_size + widths * experts.ffn_hidden_size / ranks + 1) * element
         found += self._rows * (20 * experts.per_token + (1 + element) * experts.count)
         found += self._rows * (self._arch.hidden_size + 1) * element if experts.shared_weight else 0
         return found + self._mlp(experts.shared_ffn_hidden_size or 0)

@@ -101,8 +101,9 @@ class Sizes:
                 arch, layer, tp_size=layout.tensor, whole_latents=self.args.transformer_impl != "local"
             )
             if experts is not None and experts.layers[layer]:
-                numbers = 3 * arch.hidden_size * experts.ffn_hidden_size * experts.count
-                of_experts += numbers // (layout.expert_parallel * layout.expert_tensor)
+                numbers = 3 * arch.hidden_size * experts.ffn_hidden_size
+                numbers += arch.hidden_size + 2 * experts.ffn_hidden_size if experts.bias else 0
+                of_experts += numbers * experts.count // (layout.expert_parallel * layout.expert_tensor)
         return Parameters(of_experts, others)
 
     def gradient_element(self) -> int:
