@@ -38,7 +38,7 @@ def _begin(request, arch, is_known: bool) -> None:
         f"{sizes.row_length} tokens{''.join(f' {word}' for word in request.precision)}"
     )
     known = " (known from an earlier verification)" if is_known else ""
-    print_once(f"reference  one rank, float32{known}; noise: reordered, and in the precision of the layout")
+    print_once(f"reference  one rank, float32{known}")
     if request.left_out:
         print_once(f"left out   {' '.join(request.left_out)}")
     print_once("")

@@ -159,7 +159,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class OneRankTrainings:
-    """What one rank has computed: the reference, the same reordered, the same in the precision of the layout."""
+    """What one rank has computed: the reference, the same reordered, the same in the precision of the layout (on a CPU
+    in float32 that is the reordered one)."""
 
     reference: Training
     reordered: Training
