@@ -109,7 +109,7 @@ def test_the_comparison_with_transformers_takes_it(tmp_path, plain):
     edit_json(index, weight_map=json.loads(index.read_text())["weight_map"] | dict.fromkeys(spare, "spare.safetensors"))
     save_file(spare, tmp_path / "fp8" / "spare.safetensors")
     reader, arch = HFReader(tmp_path / "fp8"), Architecture.from_hf(tmp_path / "fp8")
-    check_tensors(reader, arch)
+    assert check_tensors(reader, arch) == sorted(spare)
     edit_json(tmp_path / "fp8" / "config.json", num_nextn_predict_layers=0)
     with pytest.raises(ValueError, match="unexpected: model.layers.3.0"):
         check_tensors(reader, Architecture.from_hf(tmp_path / "fp8"))

@@ -105,20 +105,22 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
         yield family.tensor("mlp_output_norm", layer=layer), (hidden,)
 
 
-def check_tensors(reader: HFReader, arch: Architecture) -> None:
-    """Raise ValueError unless the checkpoint holds exactly the tensors that config.json promises.
+def check_tensors(reader: HFReader, arch: Architecture) -> list[str]:
+    """The tensors that are left out, those of layers that predict further tokens; by name, sorted.
 
-    Names, shapes and floating dtypes are compared; leftovers named rotary_emb.inv_freq and layers that predict further
-    tokens are ignored. A tied model may also hold a head, if it is equal to the embedding (only then are both read).
+    Raises ValueError unless the checkpoint holds exactly the others that config.json promises: names, shapes and
+    floating dtypes are compared, leftovers named rotary_emb.inv_freq are ignored. A tied model may also hold a head, if
+    it is equal to the embedding (only then are both read).
     """
     family = families.by_name(arch.family)
     _check_fused(reader, arch)
     head, embedding = family.tensor("head"), family.tensor("embedding")
     expected = hf_tensor_shapes(arch)
     further = range(arch.num_layers, arch.num_layers + arch.further_layers)
-    ignored = tuple(map(family.layer_prefix, further))
+    prefixes = tuple(map(family.layer_prefix, further))
     present = {name for name in reader.names if not name.endswith("rotary_emb.inv_freq")}
-    present -= {name for name in present if name.startswith(ignored)}
+    left_out = sorted(name for name in present if name.startswith(prefixes))
+    present.difference_update(left_out)
     spare_head = arch.tied and head in present
     problems = {
         "missing": [name for name in expected if name not in present],
@@ -151,6 +153,7 @@ def check_tensors(reader: HFReader, arch: Architecture) -> None:
             "true), got other values; set tie_word_embeddings to false if the head is meant to be "
             "its own"
         )
+    return left_out
 
 
 def _check_fused(reader: HFReader, arch: Architecture) -> None:

@@ -229,6 +229,9 @@ def describe_layers(args: argparse.Namespace, arch: Architecture) -> None:
     if args.quick_geglu:
         # Megatron's fused one clamps before it adds the bias.
         args.bias_gelu_fusion = False
+    if arch.mlp_bias and arch.experts is not None:
+        # Transformer Engine's grouped experts refuse it.
+        args.bias_dropout_fusion = False
     args.group_query_attention = arch.latent is None
     args.softmax_scale = arch.softmax_scale()
     if arch.rotary_scale() != 1:

@@ -7,6 +7,7 @@ of them is its Purpose.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,8 @@ from qtarget_megatron.megatron.runtime.architecture_flags import check_flags, im
 from qtarget_megatron.megatron.runtime.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout
 from qtarget_megatron.objectives import Objective
+
+_log = logging.getLogger("qtarget_megatron")
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,15 @@ class Run:
         return load_model_tokenizer(self.hf_model, self.student)
 
     def check_weights(self) -> None:
-        """ValueError unless the model's directory holds its weights; headers only."""
-        check_tensors(HFReader(self.hf_model), self.student)
+        """ValueError unless the model's directory holds its weights; headers only. A line names those that are left
+        out."""
+        left_out = check_tensors(HFReader(self.hf_model), self.student)
+        if left_out:
+            _log.warning(
+                "%s: %d tensors of layers that predict further tokens are left out, neither trained nor exported: %s, "
+                "...",
+                *(self.hf_model, len(left_out), left_out[0]),
+            )
 
     def add_teacher(self, directory: Path, flag: str, *, weights: Any = None) -> None:
         """Stack a second model, given by flag, on the first; of its weights headers only.

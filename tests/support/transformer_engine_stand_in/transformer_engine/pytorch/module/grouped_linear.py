@@ -12,8 +12,8 @@ from .base import TransformerEngineBaseModule, refuse_fused_gradients
 
 
 class GroupedLinear(TransformerEngineBaseModule):
-    """One weight for each expert: weight0, weight1, ..., and biases that are returned. It does not communicate: the
-    token dispatcher does."""
+    """One weight for each expert: weight0, weight1, ..., and biases that are added, or
+    returned. It does not communicate: the token dispatcher does."""
 
     def __init__(
         self,
@@ -38,10 +38,8 @@ class GroupedLinear(TransformerEngineBaseModule):
     ):
         super().__init__()
         refuse_fused_gradients(fuse_wgrad_accumulation)
-        if single_grouped_weight or single_grouped_bias or bias != (bias and return_bias):
-            raise NotImplementedError(
-                "the stand-in for Transformer Engine has a weight for each expert, and adds no biases itself"
-            )
+        if single_grouped_weight or single_grouped_bias:
+            raise NotImplementedError("the stand-in for Transformer Engine has a weight and a bias for each expert")
         self._join(tp_group, tp_size, parallel_mode, sequence_parallel)
         self.in_features = divide(in_features, self.tp_size) if parallel_mode == "row" else in_features
         self.out_features = divide(out_features, self.tp_size) if parallel_mode == "column" else out_features
@@ -63,6 +61,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         if len(splits) != self.num_gemms:
             raise ValueError(f"expected {self.num_gemms} numbers of tokens, got {splits}")
         weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
-        out = torch.cat([linear(part, weight) for part, weight in zip(inp.split(splits), weights, strict=True)])
         biases = [getattr(self, f"bias{index}") for index in range(self.num_gemms)] if self.use_bias else []
+        added = biases if biases and not self.return_bias else [None] * self.num_gemms
+        out = torch.cat(list(map(linear, inp.split(splits), weights, added)))
         return (out, biases) if self.return_bias else out
