@@ -31,7 +31,12 @@ from qtarget_megatron.data import held_out_sets, open_records, training_sources
 from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron.faults import ending, same_start
 from qtarget_megatron.megatron.faults.explained import explained
-from qtarget_megatron.megatron.faults.resume_point import iteration_folder, newest_complete, prepare_start
+from qtarget_megatron.megatron.faults.resume_point import (
+    iteration_folder,
+    names_iteration,
+    newest_complete,
+    prepare_start,
+)
 from qtarget_megatron.megatron.faults.watchdog import Watchdog
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 from qtarget_megatron.megatron.runtime import cpu_platform, launch, wheel_repairs
@@ -241,7 +246,8 @@ def _check(run: Run) -> None:
             f"--load {args.load}: expected a Megatron checkpoint (latest_checkpointed_iteration.txt), found none: drop "
             "--load to start from --hf-model"
         )
-    if launch.has_checkpoint(args.load):
+    # Megatron ends the process where the tracker file is damaged; prepare_start() mends it, or says what to do.
+    if launch.has_checkpoint(args.load) and names_iteration(Path(args.load)):
         check_resumed_experts(args, student)
         check_saved_heads(args)
 

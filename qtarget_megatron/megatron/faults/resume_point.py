@@ -71,6 +71,11 @@ def prepare_start(args: argparse.Namespace) -> Start:
     return Start(int(chosen), tuple(messages))
 
 
+def names_iteration(load: Path) -> bool:
+    """Whether the tracker file of a checkpoint directory names what to load."""
+    return _tracked(load)[0] is not None
+
+
 def newest_complete(directory: str | Path, *, but: str | None = None) -> int | None:
     """The newest iteration in a checkpoint directory whose files are all there, other than but."""
     numbers = sorted((number for number, _ in _iterations(Path(directory)) if str(number) != but), reverse=True)
