@@ -259,7 +259,7 @@ class AttachedObjective:
         labels, inputs = forward.next_head(labels)
         if isinstance(logits, DeferredLogits):
             losses, statistics = loss.of_hidden(logits.head, labels, inputs, logits.scale)
-            logits.set_most_likely(labels, statistics)
+            logits.set_computed(labels, statistics)
         else:
             # Another rule than a factor may need its result once more in backward.
             inplace = forward.scale is not None
@@ -324,17 +324,14 @@ class DeferredLogits:
 
     def __init__(self, head: OutputHead, scale: float = 1.0):
         self.head, self.scale = head, scale
-        self._most_likely: Tensor | None = None
+        self._computed: tuple[Tensor, TokenStatistics] | None = None
 
     def scaled(self, factor: float) -> DeferredLogits:
         return DeferredLogits(self.head, self.scale * factor)
 
-    def set_most_likely(self, labels: Tensor, statistics: TokenStatistics) -> None:
-        """labels: [b, s]. statistics: of their loss, [s, b]."""
-        # log p(y) is that of the largest logit, whose distance from log sum exp is log(sum_exp). The slack is the
-        # rounding of float64: it is far below the distance of two float32 logits.
-        is_label = statistics.log_p + statistics.sum_exp.log() > -1e-9
-        self._most_likely = torch.where(is_label, labels.t(), -1)
+    def set_computed(self, labels: Tensor, statistics: TokenStatistics) -> None:
+        """What the loss was computed from and what it found: labels [b, s], statistics [s, b]."""
+        self._computed = labels, statistics
 
     def size(self, dim: int) -> int:
         """Columns of the shard. dim: -1."""
@@ -349,8 +346,12 @@ class DeferredLogits:
 
     def argmax(self, dim: int) -> Tensor:
         """The most likely token where it is the label, else -1; [s, b]. dim: -1."""
-        assert self._most_likely is not None, "the loss has not been computed"
-        return self._most_likely
+        assert self._computed is not None, "the loss has not been computed"
+        labels, statistics = self._computed
+        # log p(y) is that of the largest logit, whose distance from log sum exp is log(sum_exp). The slack is the
+        # rounding of float64: it is far below the distance of two float32 logits.
+        is_label = statistics.log_p + statistics.sum_exp.log() > -1e-9
+        return torch.where(is_label, labels.t(), -1)
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
