@@ -246,8 +246,10 @@ def _check(run: Run) -> None:
             f"--load {args.load}: expected a Megatron checkpoint (latest_checkpointed_iteration.txt), found none: drop "
             "--load to start from --hf-model"
         )
-    # Megatron ends the process where the tracker file is damaged; prepare_start() mends it, or says what to do.
-    if launch.has_checkpoint(args.load) and names_iteration(Path(args.load)):
+    # Megatron ends the process where the tracker file is damaged; prepare_start() mends it, or says what to do. What
+    # other formats hold is not known before they are loaded.
+    torch_dist = args.ckpt_format == "torch_dist"
+    if torch_dist and launch.has_checkpoint(args.load) and names_iteration(Path(args.load)):
         check_resumed_experts(args, student)
         check_saved_heads(args)
 

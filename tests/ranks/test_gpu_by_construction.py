@@ -235,7 +235,7 @@ def further_heads():
             matrix(TOKENS, VOCABULARY), labels[0], objective=objectives.sft(), return_statistics=True
         )
         deferred = DeferredLogits(head)
-        deferred.set_most_likely(labels, stats.reshaped(torch.Size((TOKENS, 1))))
+        deferred.set_computed(labels, stats.reshaped(torch.Size((TOKENS, 1))))
         found = [roll.mask(labels), given.token_inputs["weight"], given.teacher().hidden, deferred.argmax(-1)]
         return [(str(values.device), tuple(values.shape)) for values in found]
 

@@ -94,6 +94,9 @@ def structure(arch: Architecture) -> dict:
 @pytest.mark.parametrize("name", NAMES)
 def test_structure_stays_and_the_layout_divides(name, cuts):
     large = Architecture.from_config(config_of(name))
+    if large.experts is not None and large.experts.bias:
+        # A layout that Megatron has for them.
+        cuts = dataclasses.replace(cuts, expert_tensor=1)
     config = shrunk_config(config_of(name), cuts, vocab_size=307, positions=128)
     small = Architecture.from_config(config)
     assert structure(small) == structure(large)

@@ -105,6 +105,8 @@ def _experts(arch: Architecture, rules: ExpertRules, cuts: Cuts) -> dict[str, An
     count = _multiple(max(min(experts.count, _EXPERTS), 2 * groups, per_token), math.lcm(cuts.expert, groups))
     found = {rules.count: count, rules.per_token: per_token}
     found[rules.width] = _multiple(_EXPERT_FFN, _UNIT * math.lcm(cuts.tensor, cuts.expert_tensor))
+    if rules.shared_width is not None:
+        found[rules.shared_width] = _multiple(2 * _EXPERT_FFN, _UNIT * cuts.tensor)
     if rules.groups is not None and rules.top_groups is not None:
         found |= {rules.groups: groups, rules.top_groups: top}
     return found
