@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from qtarget_megatron.collectives import gather_sequence
@@ -57,13 +59,17 @@ def _places(model: OpenModel) -> dict[Place, torch.nn.Module]:
     for chunk in model.chunks:
         if chunk.pre_process:
             places[Place.embedding()] = chunk.embedding
+        is_hybrid = isinstance(chunk, HybridModel)
         for layer in chunk.decoder.layers:
-            number = layer.layer_number - 1
-            places[Place.of_layer(number, "attention")] = layer.self_attention
-            places[Place.of_layer(number, "MLP")] = layer.mlp
-            places[Place.of_layer(number, "output")] = layer
+            number = (layer.layer_number - 1) // (2 if is_hybrid else 1)
+            if not isinstance(layer.self_attention, IdentityOp):
+                places[Place.of_layer(number, "attention")] = layer.self_attention
+            if not isinstance(layer.mlp, IdentityOp):
+                places[Place.of_layer(number, "MLP")] = layer.mlp
+                places[Place.of_layer(number, "output")] = layer
         if chunk.post_process:
-            places[Place.final_norm(model.arch.num_layers)] = chunk.decoder.final_layernorm
+            norm = chunk.decoder.final_norm if is_hybrid else chunk.decoder.final_layernorm
+            places[Place.final_norm(model.arch.num_layers)] = norm
     return places
 
 

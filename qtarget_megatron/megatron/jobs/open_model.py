@@ -21,7 +21,7 @@ from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.weights.saved_model import SavedModel
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.common.language_module.language_module import LanguageModule
 
 
 # Every parameter is filled afterwards, so Megatron need not draw random ones.
@@ -33,12 +33,12 @@ class OpenModel:
     """This rank's part of a model in Megatron, without optimizer and data.
 
     run:     what was asked for, with Megatron's arguments, which Megatron has completed.
-    chunks:  the bare GPT models, one for each virtual pipeline stage.
+    chunks:  the bare models, one for each virtual pipeline stage.
     wrapped: the same, as Megatron's loops take them.
     """
 
     run: Run
-    chunks: list[GPTModel]
+    chunks: list[LanguageModule]
     wrapped: list[torch.nn.Module]
 
     @property

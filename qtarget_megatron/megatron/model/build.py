@@ -1,4 +1,4 @@
-"""Megatron GPT models for a Hugging Face architecture, student and frozen teacher, with weights from safetensors."""
+"""Megatron's models for a Hugging Face architecture, student and frozen teacher, with weights from safetensors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -17,17 +18,18 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from megatron.training.arguments import core_transformer_config_from_args
 
 from qtarget_megatron.huggingface import Architecture, HFReader
 from qtarget_megatron.megatron.model.attention import LocalAttention
 from qtarget_megatron.megatron.model.experts import ExpertOutput
+from qtarget_megatron.megatron.model.hybrid import hybrid_config, layer_pattern, stack_spec
 from qtarget_megatron.megatron.model.multi_token_prediction import mtp_block_spec
 from qtarget_megatron.megatron.model.norm import RMSNorm
 from qtarget_megatron.megatron.model.residual import ResidualAdd
 from qtarget_megatron.megatron.model.router import Router
-from qtarget_megatron.megatron.model.stacked_teacher import StackedGPTModel
+from qtarget_megatron.megatron.model.stacked_teacher import StackedGPTModel, StackedHybridModel
+from qtarget_megatron.megatron.model.stages import even_stages
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 from qtarget_megatron.megatron.runtime.architecture_flags import (
     describe_layers,
@@ -35,6 +37,7 @@ from qtarget_megatron.megatron.runtime.architecture_flags import (
     padded_vocab_size,
     value_channels,
 )
+from qtarget_megatron.megatron.runtime.model_class import HYBRID
 from qtarget_megatron.megatron.weights.hf_weights import check_complete, load_hf_weights
 from qtarget_megatron.megatron.weights.saved_model import SavedModel
 
@@ -73,7 +76,7 @@ def _is_local(args: argparse.Namespace) -> bool:
 def _with_router(spec: ModuleSpec, is_local: bool) -> ModuleSpec:
     """Megatron's layer with our router, where it has one, and experts that can have biases."""
     layer = spec.submodules
-    if not _has_experts(layer):
+    if not _has_experts(spec):
         return spec
     experts = dataclasses.replace(layer.mlp.keywords["submodules"], router=Router)
     if is_local:
@@ -93,8 +96,8 @@ def _with_residual_add(spec: ModuleSpec, config: TransformerConfig, arch: Archit
     return dataclasses.replace(spec, submodules=layer)
 
 
-def _has_experts(layer: TransformerLayerSubmodules) -> bool:
-    return getattr(layer.mlp, "func", None) is MoELayer
+def _has_experts(spec: ModuleSpec) -> bool:
+    return getattr(spec.submodules.mlp, "func", None) is MoELayer
 
 
 def _local_layer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
@@ -107,7 +110,7 @@ def _local_layer(spec: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
         parts = {"q_layernorm": RMSNorm, "kv_layernorm": RMSNorm}
     parts["core_attention"] = LocalAttention
     attention = dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **parts))
-    if _has_experts(layer):
+    if _has_experts(spec):
         # Its name in checkpoints of Transformer Engine's layers, where no linear layer follows it.
         names = {key: value for key, value in names.items() if key != "pre_mlp_layernorm."}
     layer = dataclasses.replace(
@@ -151,16 +154,7 @@ def transformer_config(args: argparse.Namespace, arch: Architecture, *, own_stag
     return core_transformer_config_from_args(args)
 
 
-def even_stages(num_layers: int, stages: int) -> list[list[str]]:
-    """Megatron's layout of num_layers over stages, in order; where they do not divide, earlier stages have one more."""
-    share, more = divmod(num_layers, stages)
-    layout = [["decoder"] * (share + (index < more)) for index in range(stages)]
-    layout[0].insert(0, "embedding")
-    layout[-1].append("loss")
-    return layout
-
-
-def build_gpt(
+def build_model(
     args: argparse.Namespace,
     arch: Architecture,
     *,
@@ -169,10 +163,10 @@ def build_gpt(
     vp_stage: int | None,
     pg_collection: ProcessGroupCollection,
     config: TransformerConfig | None = None,
-    teacher: GPTModel | None = None,
+    teacher: LanguageModule | None = None,
     teacher_cost: TeacherCost | None = None,
     vocab_size: int | None = None,
-) -> GPTModel:
+) -> LanguageModule:
     """One pipeline stage of the model, with Megatron's random initial weights.
 
     config: default transformer_config(args, arch). vocab_size: of the embedding before padding, where it is not the
@@ -183,12 +177,24 @@ def build_gpt(
         # Attention multiplies cosine and sine by 1 + mscale / 10 ln(factor) of these, whatever the frequencies are.
         config.yarn_rotary_scaling_factor, config.yarn_mscale_all_dim = math.e, 0.0
         config.yarn_mscale = 10 * (arch.rotary_scale() - 1)
-    layers = layer_spec(config, args, arch, vp_stage, pp_rank)
+    block = layer_spec(config, args, arch, vp_stage, pp_rank)
     norm = RMSNorm if _is_local(args) else None
-    model = StackedGPTModel(
-        config=config,
-        transformer_layer_spec=layers,
-        mtp_block_spec=mtp_block_spec(config, layers, norm, vp_stage, pp_rank),
+    is_hybrid = args.model_class == HYBRID
+    layers: dict[str, Any]
+    if is_hybrid:
+        layers = dict(
+            config=hybrid_config(config),
+            hybrid_stack_spec=stack_spec(block.layer_specs, [_has_experts(spec) for spec in block.layer_specs], norm),
+            hybrid_layer_pattern=layer_pattern(config, arch),
+        )
+    else:
+        layers = dict(
+            config=config,
+            transformer_layer_spec=block,
+            mtp_block_spec=mtp_block_spec(config, block, norm, vp_stage, pp_rank),
+        )
+    model = (StackedHybridModel if is_hybrid else StackedGPTModel)(
+        **layers,
         vocab_size=padded_vocab_size(vocab_size or arch.vocab_size, args),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=pre_process,
@@ -204,22 +210,29 @@ def build_gpt(
         teacher_cost=teacher_cost,
     )
     _mark_parameters(model)
+    if is_hybrid:
+        # The statistics of experts count a GPTModel's layers, as args do.
+        for router in model.routers:
+            if not router.is_mtp_layer:
+                router.config, router.layer_number = config, router.layer_number // 2
     # Megatron hard-wires three of the four parameters of the llama-3 scaling, and its base is an integer.
     if arch.latent is None:
+        # HybridModel does not pass it on.
+        model.rotary_pos_emb.rotary_interleaved = arch.rotary_interleaved
         rotary = [model.rotary_pos_emb]
     else:
         # Each layer has its own; yarn's is computed in the forward, by the same formula.
-        layers = [
-            *model.decoder.layers,
+        attending = [
+            *(layer for layer in model.decoder.layers if not isinstance(layer.self_attention, IdentityOp)),
             *(head.mtp_model_layer for head in (model.mtp.layers if model.mtp_process else ())),
         ]
-        rotary = [layer.self_attention.rotary_pos_emb for layer in layers if arch.rope_scaling is None]
+        rotary = [layer.self_attention.rotary_pos_emb for layer in attending if arch.rope_scaling is None]
     for embedding in rotary:
         embedding.inv_freq = arch.inverse_frequencies().to(embedding.inv_freq.device)
     return model
 
 
-def _mark_parameters(model: GPTModel) -> None:
+def _mark_parameters(model: LanguageModule) -> None:
     """Set the attributes that Megatron adds up gradients by, and takes their norm by, where it does not."""
     for name, parameter in model.named_parameters():
         if name.endswith(".core_attention.softmax_offset"):
@@ -231,14 +244,14 @@ def _mark_parameters(model: GPTModel) -> None:
             parameter.sequence_parallel = False
 
 
-def build_teacher(args: argparse.Namespace, arch: Architecture, *, student_vocab_size: int, **stage) -> GPTModel:
+def build_teacher(args: argparse.Namespace, arch: Architecture, *, student_vocab_size: int, **stage) -> LanguageModule:
     """One pipeline stage of the frozen second model: no gradients, evaluation mode, training dtype.
 
     Its vocabulary is cut, or filled up, to the student's, so that a column means the same token id at every rank. Its
     layers are shared evenly over the stages: it need not have as many as the student, nor a multiple of the stages.
     """
     config = transformer_config(args, arch, own_stages=True)
-    teacher = build_gpt(args, arch, config=config, vocab_size=student_vocab_size, **stage)
+    teacher = build_model(args, arch, config=config, vocab_size=student_vocab_size, **stage)
     teacher.requires_grad_(False)
     teacher.eval()
     # The student gets its dtype from Megatron's Float16Module; the teacher is outside of it.
@@ -260,7 +273,7 @@ class ModelProvider:
         load_weights: bool,
         teacher_weights: SavedModel | None = None,
         teacher_cost: TeacherCost | None = None,
-        finish: Callable[[GPTModel], object] = lambda model: None,
+        finish: Callable[[LanguageModule], object] = lambda model: None,
     ):
         """
         load_weights:    the student's from args.hf_model.
@@ -271,7 +284,7 @@ class ModelProvider:
         self._args, self._student, self._teacher = args, student, teacher
         self._load_weights, self._teacher_weights, self._teacher_cost = load_weights, teacher_weights, teacher_cost
         self._finish = finish
-        self.built: list[GPTModel] = []
+        self.built: list[LanguageModule] = []
 
     def __call__(self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
         args, student = self._args, self._student
@@ -286,7 +299,7 @@ class ModelProvider:
             teacher = build_teacher(args, self._teacher, student_vocab_size=student.vocab_size, **stage)
             if self._teacher_weights is None:
                 load_hf_weights(teacher, HFReader(args.teacher_hf), self._teacher)
-        model = build_gpt(args, student, config=config, teacher=teacher, teacher_cost=self._teacher_cost, **stage)
+        model = build_model(args, student, config=config, teacher=teacher, teacher_cost=self._teacher_cost, **stage)
         if self._load_weights:
             load_hf_weights(model, HFReader(args.hf_model), student)
         self.built.append(model)

@@ -18,7 +18,9 @@ import contextlib
 import copy
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
@@ -28,15 +30,17 @@ from qtarget_megatron.megatron.model.router import Router
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 
 
-class StackedGPTModel(GPTModel):
-    """GPTModel that carries a frozen teacher stage along; without a teacher it is a GPTModel.
+class StackedModel(LanguageModule):
+    """A model that carries a frozen teacher stage along; without a teacher it is the class that it is mixed into.
 
     taught: on a last stage, from the teacher's forward on, which comes first, its output head.
     """
 
     config: TransformerConfig
+    # Whether the model's own forward cuts the mask of padding for sequence parallelism where it embeds tokens.
+    cuts_padding_mask: bool
 
-    def __init__(self, *args, teacher: GPTModel | None = None, teacher_cost: TeacherCost | None = None, **kwargs):
+    def __init__(self, *args, teacher: LanguageModule | None = None, teacher_cost: TeacherCost | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         # A plain attribute, not a sub-module: see the module's docstring.
         self.__dict__["teacher"] = teacher
@@ -112,8 +116,25 @@ class StackedGPTModel(GPTModel):
         return taught
 
     def _own_part(self, padding_mask):
-        """Megatron cuts the mask for sequence parallelism where it embeds tokens, and on no later stage."""
-        if padding_mask is None or self.pre_process or not self.config.sequence_parallel:
+        """Of the mask, where the model's forward does not cut it for sequence parallelism."""
+        is_cut = self.pre_process and self.cuts_padding_mask
+        if padding_mask is None or is_cut or not self.config.sequence_parallel:
             return padding_mask
         group = self.pg_collection.tp
         return padding_mask.chunk(group.size(), dim=1)[group.rank()]
+
+
+class StackedGPTModel(StackedModel, GPTModel):
+    cuts_padding_mask = True
+
+
+class StackedHybridModel(StackedModel, HybridModel):
+    """Its checkpoints are those of a GPTModel, see hybrid.py."""
+
+    cuts_padding_mask = False
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        # Empty, and left out by GPTModel.
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state

@@ -55,22 +55,13 @@ class Sizes:
 
     def layers(self, rank: int) -> list[range]:
         """The student's layers in each virtual stage of a pipeline rank."""
-        from megatron.core.transformer.enums import LayerType
-        from megatron.core.transformer.transformer_block import get_num_layers_to_build
+        from qtarget_megatron.megatron.model.stages import layers_of_stages
 
-        stated = self._config.pipeline_model_parallel_layout
-        stages = [(chunk, stage) for chunk in range(self.virtual) for stage in range(self.layout.pipeline)]
         with _refusals():
-            counts = [
-                get_num_layers_to_build(self._config, chunk, stage)
-                if stated is None
-                else stated.layout[stage][chunk].count(LayerType.decoder)
-                for chunk, stage in stages
-            ]
-        return self._ranges(counts, rank)
+            return self._ranges(layers_of_stages(self._config), rank)
 
     def teacher_layers(self, rank: int) -> list[range]:
-        from qtarget_megatron.megatron.model.build import even_stages
+        from qtarget_megatron.megatron.model.stages import even_stages
 
         stages = even_stages(self.teacher.num_layers, self.layout.pipeline * self.virtual)
         return self._ranges([stage.count("decoder") for stage in stages], rank)

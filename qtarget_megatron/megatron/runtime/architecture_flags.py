@@ -299,6 +299,8 @@ def check_flags(argv: list[str], arch_flags: list[str]) -> None:
     }
     # No Hugging Face model has another width to scale learning rates by.
     fixed |= layer_flags() | {"--swiglu", "--quick-geglu", "--mup-base-hidden-size"}
+    # --model-class takes them from config.json as well.
+    fixed |= {"--hybrid-layer-pattern", "--hybrid-override-pattern", "--mtp-hybrid-override-pattern"}
     given = sorted(fixed.intersection(word.partition("=")[0] for word in argv))
     if given:
         raise ValueError(f"{', '.join(given)} follow(s) from the model's config.json and cannot be given: drop it")

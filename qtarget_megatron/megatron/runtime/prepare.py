@@ -21,6 +21,7 @@ from qtarget_megatron.megatron.runtime import cpu_platform, launch
 from qtarget_megatron.megatron.runtime.architecture_flags import check_flags, implementation_flags, megatron_flags
 from qtarget_megatron.megatron.runtime.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout
+from qtarget_megatron.megatron.runtime.model_class import add_model_class, check_model_class
 from qtarget_megatron.objectives import Objective
 
 _log = logging.getLogger("qtarget_megatron")
@@ -30,14 +31,15 @@ _log = logging.getLogger("qtarget_megatron")
 class Purpose:
     """What a command line is read for.
 
-    add_arguments: adds this package's own flags to a parser; --hf-model is among them, or prepare() is given it.
+    add_arguments: adds this package's own flags to a parser, --model-class among them; so is --hf-model, or prepare()
+                   is given it.
     flags:         of Megatron's, which the user's own may overrule.
     refused:       flags that have no meaning for this purpose.
     elsewhere:     the run takes place on another machine, which has a GPU and Transformer Engine unless --cpu is given:
                    this one's launcher, GPU and extension modules do not matter.
     """
 
-    add_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] = lambda parser: parser
+    add_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] = add_model_class
     flags: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     elsewhere: bool = False
@@ -127,6 +129,7 @@ def prepare(words: list[str], purpose: Purpose, *, hf_model: Path | None = None,
         raise ValueError(f"{', '.join(refused)} has no meaning for this command: drop it")
     flags = [*arch_flags, *implementation_flags(on_cpu=on_cpu, elsewhere=purpose.elsewhere), *purpose.flags, *words]
     args = launch.parse_arguments(flags, purpose.add_arguments)
+    check_model_class(args)
     if not purpose.elsewhere:
         check_gpu_flags(words, args, on_cpu=on_cpu)
     return Run(words, args, on_cpu, student, hf_model)

@@ -87,11 +87,28 @@ def around_checkpoints(save: Callable, load: Callable) -> None:
 
     def load_checkpoint(model, optimizer, scheduler, *args, **kwargs):
         def proceed():
-            return checkpointing.load_checkpoint(model, optimizer, scheduler, *args, **kwargs)
+            with _as_it_is_saved(checkpointing):
+                return checkpointing.load_checkpoint(model, optimizer, scheduler, *args, **kwargs)
 
         return load(proceed, optimizer, scheduler)
 
     training.save_checkpoint, training.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+@contextlib.contextmanager
+def _as_it_is_saved(checkpointing):
+    """Have Megatron load what it is given by the names that the model asks for. It takes what a GPTModel has saved for
+    something that a HybridModel has other names for; ours has the same."""
+    translation = "_maybe_setup_gpt_to_hybrid_load"
+    before = getattr(checkpointing, translation, None)
+    if before is None:
+        yield
+        return
+    setattr(checkpointing, translation, lambda args, saved, model: (None, False))
+    try:
+        yield
+    finally:
+        setattr(checkpointing, translation, before)
 
 
 class GroupStepAdam(torch.optim.Adam):

@@ -16,6 +16,7 @@ from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.loss.linear_cross_entropy import AUTO
 from qtarget_megatron.loss.sparse_teacher import TAIL_RULES
+from qtarget_megatron.megatron.runtime.model_class import add_model_class
 from qtarget_megatron.megatron.runtime.prepare import Purpose, Run
 
 NAN_POLICIES = ("stop", "skip")
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "coefficient c adds c times the mean of Megatron's balance loss (or z-loss) over the micro-batches to the mean "
         "loss of a supervised token; both, and the update, are over the tokens of the data, padding left out.",
     )
+    add_model_class(group)
     group.add_argument(
         "--objective",
         default="sft",

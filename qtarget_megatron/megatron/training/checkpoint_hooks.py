@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.megatron.runtime.launch import has_checkpoint
@@ -20,7 +20,7 @@ _log = logging.getLogger("qtarget_megatron")
 
 
 def watch_checkpoints(
-    args: argparse.Namespace, arch: Architecture, chunks: Sequence[GPTModel], flags: ResumedFlags
+    args: argparse.Namespace, arch: Architecture, chunks: Sequence[LanguageModule], flags: ResumedFlags
 ) -> None:
     """Have every checkpoint of the training saved with its fingerprint, and compared with it when it is loaded.
 

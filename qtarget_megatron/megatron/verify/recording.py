@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from qtarget_megatron.huggingface import Architecture, is_expert, merge_parameter
 from qtarget_megatron.megatron.weights.fingerprint import MASTER, distributed_shares, optimizer_states
 from qtarget_megatron.megatron.weights.hf_weights import first_indices, shard_group, tensor_share, weights
+from qtarget_megatron.megatron.weights.layer_names import named_parameters
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 Named = list[tuple[str, Tensor]]
@@ -44,12 +45,12 @@ class Recording:
         self._sums: list[tuple[float, int]] = []
         self._installed: set[int] = set()
         self._args: argparse.Namespace | None = None
-        self._models: Sequence[GPTModel] = ()
+        self._models: Sequence[LanguageModule] = ()
         self._arch: Architecture | None = None
         self._optimizer: Any = None
 
     def watched(
-        self, forward_step: Callable, args: argparse.Namespace, models: Sequence[GPTModel], arch: Architecture
+        self, forward_step: Callable, args: argparse.Namespace, models: Sequence[LanguageModule], arch: Architecture
     ) -> Callable:
         """The forward step of a training, which is recorded from its first call on. models: the chunks of this rank,
         which may be built later."""
@@ -96,7 +97,7 @@ class Recording:
             begin, end = (0, 0) if share is None else (share.start, share.end)
             return _placed(parameter, begin, gradient.reshape(-1)[begin:end])
 
-        self.gradients.append(self._whole(GPTModel.named_parameters, value, lambda parameter: True))
+        self.gradients.append(self._whole(named_parameters, value, lambda parameter: True))
         self.losses.append(self._sums)
         self._sums = []
 
@@ -118,7 +119,7 @@ class Recording:
 
     def _whole(
         self,
-        named: Callable[[GPTModel], Iterable[tuple[str, Tensor]]],
+        named: Callable[[LanguageModule], Iterable[tuple[str, Tensor]]],
         value: Callable[[Tensor], Tensor],
         is_shared: Callable[[Tensor], bool],
     ) -> Named:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
 from qtarget_megatron.huggingface import Architecture, is_expert, partition_dim
@@ -63,7 +63,7 @@ class Fingerprints:
         self._args, self._arch = args, arch
         self._rows: dict[str, int] | None = None
 
-    def record(self, chunks: Sequence[GPTModel], optimizer) -> None:
+    def record(self, chunks: Sequence[LanguageModule], optimizer) -> None:
         """Put the fingerprint into args, which Megatron saves with every checkpoint. Collective over all ranks.
 
         chunks: of this rank, without wrappers. optimizer: Megatron's, or None.
@@ -78,7 +78,7 @@ class Fingerprints:
             found[name] = {part: numbers[:2] for part, numbers in of_parts if numbers[0] > 0}
         setattr(args, ATTRIBUTE, {"dtype": str(args.params_dtype), "step": _step(optimizer), "parameters": found})
 
-    def compare(self, chunks: Sequence[GPTModel], optimizer, directory: str) -> None:
+    def compare(self, chunks: Sequence[LanguageModule], optimizer, directory: str) -> None:
         """ValueError on every rank where the loaded state is not what was saved in the directory of an iteration.
 
         Collective over all ranks. Where the checkpoint has no fingerprint, as those of earlier versions, copies of one
@@ -106,7 +106,7 @@ class Fingerprints:
         _log.info("the state that was loaded is what was saved, bit for bit (%d tensors)", compared)
 
     def compare_weights(
-        self, chunks: Sequence[GPTModel], saved: dict | None, directory: str, *, step_flag: str = "--ckpt-step"
+        self, chunks: Sequence[LanguageModule], saved: dict | None, directory: str, *, step_flag: str = "--ckpt-step"
     ) -> None:
         """ValueError on every rank where weights that were loaded alone are not what was saved in the directory.
 
@@ -150,7 +150,7 @@ class Fingerprints:
     # ---- what this rank has
 
     def _pieces(
-        self, chunks: Sequence[GPTModel], optimizer, *, rounded: bool = False, dtype: torch.dtype | None = None
+        self, chunks: Sequence[LanguageModule], optimizer, *, rounded: bool = False, dtype: torch.dtype | None = None
     ) -> Iterator[_Piece]:
         """All parts of all parameters of this rank.
 
@@ -186,7 +186,7 @@ class Fingerprints:
                     values = self._known_rows(chunk, name, values.detach().reshape(-1), start, parameter.shape)
                     yield _Piece(key, part, values, start, first_shard and replica == 0)
 
-    def _key(self, chunk: GPTModel, name: str) -> str:
+    def _key(self, chunk: LanguageModule, name: str) -> str:
         """The parameter's name in the whole model."""
         if chunk.share_embeddings_and_output_weights and name == _HEAD:
             return _EMBEDDING
@@ -196,13 +196,13 @@ class Fingerprints:
         number = rf"(?<=\.local_experts\.)\d+|{grouped}weight)\d+$|{grouped}bias)\d+$"
         return re.sub(number, lambda found: str(int(found[0]) + first["expert_offset"]), name)
 
-    def _is_first_shard(self, chunk: GPTModel, name: str, parameter: Tensor) -> bool:
+    def _is_first_shard(self, chunk: LanguageModule, name: str, parameter: Tensor) -> bool:
         """Whether the rank counts among those that tensor parallelism cuts the parameter over: each, or the first."""
         _, size = tensor_share(chunk, self._arch, name, parameter)
         group = chunk.pg_collection.expt_tp if is_expert(name) else chunk.pg_collection.tp
         return size > 1 or group.rank() == 0
 
-    def _known_rows(self, chunk: GPTModel, name: str, flat: Tensor, start: int, shape: torch.Size) -> Tensor:
+    def _known_rows(self, chunk: LanguageModule, name: str, flat: Tensor, start: int, shape: torch.Size) -> Tensor:
         """Elements from start on, without those of padded rows of the vocabulary."""
         if name not in (_EMBEDDING, _HEAD):
             return flat
@@ -211,7 +211,7 @@ class Fingerprints:
 
     # ---- sums over all ranks
 
-    def _sums(self, chunks: Sequence[GPTModel], pieces: Iterator[_Piece]) -> Tensor:
+    def _sums(self, chunks: Sequence[LanguageModule], pieces: Iterator[_Piece]) -> Tensor:
         """[parameters, parts, 4] int64 on the CPU: elements and h of the copy that counts, of all copies together."""
         shapes = {self._key(chunk, name): tensor.shape for chunk in chunks for name, tensor in weights(chunk)}
         if self._rows is None:

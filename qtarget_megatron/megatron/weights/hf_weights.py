@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -32,13 +32,14 @@ from qtarget_megatron.huggingface import (
     tensor_dtype,
 )
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
+from qtarget_megatron.megatron.weights.layer_names import first_layer, layer_name, named_parameters
 
 # Bytes of a shard that are sent at a time.
 _BLOCK_BYTES = 1 << 21
 
 
 def load_hf_weights(
-    model: GPTModel, reader: HFReader, arch: Architecture, report: Callable[[int], None] = lambda nbytes: None
+    model: LanguageModule, reader: HFReader, arch: Architecture, report: Callable[[int], None] = lambda nbytes: None
 ) -> None:
     """Fill one pipeline stage from a Hugging Face checkpoint, reading only this rank's slices, one at a time.
 
@@ -75,7 +76,7 @@ def load_hf_weights(
             )
 
 
-def check_complete(models: Sequence[GPTModel], arch: Architecture) -> None:
+def check_complete(models: Sequence[LanguageModule], arch: Architecture) -> None:
     """ValueError unless all pipeline stages together hold every tensor of the architecture, once.
 
     models: all model chunks of this rank. load_hf_weights fills whatever a chunk has; only all
@@ -86,7 +87,7 @@ def check_complete(models: Sequence[GPTModel], arch: Architecture) -> None:
 
 
 def save_hf_weights(
-    models: Sequence[GPTModel],
+    models: Sequence[LanguageModule],
     arch: Architecture,
     source: Path,
     out: Path,
@@ -162,7 +163,7 @@ class _Parameter:
     holds_all_experts: bool
 
 
-def _parameters(models: Sequence[GPTModel], arch: Architecture, dtype: torch.dtype) -> list[_Parameter]:
+def _parameters(models: Sequence[LanguageModule], arch: Architecture, dtype: torch.dtype) -> list[_Parameter]:
     """What this rank holds a piece of, and with whom."""
     dense = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     # With experts a file has tensors of two kinds of groups, whose first ranks are the same only in the first replica.
@@ -324,7 +325,7 @@ class _Gathering:
             part.copy_(block)
 
 
-def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
+def _held(models: Sequence[LanguageModule], arch: Architecture) -> list[str]:
     """The Hugging Face tensors behind this rank's chunks; what all expert-parallel ranks have counts on the first."""
     is_first = parallel_state.get_expert_model_parallel_rank() == 0
     return [
@@ -336,7 +337,7 @@ def _held(models: Sequence[GPTModel], arch: Architecture) -> list[str]:
     ]
 
 
-def _stages(models: Sequence[GPTModel], arch: Architecture) -> list[list[str]]:
+def _stages(models: Sequence[LanguageModule], arch: Architecture) -> list[list[str]]:
     """The Hugging Face tensors of every pipeline stage, in order; of each those on every expert-parallel rank."""
     of_stage = _gather(_held(models, arch), parallel_state.get_expert_model_parallel_group())
     if arch.experts is not None and arch.experts.fused:
@@ -348,22 +349,26 @@ def _stages(models: Sequence[GPTModel], arch: Architecture) -> list[list[str]]:
     return [held for of_stage in stages for held in of_stage]
 
 
-def weights(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+def weights(model: LanguageModule) -> Iterator[tuple[str, Tensor]]:
     """What a Hugging Face checkpoint has: the parameters, and the router's numbers that are not trained by gradients.
 
     Heads of multi-token prediction are left out, and their copy of the embedding on a last pipeline stage.
     """
     left_out = ("mtp.", "embedding.") if _has_copy(model) else ("mtp.",)
-    corrections = (pair for pair in model.named_buffers() if pair[0].endswith(".router.expert_bias"))
-    yield from (pair for pair in (*model.named_parameters(), *corrections) if not pair[0].startswith(left_out))
+    corrections = (
+        (layer_name(model, name), numbers)
+        for name, numbers in model.named_buffers()
+        if name.endswith(".router.expert_bias")
+    )
+    yield from (pair for pair in (*named_parameters(model), *corrections) if not pair[0].startswith(left_out))
 
 
-def _has_copy(model: GPTModel) -> bool:
+def _has_copy(model: LanguageModule) -> bool:
     """Whether multi-token prediction has brought a copy of the first stage's embedding here."""
     return model.mtp_process and not model.pre_process
 
 
-def tensor_share(model: GPTModel, arch: Architecture, name: str, parameter: Tensor) -> tuple[int, int]:
+def tensor_share(model: LanguageModule, arch: Architecture, name: str, parameter: Tensor) -> tuple[int, int]:
     """(which, of how many) shares of the tensors this rank has; (0, 1) where it has all of them."""
     sources = hf_names(arch, name, **first_indices(model, arch))
     if partition_dim(name) is None:
@@ -375,16 +380,16 @@ def tensor_share(model: GPTModel, arch: Architecture, name: str, parameter: Tens
     return group.rank(), group.size()
 
 
-def shard_group(model: GPTModel, name: str) -> ProcessGroup:
+def shard_group(model: LanguageModule, name: str) -> ProcessGroup:
     """The ranks that a parameter is cut over."""
     return model.pg_collection.expt_tp if is_expert(name) else model.pg_collection.tp
 
 
-def first_indices(model: GPTModel, arch: Architecture) -> dict[str, int]:
+def first_indices(model: LanguageModule, arch: Architecture) -> dict[str, int]:
     """Global index of the first layer and of the first expert that this rank has."""
-    layers, group = model.decoder.layers, model.pg_collection.ep
+    group = model.pg_collection.ep
     first_expert = 0 if arch.experts is None else group.rank() * (arch.experts.count // group.size())
-    return {"layer_offset": layers[0].layer_number - 1 if len(layers) else 0, "expert_offset": first_expert}
+    return {"layer_offset": first_layer(model), "expert_offset": first_expert}
 
 
 def _gather(value, group) -> list:

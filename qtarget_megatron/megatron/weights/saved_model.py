@@ -17,7 +17,7 @@ from qtarget_megatron.huggingface import Architecture, is_finite
 from qtarget_megatron.megatron.weights.checkpoint_folder import checkpoint_directory, saved_argument
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.common.language_module.language_module import LanguageModule
 
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -63,7 +63,7 @@ class SavedModel:
             args=common.get("args") or argparse.Namespace(),
         )
 
-    def check_fits(self, chunks: list[GPTModel], arch: Architecture, source: str) -> None:
+    def check_fits(self, chunks: list[LanguageModule], arch: Architecture, source: str) -> None:
         """ValueError unless checkpoint and model have the same tensors; collective over all ranks.
 
         arch: the model's, which source names. Megatron itself ignores tensors that it did
@@ -100,7 +100,7 @@ class SavedModel:
                 "the directory that it was imported from"
             )
 
-    def load_into(self, chunks: list[GPTModel], args: argparse.Namespace, arch: Architecture) -> None:
+    def load_into(self, chunks: list[LanguageModule], args: argparse.Namespace, arch: Architecture) -> None:
         """Fill the chunks of this rank where they are, in their dtype, args.params_dtype; collective over all ranks.
         ValueError where a weight is missing, NaN or infinite, or not what was saved.
 
@@ -136,7 +136,7 @@ class SavedModel:
             chunks, getattr(self.args, ATTRIBUTE, None), self.directory, step_flag=step_flag
         )
 
-    def _tensors(self, chunk: GPTModel) -> list:
+    def _tensors(self, chunk: LanguageModule) -> list:
         """A chunk's tensors by their name in the checkpoint, as Megatron's ShardedTensors over the chunk's memory. What
         is none, a state that Transformer Engine asks for and local layers do not save, is left out."""
         from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -146,13 +146,13 @@ class SavedModel:
         apply_factories(state)
         return [tensor for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
 
-    def _sharded(self, chunk: GPTModel) -> dict:
+    def _sharded(self, chunk: LanguageModule) -> dict:
         from megatron.core import parallel_state
 
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         return chunk.sharded_state_dict(metadata={**self.metadata, "dp_cp_group": group})
 
-    def _wanted(self, chunks: list[GPTModel]) -> dict[str, tuple[int, ...]]:
+    def _wanted(self, chunks: list[LanguageModule]) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors that all ranks together would load, by their name in the checkpoint."""
         mine = {t.key: tuple(t.global_shape) for chunk in chunks for t in self._tensors(chunk)}
         everyone: list[Any] = [None] * dist.get_world_size()
