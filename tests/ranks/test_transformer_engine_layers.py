@@ -32,6 +32,7 @@ from tools.first_hour import families
 # The first test waits for all runs.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(700)]
 
+HYBRID = ["--model-class", "hybrid"]
 GROUPED = ["--moe-grouped-gemm"]
 SHARED = [*tp(2), *SEQUENCE_PARALLEL]
 # On two ranks: student and layout -> flags. The reference is the local layers' run of the same name.
@@ -56,12 +57,18 @@ MORE = {
         [*SHARED, "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1],
         "untied at TP2 with sequence parallelism",
     ),
+    "tied at PP2 as a hybrid model": ([*pp(2), *HYBRID], "tied at PP2"),
+    "grouped experts at EP2 as a hybrid model": ([*ep(2), *GROUPED, *HYBRID], "experts at EP2"),
     "untied at PP2 with two stages a rank": ([*pp(2), "--num-virtual-stages-per-pipeline-rank", 2], "untied at DP2"),
     "grouped experts at DP2": (GROUPED, "experts at DP2"),
     "grouped experts at EP2": ([*ep(2), *GROUPED], "experts at EP2"),
     # Local layers refuse latent attention at TP2.
     "latent at TP2 with sequence parallelism and grouped experts": (
         [*SHARED, *ep(1, 1), *GROUPED],
+        "latent at DP2",
+    ),
+    "latent at TP2 with sequence parallelism and grouped experts as a hybrid model": (
+        [*SHARED, *ep(1, 1), *GROUPED, *HYBRID],
         "latent at DP2",
     ),
 }
@@ -90,6 +97,7 @@ RESUMED = {
         [*SHARED, *ep(2, 1), *GROUPED],
         "experts at EP2",
     ),
+    "tied resumed as a hybrid model": ("tied", [*pp(2), *HYBRID], "tied at PP2"),
     "untied resumed from local layers": ("untied", [], "untied at DP2"),
     "grouped experts resumed from local layers' sequential ones": ("experts", [*ep(2), *GROUPED], "experts at EP2"),
 }

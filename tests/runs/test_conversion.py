@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from checkpoint_models import assert_same_bits
 from conversion_runs import (
     TOLERANCE,
     checkpoint_names,
+    only,
     read_tensors,
     run_all,
-    tokens,
+    transformers_logits,
     variant,
 )
 from finetune_runs import COMMON, write_data, write_models
@@ -37,20 +37,22 @@ PADDING = ["--make-vocab-size-divisible-by", 1]
 TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
 VPP2 = ["--num-virtual-stages-per-pipeline-rank", 2]
 EP2, ETP1 = ["--expert-model-parallel-size", 2], ["--expert-tensor-parallel-size", 1]
+# Every family is there as either class.
+GPT, HYBRID = ["--model-class", "gpt"], ["--model-class", "hybrid"]
 LAYOUTS = {
-    1: {"single": []},
+    1: {"single": GPT},
     2: {
-        "tp2": TP2,
-        "pp2": PP2,
-        "tp2-sp": [*TP2, "--sequence-parallel"],
-        "pp2-vpp2": [*PP2, *VPP2],
-        "ep2": EP2,
-        "tp2-ep2": [*TP2, *EP2, *ETP1],
+        "tp2": [*TP2, *HYBRID],
+        "pp2": [*PP2, *GPT],
+        "tp2-sp": [*TP2, "--sequence-parallel", *GPT],
+        "pp2-vpp2": [*PP2, *VPP2, *HYBRID],
+        "ep2": [*EP2, *HYBRID],
+        "tp2-ep2": [*TP2, *EP2, *ETP1, *GPT],
     },
     4: {
-        "tp2-pp2": [*TP2, *PP2],
-        "tp2-ep2-etp2": [*TP2, *EP2],
-        "tp2-pp2-ep2": [*TP2, *PP2, *EP2, *ETP1],
+        "tp2-pp2": [*TP2, *PP2, *GPT],
+        "tp2-ep2-etp2": [*TP2, *EP2, *HYBRID],
+        "tp2-pp2-ep2": [*TP2, *PP2, *EP2, *ETP1, *HYBRID],
     },
 }
 DENSE = [layout for layout in LAYOUTS[2] if "ep2" not in layout]
@@ -299,21 +301,6 @@ def two(workspace, four):
 def expected_logits(workspace):
     """Logits by transformers, float64."""
     return {name: transformers_logits(workspace / name) for name in MODELS}
-
-
-@torch.no_grad()
-def transformers_logits(directory):
-    # Its grouped products of experts know no float64.
-    options = dict(dtype=torch.float64, experts_implementation="eager")
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options).eval()
-    return model(torch.tensor([tokens(64)])).logits[0]
-
-
-def only(results):
-    """The one rank's result that is not None."""
-    found = [result for result in results if result is not None]
-    assert len(found) == 1, f"expected the logits on one rank, got them on {len(found)}"
-    return torch.from_numpy(found[0])
 
 
 @pytest.mark.parametrize(("world", "layout", "name"), COMPARED)

@@ -130,6 +130,11 @@ CASES = {
     "a source that is gone": ({"--sft-train": "gone.jsonl:2"}, ["gone.jsonl'", "No such file"]),
     "a source that is empty": ({"--sft-train": "blank.jsonl"}, ["blank.jsonl", "holds no records"]),
     "held-out data that are gone": ({"--sft-valid": "name=gone.jsonl"}, ["gone.jsonl", "No such file"]),
+    "heads of a hybrid model": (
+        {"--model-class": "hybrid", "--mtp-num-layers": 1},
+        ["--mtp-num-layers", "--model-class gpt"],
+    ),
+    "a pattern of layers": ({"--model-class": "hybrid", "--hybrid-layer-pattern": "*-*-"}, ["--hybrid-layer-pattern"]),
     "epochs and steps": ({"--epochs": 2}, ["--epochs", "--train-iters", "drop one of them"]),
     "no epochs": ({"--epochs": 0, "--train-iters": None}, ["--epochs", "above 0, got 0"]),
     "a warm-up that is longer than the epochs": (

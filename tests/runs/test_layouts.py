@@ -29,6 +29,7 @@ FACTORS = {
     "dtype": ("float32", "bfloat16"),
     "student": ("untied", "tied", "experts"),
     "teacher": (False, True),
+    "class": ("gpt", "hybrid"),
 }
 
 
@@ -72,7 +73,7 @@ def student(row):
 
 
 def kind(row):
-    """What one process has to train to be compared with a row."""
+    """What one process has to train to be compared with a row; a GPTModel, whichever class the row has."""
     packed = ", packed" if row["packed"] else ""
     return f"{student(row)} {'target-sft' if row['teacher'] else 'sft'} in {row['dtype']}{packed}"
 
@@ -80,7 +81,7 @@ def kind(row):
 def name(row):
     degrees = "".join(f"{key}{row[key]}" for key in ("TP", "PP", "VPP", "DP", "CP", "EP") if row[key] > 1)
     more = (key for key in ("sequence parallel", "distributed optimizer") if row[key])
-    return " ".join([kind(row), "at", degrees, *more])
+    return " ".join([row["class"], kind(row), "at", degrees, *more])
 
 
 def words(workspace, row):
@@ -94,7 +95,7 @@ def words(workspace, row):
 
 
 def layout(row):
-    flags = [*tp(row["TP"]), *pp(row["PP"]), "--context-parallel-size", row["CP"]]
+    flags = [*tp(row["TP"]), *pp(row["PP"]), "--context-parallel-size", row["CP"], "--model-class", row["class"]]
     if row["VPP"] > 1:
         flags += ["--num-virtual-stages-per-pipeline-rank", row["VPP"]]
     if row["student"] == "experts":

@@ -23,6 +23,7 @@ RATE = 1000.0
 # Relative to the whole gradient: some float32 roundings of 6e-8 in each of a dozen operations a layer.
 BOUND = 1e-6
 CP = ["--context-parallel-size", 2]
+HYBRID = ["--model-class", "hybrid"]
 VPP2 = ["--num-virtual-stages-per-pipeline-rank", 2]
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 LONGROPE = dict(rope_type="longrope", short_factor=[1, 1.5, 2], long_factor=[1, 3, 9])
@@ -154,11 +155,16 @@ def test_gradients_of_packed_rows_are_those_of_float64_one_by_one(workspace, row
             **{"live at TP2 SP": [*tp(2), *SEQUENCE_PARALLEL], "live at VPP2": vpp, "live at CP2": CP},
             **{"cached at CP2": CP, "cached at DP2": [], "experts at EP2": ep(2), "experts at CP2": CP},
             **{"partial at TP2": tp(2), "partial at CP2": CP, "normed at TP2": tp(2), "multiplied at PP2": pp(2)},
+            **{
+                "live at TP2 SP, hybrid": [*tp(2), *SEQUENCE_PARALLEL, *HYBRID],
+                "none at VPP2, hybrid": [*vpp, *HYBRID],
+            },
+            **{"normed at CP2, hybrid": [*CP, *HYBRID], "experts at EP2, hybrid": [*ep(2), *HYBRID]},
         },
         4: {
             "live at TP2 SP VPP2": [*tp(2), *SEQUENCE_PARALLEL, *vpp],
             "cached at TP2 SP PP2": [*tp(2), *SEQUENCE_PARALLEL, *pp(2)],
-            "experts at EP2 PP2": [*ep(2), *pp(2)],
+            "experts at EP2 PP2, hybrid": [*ep(2), *pp(2), *HYBRID],
         },
     }
     for ranks, flags in layouts.items():

@@ -53,16 +53,16 @@ TRAINING = ["--seq-length", "4096", "--lr", "1e-5", "--epochs", "3", "--save", "
 @contextlib.contextmanager
 def packing_bounds_lost_in_the_middle():
     """A stage that is neither the first nor the last one takes a row for one sample."""
-    from qtarget_megatron.megatron.model.stacked_teacher import StackedGPTModel
+    from qtarget_megatron.megatron.model.stacked_teacher import StackedModel
 
-    forward = StackedGPTModel.forward
+    forward = StackedModel.forward
 
     def lost(model, *arguments, packed_seq_params=None, **keywords):
         if not (model.pre_process or model.post_process):
             packed_seq_params = None
         return forward(model, *arguments, packed_seq_params=packed_seq_params, **keywords)
 
-    with mock.patch.object(StackedGPTModel, "forward", lost):
+    with mock.patch.object(StackedModel, "forward", lost):
         yield
 
 

@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from checkpoint_models import edit_json
 from megatron_reset import reset
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,22 @@ def read_tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def tokens(count: int) -> list[int]:
     return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+@torch.no_grad()
+def transformers_logits(directory: Path) -> torch.Tensor:
+    """Of 64 tokens, in float64."""
+    # Its grouped products of experts know no float64.
+    options = dict(dtype=torch.float64, experts_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+    return model(torch.tensor([tokens(64)])).logits[0]
+
+
+def only(results: list) -> torch.Tensor:
+    """The one rank's result that is not None."""
+    found = [result for result in results if result is not None]
+    assert len(found) == 1, f"expected the logits on one rank, got them on {len(found)}"
+    return torch.from_numpy(found[0])
 
 
 def run_all(jobs: dict[str, tuple]) -> dict[str, object]:

@@ -116,7 +116,8 @@ class StackedModel(LanguageModule):
         return taught
 
     def _own_part(self, padding_mask):
-        """Of the mask, where the model's forward does not cut it for sequence parallelism."""
+        """The mask for the model's forward: this rank's part of it, where it does not cut it for sequence parallelism
+        itself."""
         is_cut = self.pre_process and self.cuts_padding_mask
         if padding_mask is None or is_cut or not self.config.sequence_parallel:
             return padding_mask

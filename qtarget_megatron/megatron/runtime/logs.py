@@ -50,7 +50,12 @@ _KNOWN = (
         "Megatron's pipeline looks at it; the CPU platform passes it on",
     ),
     _Known(r"torch\.utils\.cpp_extension", r"No CUDA runtime is found", "the CPU platform says so"),
-    _Known(r"megatron\.core\.models\.gpt", r"GPTModel IS DEPRECATED", "which model is trained is no user's choice"),
+    _Known(r"megatron\.core\.models\.gpt", r"GPTModel IS DEPRECATED", "--model-class says what is for whom"),
+    _Known(
+        r"megatron\.core\.models\.hybrid",
+        r"HybridModel: pp_rank=|MuP for HybridModel is experimental",
+        "a line for each stage; of MuP, what multiplies embeddings and logits is all that is used",
+    ),
     _Known(
         r"megatron\.core\.dist_checkpointing", r"MCore's async save is deprecated", "also said without --async-save"
     ),

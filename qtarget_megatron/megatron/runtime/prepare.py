@@ -21,7 +21,7 @@ from qtarget_megatron.megatron.runtime import cpu_platform, launch
 from qtarget_megatron.megatron.runtime.architecture_flags import check_flags, implementation_flags, megatron_flags
 from qtarget_megatron.megatron.runtime.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout
-from qtarget_megatron.megatron.runtime.model_class import add_model_class, check_model_class
+from qtarget_megatron.megatron.runtime.model_class import add_model_class, choose_model_class
 from qtarget_megatron.objectives import Objective
 
 _log = logging.getLogger("qtarget_megatron")
@@ -129,7 +129,7 @@ def prepare(words: list[str], purpose: Purpose, *, hf_model: Path | None = None,
         raise ValueError(f"{', '.join(refused)} has no meaning for this command: drop it")
     flags = [*arch_flags, *implementation_flags(on_cpu=on_cpu, elsewhere=purpose.elsewhere), *purpose.flags, *words]
     args = launch.parse_arguments(flags, purpose.add_arguments)
-    check_model_class(args)
+    choose_model_class(args, student)
     if not purpose.elsewhere:
         check_gpu_flags(words, args, on_cpu=on_cpu)
     return Run(words, args, on_cpu, student, hf_model)
