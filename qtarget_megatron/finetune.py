@@ -351,6 +351,7 @@ def _train(
     from qtarget_megatron.megatron.training.pace import Pace
     from qtarget_megatron.megatron.training.step import StepSettings, forward_step
     from qtarget_megatron.megatron.weights.hf_weights import save_hf_weights
+    from qtarget_megatron.megatron.weights.layer_names import named_parameters
 
     args, student, teacher, objective = run.args, run.student, run.teacher, run.objective
     from_checkpoint, teacher_cost = launch.has_checkpoint(args.load), TeacherCost()
@@ -387,7 +388,7 @@ def _train(
         held_out=datasets.held_out_names,
     )
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
-    soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint)
+    soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint, named=named_parameters)
     watch_checkpoints(args, student, models.built, flags)
     step = Pace(args).watched(soundness.watched(partial(forward_step, settings, on_nan)))
     if recording is not None:

@@ -254,10 +254,14 @@ def divergence(directory: str, reference: str, epsilon_of: str, *words) -> tuple
     from qtarget_megatron.megatron.jobs.against_transformers import compare_with_transformers
 
     layer, _, norm = epsilon_of.partition(".")
-    for chunk in model.chunks:
+    for chunk in model.chunks if norm else ():
         for block in chunk.decoder.layers:
-            if norm and block.layer_number - 1 == int(layer):
-                getattr(block, norm).eps = 1e-2
+            number, part = block.layer_number - 1, getattr(block, norm, None)
+            if hasattr(chunk, "hybrid_layer_pattern"):
+                # Two layers for one, each with one of the norms.
+                number, part = number // 2, part if hasattr(part, "eps") else None
+            if part is not None and number == int(layer):
+                part.eps = 1e-2
     found = compare_with_transformers(model, Path(reference), tokens(model.args.seq_length))
     first = found.first_divergence()
     return str(first and first.place), "\n".join(report_lines(found, 1e-4, str))
@@ -317,7 +321,7 @@ def layers_with_own_state(directory: str, checkpoint: str) -> list[str]:
     """
     from qtarget_megatron.megatron.jobs.open_model import open_model
 
-    model = open_model(Path(directory), [])
+    model = open_model(Path(directory), ["--model-class", "gpt"])
     from megatron.training.checkpointing import load_checkpoint
     from torch.distributed.checkpoint.api import CheckpointException
 

@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from qtarget_megatron.huggingface import is_finite
 from qtarget_megatron.megatron.faults.explained import NotFinite
@@ -20,11 +22,19 @@ class Soundness:
     """Counts the steps of one training that Megatron's optimizer skips, as it does where gradients are not finite.
 
     models: the model chunks of this rank; the list may be filled later. from_checkpoint: the weights come from --load,
-    and are looked at before the first step; those of a Hugging Face directory are as they are read.
+    and are looked at before the first step; those of a Hugging Face directory are as they are read. named: a chunk's
+    parameters by the names that messages shall have.
     """
 
-    def __init__(self, args: argparse.Namespace, models: list[Any], *, from_checkpoint: bool):
-        self._args, self._models = args, models
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        models: list[Any],
+        *,
+        from_checkpoint: bool,
+        named: Callable[[Any], Iterable[tuple[str, Tensor]]] = torch.nn.Module.named_parameters,
+    ):
+        self._args, self._models, self._named = args, models, named
         self._unseen = from_checkpoint
         self._step: int | None = None
         self._taken = self._in_a_row = 0
@@ -56,7 +66,7 @@ class Soundness:
         """The weights of this rank, once, where they come from a checkpoint."""
         unseen, self._unseen = self._unseen, False
         for model in self._models if unseen else ():
-            for name, parameter in model.named_parameters():
+            for name, parameter in self._named(model):
                 if not is_finite(parameter.detach()):
                     raise ValueError(
                         f"--load {self._args.load}: expected finite weights, got NaN or infinity in {name} of rank "

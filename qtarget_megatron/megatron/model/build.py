@@ -214,7 +214,8 @@ def build_model(
         # The statistics of experts count a GPTModel's layers, as args do.
         for router in model.routers:
             if not router.is_mtp_layer:
-                router.config, router.layer_number = config, router.layer_number // 2
+                router.config = copy.copy(router.config)
+                router.config.num_layers, router.layer_number = config.num_layers, router.layer_number // 2
     # Megatron hard-wires three of the four parameters of the llama-3 scaling, and its base is an integer.
     if arch.latent is None:
         # HybridModel does not pass it on.
