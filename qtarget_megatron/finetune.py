@@ -28,6 +28,7 @@ from qtarget_megatron import objectives
 from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import held_out_sets, open_records, training_sources
+from qtarget_megatron.huggingface import further_reader
 from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron.faults import ending, same_start
 from qtarget_megatron.megatron.faults.explained import explained
@@ -331,7 +332,8 @@ def _check_models(run: Run) -> None:
     """Weights and tokenizers of both models, headers only."""
     args, saved = run.args, None
     _ = run.tokenizer
-    run.check_weights()
+    fate = f"--mtp-num-layers {run.student.further_layers} trains them, otherwise exports copy them"
+    run.check_weights(fate)
     if args.teacher_hf is None:
         return
     if args.teacher_load is not None:
@@ -377,7 +379,7 @@ def _train(
     _log.info("objective %s, starting from %s", objective, origin)
     if objective.note:
         _log.info("%s: %s", objective.name, objective.note)
-    if args.mtp_num_layers and not from_checkpoint:
+    if args.mtp_num_layers and not from_checkpoint and not student.has_further:
         _log.info("the %d head(s) of --mtp-num-layers start from random weights", args.mtp_num_layers)
     settings = StepSettings(
         objective,
@@ -408,11 +410,18 @@ def _train(
         def progress(total: int):
             return Progress("qtarget_megatron: writing", total, unit="GB", scale=1e9).add
 
-        digests = save_hf_weights(models.built, student, args.hf_model, args.save_hf, dtype, progress=progress)
+        # Layers that predict further tokens, where they are not trained.
+        further = None if args.mtp_num_layers else further_reader(args.hf_model, student)
+        exported = student if further is None else student.with_further()
+        digests = save_hf_weights(
+            models.built, exported, args.hf_model, args.save_hf, dtype, further=further, progress=progress
+        )
         if args.rank == 0:
             outputs.record_export(args, digests)
-        heads = ", without the heads of --mtp-num-layers, which checkpoints keep" if args.mtp_num_layers else ""
-        _log.info("exported the model to %s%s", args.save_hf, heads)
+        more = "" if further is None else ", with the layers of --hf-model that predict further tokens"
+        if args.mtp_num_layers and not student.has_further:
+            more = ", without the heads of --mtp-num-layers, which checkpoints keep"
+        _log.info("exported the model to %s%s", args.save_hf, more)
     _report_peak_memory()
 
 

@@ -12,6 +12,7 @@ from qtarget_megatron.huggingface.config.latent import LatentAttention
 from qtarget_megatron.huggingface.config.multipliers import Multipliers
 from qtarget_megatron.huggingface.config.rope import RopeScaling, yarn_scale
 from qtarget_megatron.huggingface.weights.parameter_map import (
+    copy_names,
     hf_names,
     holds_all_experts,
     is_expert,
@@ -23,7 +24,13 @@ from qtarget_megatron.huggingface.weights.parameter_map import (
     shard_numbers,
 )
 from qtarget_megatron.huggingface.weights.reader import HFReader, is_finite
-from qtarget_megatron.huggingface.weights.tensors import check_tensors, hf_tensor_shapes, tensor_dtype
+from qtarget_megatron.huggingface.weights.tensors import (
+    check_tensors,
+    further_names,
+    further_reader,
+    hf_tensor_shapes,
+    tensor_dtype,
+)
 from qtarget_megatron.huggingface.weights.writer import HFExport, ShardPlan, copied_files, export_bytes, plan_shards
 
 __all__ = [
@@ -42,6 +49,9 @@ __all__ = [
     "StateAgreement",
     "TokenAgreement",
     "check_tensors",
+    "copy_names",
+    "further_names",
+    "further_reader",
     "copied_files",
     "export_bytes",
     "hf_names",

@@ -15,7 +15,14 @@ BLOCK = (10, 7)
 # What 0 to 15 stand for in mxfp4.
 FLOAT4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 # What DeepSeek keeps in 16 bits.
-KEPT = ("norm.weight", "mlp.gate.weight", "embed_tokens.weight", "lm_head.weight", "e_score_correction_bias")
+KEPT = (
+    "norm.weight",
+    "mlp.gate.weight",
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "shared_head.head.weight",
+    "e_score_correction_bias",
+)
 
 
 def quantize_blocks(tensor: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ no file of ``families/`` declares is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ class Architecture:
     ``experts`` is None where every layer has one MLP, ``latent`` where queries, keys and values are made from the
     hidden states. ``dtype`` is what config.json declares, bfloat16 where it declares nothing. ``eos_token_ids`` is
     empty and ``bos_token_id`` None where the model has none. ``further_layers``: a checkpoint may hold so many behind
-    the last one, which predict further tokens; they are left out. ``output_norms``: further RMS norms behind attention
+    the last one, which predict further tokens; they count among the model's tensors where ``has_further`` (see
+    with_further). ``output_norms``: further RMS norms behind attention
     and MLP. ``multipliers`` is None where nothing is multiplied by a fixed number.
     """
 
@@ -101,9 +103,18 @@ class Architecture:
     partial_rotary_factor: float = 1.0
     rotary_interleaved: bool = False
     further_layers: int = 0
+    has_further: bool = False
     output_norms: bool = False
     multipliers: Multipliers | None = None
     sinks: bool = False
+
+    def with_further(self) -> Architecture:
+        """The model with its layers that predict further tokens."""
+        return dataclasses.replace(self, has_further=self.further_layers > 0)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts; one that predicts further tokens is like the last one."""
+        return self.experts is not None and self.experts.layers[min(layer, self.num_layers - 1)]
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> Architecture:

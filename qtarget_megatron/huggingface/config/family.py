@@ -39,6 +39,14 @@ _TENSORS = {
     "shared_up": _LAYER + "mlp.shared_experts.up_proj",
     "shared_down": _LAYER + "mlp.shared_experts.down_proj",
     "shared_weight": _LAYER + "mlp.shared_expert_gate",
+    # A layer that predicts further tokens: norms of the token's embedding and of the hidden state, what makes one of
+    # both, the last norm, and copies of the embedding and of the head.
+    "further_token_norm": _LAYER + "enorm",
+    "further_hidden_norm": _LAYER + "hnorm",
+    "further_projection": _LAYER + "eh_proj",
+    "further_norm": _LAYER + "shared_head.norm",
+    "further_embedding": _LAYER + "embed_tokens",
+    "further_head": _LAYER + "shared_head.head",
     # Those of all experts of a layer in one.
     "experts_gate_up": _LAYER + "mlp.experts.gate_up_proj",
     "experts_down": _LAYER + "mlp.experts.down_proj",
@@ -149,7 +157,7 @@ class Family:
     unrotated_layers: some layers have no rotary embedding, those that are 0 in no_rope_layers, else every
                       no_rope_layer_interval-th.
     experts:          None where every layer has one MLP.
-    further_layers:   the field with the number of layers that predict further tokens, which are left out.
+    further_layers:   the field with the number of layers that predict further tokens.
     fixed:            fields that have no other value than this one, where the file has them.
     defaults:         the values that transformers assumes for fields the file leaves out.
     aliases:          other spelling of a field -> the one used here.

@@ -20,7 +20,7 @@ from qtarget_megatron.huggingface.config.architecture import Architecture
 from qtarget_megatron.huggingface.config.family import CORRECTION
 from qtarget_megatron.huggingface.weights.fused_experts import down_pieces, down_slab, gate_up_pieces, gate_up_slab
 from qtarget_megatron.huggingface.weights.reader import HFReader
-from qtarget_megatron.huggingface.weights.tensors import hf_tensor_shapes
+from qtarget_megatron.huggingface.weights.tensors import further_range, hf_tensor_shapes
 
 # How tensor parallelism cuts a parameter, and along which dimension of the local shard.
 _REPLICATED, _VOCABULARY, _QKV, _GATE_UP, _ROWS, _COLUMNS = (
@@ -73,6 +73,15 @@ _LAYER = {
 }
 # Parameters that are no ".weight" and no ".bias" of their module in a checkpoint.
 _PARTS = {"mlp.router.expert_bias": CORRECTION}
+# Parameters of a layer that predicts further tokens, besides those that any layer has.
+_FURTHER = {
+    "enorm.weight": (_REPLICATED, ("further_token_norm",)),
+    "hnorm.weight": (_REPLICATED, ("further_hidden_norm",)),
+    "eh_proj.weight": (_ROWS, ("further_projection",)),
+    "final_layernorm.weight": (_REPLICATED, ("further_norm",)),
+}
+# Roles of tensors that each such layer has a copy of -> those of the copies.
+_COPIES = {"embedding": "further_embedding", "head": "further_head"}
 _TO_LATENTS = ("query_down", "key_value_down")
 # Parameters of each expert that this expert-parallel rank holds.
 _EXPERT = {
@@ -83,7 +92,9 @@ _EXPERT = {
 }
 # The roles where a checkpoint has a tensor for all experts of a layer.
 _FUSED = {("expert_gate", "expert_up"): ("experts_gate_up",), ("expert_down",): ("experts_down",)}
-_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYER_NAME = re.compile(r"(?:decoder\.layers|(?P<further>mtp\.layers))\.(?P<layer>\d+)\.(?P<part>.+)")
+# What a layer of multi-token prediction has within it.
+_INNER = "mtp_model_layer."
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>\w+\.(weight|bias))")
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<linear>\w+\.(weight|bias))(?P<expert>\d+)")
 
@@ -94,7 +105,7 @@ class _Rule:
 
     kind:          how the parameter is cut.
     part:          of the tensors' module.
-    layer, expert: counted on this rank.
+    layer, expert: counted on this rank; a layer that predicts further tokens from the model's last one on.
     """
 
     kind: str
@@ -102,6 +113,7 @@ class _Rule:
     part: str
     layer: int | None = None
     expert: int | None = None
+    is_further: bool = False
 
 
 def is_expert(name: str) -> bool:
@@ -149,7 +161,18 @@ def hf_names(arch: Architecture, name: str, *, layer_offset: int, expert_offset:
     """
     if _is_tied_head(arch, name):
         return ()
-    return tuple(dict.fromkeys(_sources(arch, name, layer_offset, expert_offset)))
+    return tuple(dict.fromkeys((*_sources(arch, name, layer_offset, expert_offset), *copy_names(arch, name))))
+
+
+def copy_names(arch: Architecture, name: str) -> tuple[str, ...]:
+    """The Hugging Face tensors that are copies of the one that a parameter is made of: layers that predict further
+    tokens have the embedding and the head once more."""
+    roles = _rule(name).roles
+    if not arch.has_further or roles[0] not in _COPIES or _is_tied_head(arch, name):
+        return ()
+    family, copied = families.by_name(arch.family), [_COPIES[role] for role in roles]
+    copied += [_COPIES["head"]] if arch.tied else []
+    return tuple(family.tensor(role, layer=layer) for layer in further_range(arch) for role in copied)
 
 
 def load_parameter(
@@ -203,10 +226,12 @@ def parameter_pieces(
     tp_size: int,
     padded_vocab_size: int,
     expert_offset: int = 0,
+    copy: str | None = None,
 ) -> Iterator[torch.Tensor]:
     """The shard of `load_parameter` in pieces along its first dimension, each read when it is asked for.
 
-    Whoever copies them to their place holds no more than one Hugging Face tensor beside the shard.
+    copy: of copy_names, read in the place of the tensor itself. Whoever copies the pieces to their place holds no more
+    than one Hugging Face tensor beside the shard.
     """
     if not 0 <= tp_rank < tp_size:
         raise ValueError(f"expected a tensor-parallel rank in [0, {tp_size}), got {tp_rank}")
@@ -222,7 +247,7 @@ def parameter_pieces(
     elif kind == _REPLICATED:
         yield reader.read(sources[0])
     elif kind == _VOCABULARY:
-        yield from _load_vocabulary(reader, arch, sources[0], tp_rank, tp_size, padded_vocab_size)
+        yield from _load_vocabulary(reader, arch, copy or sources[0], tp_rank, tp_size, padded_vocab_size)
     elif kind == _COLUMNS:
         columns = reader.shape(sources[0])[1]
         yield reader.read(sources[0], cols=_share(name, columns, tp_rank, tp_size))
@@ -314,7 +339,7 @@ def merge_rows(
     tensors: dict[str, Iterator[torch.Tensor]] = {}
     for source, pieces in zip(sources, merged, strict=True):
         tensors[source] = itertools.chain(tensors.get(source, ()), pieces)
-    return tensors
+    return tensors | {copy: iter(merged[0]) for copy in copy_names(arch, name)}
 
 
 def _joined(pieces: Iterator[torch.Tensor]) -> torch.Tensor:
@@ -349,12 +374,18 @@ def _rule(name: str) -> _Rule:
     part = "bias" if name.endswith(".bias") else "weight"
     if match is None and name in _OUTER:
         return _Rule(*_OUTER[name], part)
-    if match is not None and match[2] in _LAYER:
-        return _Rule(*_LAYER[match[2]], _PARTS.get(match[2], part), layer=int(match[1]))
-    expert = match and (_LOCAL_EXPERT.fullmatch(match[2]) or _GROUPED_EXPERT.fullmatch(match[2]))
-    if expert and expert["linear"] in _EXPERT:
-        part = expert["linear"].partition(".")[2]
-        return _Rule(*_EXPERT[expert["linear"]], part, layer=int(match[1]), expert=int(expert["expert"]))
+    if match is not None:
+        own, is_further, layer = match["part"], match["further"] is not None, int(match["layer"])
+        if is_further and own in _FURTHER:
+            return _Rule(*_FURTHER[own], part, layer, is_further=True)
+        if is_further:
+            own = own.removeprefix(_INNER) if own.startswith(_INNER) else ""
+        if own in _LAYER:
+            return _Rule(*_LAYER[own], _PARTS.get(own, part), layer, is_further=is_further)
+        expert = _LOCAL_EXPERT.fullmatch(own) or _GROUPED_EXPERT.fullmatch(own)
+        if expert and expert["linear"] in _EXPERT:
+            part = expert["linear"].partition(".")[2]
+            return _Rule(*_EXPERT[expert["linear"]], part, layer, int(expert["expert"]), is_further)
     raise ValueError(
         f"expected the name of a Megatron GPTModel parameter, got {name!r}; it has no counterpart in a Hugging Face "
         "checkpoint"
@@ -382,7 +413,7 @@ def _source_names(arch: Architecture, name: str, layer_offset: int, expert_offse
         roles = ("query_latent_norm",)
     place = {}
     if rule.layer is not None:
-        place["layer"] = rule.layer + layer_offset
+        place["layer"] = rule.layer + (arch.num_layers if rule.is_further else layer_offset)
     if holds_all_experts(arch, name):
         roles = _FUSED[roles]
     elif rule.expert is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -22,20 +23,48 @@ _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def hf_tensor_shapes(arch: Architecture) -> Mapping[str, Shape]:
     """Every tensor of the Hugging Face checkpoint and its shape, in checkpoint order; not to be changed.
 
-    Embedding, layers, final norm, and the head where the model is not tied.
+    Embedding, layers, those that predict further tokens where they count, final norm, and the head where the model is
+    not tied.
     """
     family = families.by_name(arch.family)
     matrix = (arch.vocab_size, arch.hidden_size)
     shapes: dict[str, Shape] = {family.tensor("embedding"): matrix}
-    for layer in range(arch.num_layers):
+    further = further_range(arch) if arch.has_further else ()
+    for layer in (*range(arch.num_layers), *further):
         for name, (rows, *others) in _layer(arch, family, layer):
             # Roles may share a tensor: their rows lie one behind the other.
             rows += shapes[name][0] if name in shapes else 0
             shapes[name] = (rows, *others)
+    for layer in further:
+        for role in ("further_token_norm", "further_hidden_norm", "further_norm"):
+            shapes[family.tensor(role, layer=layer)] = (arch.hidden_size,)
+        shapes[family.tensor("further_projection", layer=layer)] = (arch.hidden_size, 2 * arch.hidden_size)
+        for role in ("further_embedding", "further_head"):
+            shapes[family.tensor(role, layer=layer)] = matrix
     shapes[family.tensor("final_norm")] = (arch.hidden_size,)
     if not arch.tied:
         shapes[family.tensor("head")] = matrix
     return MappingProxyType(shapes)
+
+
+def further_range(arch: Architecture) -> range:
+    """The layers that predict further tokens, as a checkpoint counts them."""
+    return range(arch.num_layers, arch.num_layers + arch.further_layers)
+
+
+def further_names(names: Iterable[str], arch: Architecture) -> list[str]:
+    """Those of tensors of layers that predict further tokens, sorted."""
+    prefixes = tuple(map(families.by_name(arch.family).layer_prefix, further_range(arch)))
+    return sorted(name for name in names if name.startswith(prefixes))
+
+
+def further_reader(directory: str | Path, arch: Architecture) -> HFReader | None:
+    """The checkpoint of a directory, if it holds layers that predict further tokens; None where config.json has none,
+    where there are no weights, and where those are not among them."""
+    if not arch.further_layers or not any(Path(directory).glob("*.safetensors")):
+        return None
+    reader = HFReader(directory)
+    return reader if further_names(reader.names, arch) else None
 
 
 def tensor_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -73,7 +102,7 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
     if arch.sinks:
         yield family.tensor("sinks", layer=layer), (arch.num_attention_heads,)
     experts = arch.experts
-    if experts is None or not experts.layers[layer]:
+    if experts is None or not arch.has_experts(layer):
         ffn = arch.ffn_hidden_size
         yield from linear("gate", ffn, hidden, arch.mlp_bias)
         yield from linear("up", ffn, hidden, arch.mlp_bias)
@@ -106,7 +135,8 @@ def _layer(arch: Architecture, family: Family, layer: int) -> Iterator[tuple[str
 
 
 def check_tensors(reader: HFReader, arch: Architecture) -> list[str]:
-    """The tensors that are left out, those of layers that predict further tokens; by name, sorted.
+    """The tensors that are left out, those of layers that predict further tokens where these do not count; by name,
+    sorted.
 
     Raises ValueError unless the checkpoint holds exactly the others that config.json promises: names, shapes and
     floating dtypes are compared, leftovers named rotary_emb.inv_freq are ignored. A tied model may also hold a head, if
@@ -116,10 +146,8 @@ def check_tensors(reader: HFReader, arch: Architecture) -> list[str]:
     _check_fused(reader, arch)
     head, embedding = family.tensor("head"), family.tensor("embedding")
     expected = hf_tensor_shapes(arch)
-    further = range(arch.num_layers, arch.num_layers + arch.further_layers)
-    prefixes = tuple(map(family.layer_prefix, further))
     present = {name for name in reader.names if not name.endswith("rotary_emb.inv_freq")}
-    left_out = sorted(name for name in present if name.startswith(prefixes))
+    left_out = [] if arch.has_further else further_names(present, arch)
     present.difference_update(left_out)
     spare_head = arch.tied and head in present
     problems = {

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtarget_megatron.huggingface.config import families
 from qtarget_megatron.huggingface.config.architecture import Architecture
 from qtarget_megatron.huggingface.config.config_file import declared_dtype, dtype_name, read_config
 from qtarget_megatron.huggingface.config.model_files import model_file
@@ -137,7 +138,7 @@ class HFExport:
         copied_files(self.source_dir)
         self._dtype = dtype or arch.dtype
         self._plan = {file: list(names) for file, names in plan}
-        self._shapes = hf_tensor_shapes(arch)
+        self._arch, self._shapes = arch, hf_tensor_shapes(arch)
         if made_from is not None:
             files = hashlib.sha256(json.dumps(self._plan).encode()).hexdigest()
             made_from = {**made_from, "dtype": dtype_name(self._dtype), "number of pipeline stages": files}
@@ -218,11 +219,16 @@ class HFExport:
         }
 
     def _config_bytes(self) -> bytes:
-        """The source's config, byte for byte unless its dtype differs from the exported one, or it says how the
-        source's weights are quantised: those of the export are not."""
+        """The source's config, byte for byte unless its dtype differs from the exported one, or it says of the source
+        what is not so of the export: how weights are quantised, and that there are layers for further tokens."""
         config = read_config(self.source_dir)
-        quantised = [key for key in QUANTIZATION_KEYS if config.pop(key, None)]
-        if declared_dtype(config) == self._dtype and not quantised:
+        left_out = [key for key in QUANTIZATION_KEYS if config.pop(key, None)]
+        if self._arch.further_layers and not self._arch.has_further:
+            family = families.by_name(self._arch.family)
+            keys = [key for key, meant in family.aliases.items() if meant == family.further_layers and key in config]
+            left_out += keys or [family.further_layers]
+            config |= dict.fromkeys(keys or [family.further_layers], 0)
+        if declared_dtype(config) == self._dtype and not left_out:
             return (self.source_dir / "config.json").read_bytes()
         # Older transformers know only torch_dtype, and newer ones still read it.
         for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:

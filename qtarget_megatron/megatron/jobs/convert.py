@@ -22,11 +22,12 @@ from qtarget_megatron.huggingface import (
     Architecture,
     HFReader,
     copied_files,
+    further_reader,
     hf_tensor_shapes,
     read_config,
 )
 from qtarget_megatron.megatron.jobs.open_model import open_model
-from qtarget_megatron.megatron.runtime import launch
+from qtarget_megatron.megatron.runtime import launch, logs
 from qtarget_megatron.megatron.runtime.logs import is_first_rank
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
@@ -35,6 +36,9 @@ from qtarget_megatron.resumable import ResumableDirectory, check_space, director
 
 if TYPE_CHECKING:
     pass
+
+
+_log = logs.of("export")
 
 
 def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False) -> None:
@@ -51,9 +55,13 @@ def import_hf(hf_model: Path, save: Path, words: list[str], *, cpu: bool = False
     if is_first_rank():
         directory.reserve()
         element = 2 if {"--bf16", "--fp16"}.intersection(words) else dtype.itemsize
-        numbers = sum(math.prod(shape) for shape in hf_tensor_shapes(Architecture.from_hf(hf_model)).values())
+        arch = Architecture.from_hf(hf_model)
+        arch = arch if further_reader(hf_model, arch) is None else arch.with_further()
+        numbers = sum(math.prod(shape) for shape in hf_tensor_shapes(arch).values())
         check_space(Path(save).absolute().parent, numbers * element)
-    model = open_model(hf_model, words, save=directory.folder, dtype=dtype, cpu=cpu, progress="import: reading")
+    model = open_model(
+        hf_model, words, save=directory.folder, dtype=dtype, further=True, cpu=cpu, progress="import: reading"
+    )
     from megatron.training.checkpointing import save_checkpoint
 
     from qtarget_megatron.megatron.weights.fingerprint import Fingerprints
@@ -95,9 +103,10 @@ def export_hf(
     """Megatron checkpoint to Hugging Face directory; call it on every rank.
 
     hf_model: config.json says the architecture, tokenizer files are copied; its weights are not
-    read. The tensors keep the checkpoint's dtype, unless words hold --bf16 or --fp16. Of an interrupted export of the
-    same checkpoint at as many pipeline stages the complete files are kept. checksums: a file for the SHA-256 of each
-    file, as sha256sum writes them. ValueError for bad input, before anything is written.
+    read, but for layers that predict further tokens where the checkpoint has none. The tensors keep the checkpoint's
+    dtype, unless words hold --bf16 or --fp16. Of an interrupted export of the same checkpoint at as many pipeline
+    stages the complete files are kept. checksums: a file for the SHA-256 of each file, as sha256sum writes them.
+    ValueError for bad input, before anything is written.
     """
     if checksums is not None and not checksums.absolute().parent.is_dir():
         raise ValueError(f"--checksums {checksums}: there is no directory {checksums.parent}: create it")
@@ -110,8 +119,19 @@ def export_hf(
         directory.reserve()
         if checksums is not None:
             output_lock.probe(checksums.absolute().parent, f"--checksums {checksums}")
-    model = open_model(hf_model, words, load=load, cpu=cpu)
+    model = open_model(hf_model, words, load=load, further=True, cpu=cpu)
     from qtarget_megatron.megatron.weights.hf_weights import save_hf_weights
+
+    arch, reader = model.arch, None
+    if not arch.has_further:
+        reader = further_reader(hf_model, arch)
+        arch = arch if reader is None else arch.with_further()
+        if arch.further_layers:
+            _log.warning(
+                "%s has no layers that predict further tokens: %s",
+                load,
+                f"those of {hf_model} are copied" if reader else f"nor has {hf_model}: the export has none either",
+            )
 
     made_from |= {"--load": directory_digest(Path(checkpoint_directory(load, model.args.ckpt_step)))}
 
@@ -120,11 +140,12 @@ def export_hf(
 
     digests = save_hf_weights(
         model.chunks,
-        model.arch,
+        arch,
         Path(hf_model),
         Path(save_hf),
         dtype=model.args.params_dtype,
         made_from=made_from,
+        further=reader,
         progress=progress,
     )
     if checksums is not None and dist.get_rank() == 0:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from qtarget_megatron.huggingface import Architecture, HFReader
+from qtarget_megatron.huggingface import Architecture, HFReader, further_reader
 from qtarget_megatron.megatron.runtime import launch, wheel_repairs
 from qtarget_megatron.megatron.runtime.architecture_flags import (
     record_architecture,
@@ -59,6 +59,7 @@ def open_model(
     dtype: torch.dtype | None = None,
     seq_length: int | None = None,
     reference: Path | None = None,
+    further: bool = False,
     cpu: bool = False,
     progress: str | None = None,
 ) -> OpenModel:
@@ -71,6 +72,7 @@ def open_model(
     seq_length: cut to what the model and the layout allow.
     reference:  Hugging Face directory of a second, frozen model over the same vocabulary, stacked on the first: each
                 chunk's teacher.
+    further:    with the layers that predict further tokens, where the weights are there.
     cpu:        insist on the CPU.
 
     Runs under torchrun or as a single process. ValueError for bad input. Collectives: those of Megatron's
@@ -82,8 +84,12 @@ def open_model(
         args.load, args.finetune, args.exit_on_missing_checkpoint = str(load), True, True
         saved = SavedModel.read(args.load, args.ckpt_step)
         dtype = dtype or saved.dtype
+        if further and run.student.further_layers and saved.has_further:
+            run.take_further()
     else:
-        run.check_weights()
+        if further and further_reader(run.hf_model, run.student) is not None:
+            run.take_further()
+        run.check_weights("a HybridModel has none" if further else None)
     _complete(run, save, dtype, seq_length)
     if reference is not None:
         run.add_teacher(reference, "--reference-hf")
@@ -145,7 +151,7 @@ def _build(run: Run, saved: SavedModel | None, progress: str | None) -> OpenMode
         saved.check_fits(provider.built, arch, f"the model in {args.hf_model}")
         saved.load_into(provider.built, args, arch)
     else:
-        total = sum(tensor.nbytes for chunk in provider.built for _, tensor in weights(chunk))
+        total = sum(tensor.nbytes for chunk in provider.built for _, tensor in weights(chunk, arch))
         report = Progress(progress, total, unit="GB", scale=1e9).add if progress else lambda nbytes: None
         with HFReader(args.hf_model) as reader:
             for chunk in provider.built:

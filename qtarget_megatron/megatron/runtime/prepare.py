@@ -16,12 +16,12 @@ from typing import Any
 
 from qtarget_megatron import objectives
 from qtarget_megatron.data import compare_tokenizers, load_tokenizer
-from qtarget_megatron.huggingface import Architecture, HFReader, check_tensors
+from qtarget_megatron.huggingface import Architecture, HFReader, check_tensors, further_reader
 from qtarget_megatron.megatron.runtime import cpu_platform, launch
 from qtarget_megatron.megatron.runtime.architecture_flags import check_flags, implementation_flags, megatron_flags
 from qtarget_megatron.megatron.runtime.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout
-from qtarget_megatron.megatron.runtime.model_class import add_model_class, choose_model_class
+from qtarget_megatron.megatron.runtime.model_class import HYBRID, add_model_class, choose_model_class
 from qtarget_megatron.objectives import Objective
 
 _log = logging.getLogger("qtarget_megatron")
@@ -75,15 +75,24 @@ class Run:
         """The model's. ValueError where there is none, or one of a larger vocabulary than the model's."""
         return load_model_tokenizer(self.hf_model, self.student)
 
-    def check_weights(self) -> None:
-        """ValueError unless the model's directory holds its weights; headers only. A line names those that are left
-        out."""
+    def take_further(self) -> bool:
+        """Have Megatron's model hold the layers that predict further tokens, as heads of multi-token prediction, if its
+        class can; whether it does."""
+        if self.args.model_class != HYBRID:
+            self.student = self.student.with_further()
+            self.args.mtp_num_layers = self.student.further_layers
+        return self.student.has_further
+
+    def check_weights(self, fate: str | None = None) -> None:
+        """ValueError unless the model's directory holds its weights; headers only.
+
+        fate: what becomes of layers that predict further tokens which the model does not hold, for a line.
+        """
         left_out = check_tensors(HFReader(self.hf_model), self.student)
-        if left_out:
+        if left_out and fate is not None:
             _log.warning(
-                "%s: %d tensors of layers that predict further tokens are left out, neither trained nor exported: %s, "
-                "...",
-                *(self.hf_model, len(left_out), left_out[0]),
+                "%s: %d tensors of layers that predict further tokens (%s, ...) are not in the model: %s",
+                *(self.hf_model, len(left_out), left_out[0], fate),
             )
 
     def add_teacher(self, directory: Path, flag: str, *, weights: Any = None) -> None:
@@ -132,7 +141,15 @@ def prepare(words: list[str], purpose: Purpose, *, hf_model: Path | None = None,
     choose_model_class(args, student)
     if not purpose.elsewhere:
         check_gpu_flags(words, args, on_cpu=on_cpu)
-    return Run(words, args, on_cpu, student, hf_model)
+    run = Run(words, args, on_cpu, student, hf_model)
+    if args.mtp_num_layers and further_reader(hf_model, student) is not None:
+        if args.mtp_num_layers != student.further_layers:
+            raise ValueError(
+                f"--mtp-num-layers {args.mtp_num_layers}: {hf_model} has {student.further_layers} layer(s) that "
+                f"predict further tokens: give --mtp-num-layers {student.further_layers}, or drop the flag"
+            )
+        run.take_further()
+    return run
 
 
 def load_model_tokenizer(hf_model: Path, arch: Architecture) -> Any:

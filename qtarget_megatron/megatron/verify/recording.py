@@ -115,7 +115,7 @@ class Recording:
             # Under a distributed optimizer another rank has a share where this one has none.
             return _placed(parameter, *masters.get(id(parameter), (0, parameter.new_empty(0))))
 
-        self.weights = self._whole(weights, value, _has_master)
+        self.weights = self._whole(lambda model: weights(model, self._arch), value, _has_master)
 
     def _whole(
         self,

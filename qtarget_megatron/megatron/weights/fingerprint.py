@@ -160,7 +160,7 @@ class Fingerprints:
         names: dict[int, tuple[str, bool]] = {}
         for chunk in chunks:
             tied = chunk.share_embeddings_and_output_weights
-            for name, parameter in weights(chunk):
+            for name, parameter in weights(chunk, self._arch):
                 is_copy = tied and name == _HEAD
                 names[id(parameter)] = self._key(chunk, name), self._is_first_shard(chunk, name, parameter)
                 if type(parameter) in (Tensor, torch.nn.Parameter):
@@ -173,7 +173,7 @@ class Fingerprints:
                 if is_copy:
                     # Its moments are a second copy that not every format of checkpoints restores from the first.
                     del names[id(parameter)]
-        chunk_of = {id(parameter): (chunk, name) for chunk in chunks for name, parameter in weights(chunk)}
+        chunk_of = {id(parameter): (chunk, name) for chunk in chunks for name, parameter in weights(chunk, self._arch)}
         for parameter, start, tensors, replica in optimizer_states(optimizer):
             if id(parameter) not in names:
                 continue
@@ -213,7 +213,9 @@ class Fingerprints:
 
     def _sums(self, chunks: Sequence[LanguageModule], pieces: Iterator[_Piece]) -> Tensor:
         """[parameters, parts, 4] int64 on the CPU: elements and h of the copy that counts, of all copies together."""
-        shapes = {self._key(chunk, name): tensor.shape for chunk in chunks for name, tensor in weights(chunk)}
+        shapes = {
+            self._key(chunk, name): tensor.shape for chunk in chunks for name, tensor in weights(chunk, self._arch)
+        }
         if self._rows is None:
             names = {name for names in _everyone(sorted(shapes)) for name in names}
             self._rows = {name: row for row, name in enumerate(sorted(names))}

@@ -21,6 +21,8 @@ from qtarget_megatron.huggingface import (
     HFExport,
     HFReader,
     ShardPlan,
+    copy_names,
+    further_names,
     hf_names,
     hf_tensor_shapes,
     holds_all_experts,
@@ -45,20 +47,13 @@ def load_hf_weights(
 
     Rows of the vocabulary go by token id: zeros where the model has more of them, left out where it has fewer.
     report: called with the bytes of the parameters that were filled, bit by bit. ValueError where a parameter has no
-    counterpart there or another shape.
+    counterpart there or another shape, or where a copy that the checkpoint has of it differs.
     """
     copies = [("embedding.word_embeddings.weight", model.embedding.word_embeddings.weight)] if _has_copy(model) else []
-    for name, parameter in [*weights(model), *copies]:
+    for name, parameter in [*weights(model, arch), *copies]:
         rank, size = tensor_share(model, arch, name, parameter)
-        pieces = parameter_pieces(
-            reader,
-            arch,
-            name,
-            **first_indices(model, arch),
-            tp_rank=rank,
-            tp_size=size,
-            padded_vocab_size=model.vocab_size,
-        )
+        share = dict(**first_indices(model, arch), tp_rank=rank, tp_size=size, padded_vocab_size=model.vocab_size)
+        pieces = parameter_pieces(reader, arch, name, **share)
         rows = 0
         for piece in pieces:
             target = parameter.detach()[rows : rows + len(piece)]
@@ -74,6 +69,16 @@ def load_hf_weights(
                 f"{name} is {list(parameter.shape)} on this rank, but {reader.directory} gives {given}: "
                 "the model was not built from this directory's config.json"
             )
+        for copy in copy_names(arch, name):
+            rows = 0
+            for piece in parameter_pieces(reader, arch, name, **share, copy=copy):
+                if not torch.equal(parameter.detach()[rows : rows + len(piece)].cpu(), piece.to(parameter.dtype)):
+                    (first, *_) = hf_names(arch, name, **first_indices(model, arch))
+                    raise ValueError(
+                        f"{reader.directory}: expected {copy} to be the same as {first}, which Megatron's layers for "
+                        "further tokens share with the model, got other numbers"
+                    )
+                rows += len(piece)
 
 
 def check_complete(models: Sequence[LanguageModule], arch: Architecture) -> None:
@@ -94,11 +99,14 @@ def save_hf_weights(
     dtype: torch.dtype | None = None,
     *,
     made_from: Mapping[str, Any] | None = None,
+    further: HFReader | None = None,
     progress: Callable[[int], Callable[[int], None]] = lambda total: lambda nbytes: None,
 ) -> dict[str, str]:
     """Export the model of all ranks as a Hugging Face directory; call it on every rank.
 
     models:    this rank's model chunks.
+    arch:      with_further() where the export shall have layers that predict further tokens.
+    further:   the checkpoint that they are copied from where the model does not have them; the first rank does it.
     source:    the directory whose config and tokenizer files are carried over.
     dtype:     of the exported tensors, default the architecture's.
     made_from: see HFExport; the files that an interrupted export of the same wrote to their end are kept.
@@ -116,11 +124,15 @@ def save_hf_weights(
     tensor holds all experts, to the rank that writes; object gathers and broadcasts.
     """
     dtype = dtype or arch.dtype
-    plan = plan_shards(arch, dtype, stages=_stages(models, arch))
+    stages = _stages(models, arch)
+    copied = [] if further is None else further_names(hf_tensor_shapes(arch).keys() - set().union(*stages), arch)
+    plan = plan_shards(arch, dtype, stages=[*stages, copied] if copied else stages)
     export = HFExport(out, source, arch, plan, dtype=dtype, made_from=made_from)
     on_first_rank(export.begin)
     parameters = _parameters(models, arch, dtype)
     mine = _files_to_write(plan, parameters)
+    if dist.get_rank() == 0:
+        mine |= {file: _Part([], True) for file, names in plan if names[0] in copied}
     held = {file for file, part in mine.items() if part.writes and export.holds_shard(file)}
     held = set().union(*_gather(held, None))
     left = [file for file in mine if file not in held]
@@ -129,6 +141,11 @@ def save_hf_weights(
     written = [name for file in left if mine[file].writes for name in names[file]]
     report = progress(sum(math.prod(shapes[name]) * tensor_dtype(name, dtype).itemsize for name in written))
     for file in left:
+        tensors: Iterator[tuple[str, Iterator[Tensor]]]
+        if copied and names[file][0] in copied:
+            tensors = ((name, _reported(_copied(further, name, dtype), report)) for name in names[file])
+            export.write_shard(file, tensors)
+            continue
         tensors = _tensors(arch, mine[file].parameters, set(names[file]), gathering, report)
         if mine[file].writes:
             export.write_shard(file, tensors)
@@ -184,7 +201,7 @@ def _parameters(models: Sequence[LanguageModule], arch: Architecture, dtype: tor
         )
         for model in models
         for offsets in [first_indices(model, arch)]
-        for name, parameter in weights(model)
+        for name, parameter in weights(model, arch)
         for names in [hf_names(arch, name, **offsets)]
     ]
 
@@ -252,6 +269,16 @@ def _slabs(arch: Architecture, name: str, experts: Sequence[_Parameter], gatheri
     for shards in gathering.of_all_experts(experts):
         (slabs,) = merge_rows(arch, experts[0].name, **experts[0].offsets, shards=shards).values()
         yield from slabs
+
+
+def _copied(reader: HFReader | None, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A tensor of another checkpoint, some rows at a time."""
+    assert reader is not None
+    height, *others = reader.shape(name)
+    step = max(_BLOCK_BYTES // (math.prod(others) * dtype.itemsize), 1)
+    for row in range(0, height, step):
+        rows = (row, min(row + step, height))
+        yield reader.read(name, rows=rows).to(tensor_dtype(name, dtype))
 
 
 def _reported(pieces: Iterator[Tensor], report: Callable[[int], None]) -> Iterator[Tensor]:
@@ -331,7 +358,7 @@ def _held(models: Sequence[LanguageModule], arch: Architecture) -> list[str]:
     return [
         hf_name
         for model in models
-        for name, _ in weights(model)
+        for name, _ in weights(model, arch)
         if is_first or is_expert(name)
         for hf_name in hf_names(arch, name, **first_indices(model, arch))
     ]
@@ -349,12 +376,13 @@ def _stages(models: Sequence[LanguageModule], arch: Architecture) -> list[list[s
     return [held for of_stage in stages for held in of_stage]
 
 
-def weights(model: LanguageModule) -> Iterator[tuple[str, Tensor]]:
+def weights(model: LanguageModule, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
     """What a Hugging Face checkpoint has: the parameters, and the router's numbers that are not trained by gradients.
 
-    Heads of multi-token prediction are left out, and their copy of the embedding on a last pipeline stage.
+    Heads of multi-token prediction are left out where the checkpoint has none, and in any case their copy of the
+    embedding on a last pipeline stage.
     """
-    left_out = ("mtp.", "embedding.") if _has_copy(model) else ("mtp.",)
+    left_out = (() if arch.has_further else ("mtp.",)) + (("embedding.",) if _has_copy(model) else ())
     corrections = (
         (layer_name(model, name), numbers)
         for name, numbers in model.named_buffers()

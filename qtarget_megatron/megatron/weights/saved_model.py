@@ -40,6 +40,11 @@ class SavedModel:
     metadata: dict
     args: argparse.Namespace
 
+    @property
+    def has_further(self) -> bool:
+        """Whether it holds heads of multi-token prediction."""
+        return any(key.startswith("mtp.") for key in self.shapes)
+
     @classmethod
     def read(cls, load: str | Path, step: int | None = None, *, flag: str = "--load") -> SavedModel:
         """Headers only. step: default the newest iteration. ValueError where there is no distributed checkpoint."""
@@ -68,7 +73,7 @@ class SavedModel:
 
         arch: the model's, which source names. Megatron itself ignores tensors that it did
         not ask for, and cuts or pads a vocabulary of another size. Heads of multi-token prediction in the checkpoint
-        are left there.
+        are left there where the model has none.
         """
         problems = [
             f"{ours} {expected} by config.json, {actual} in the checkpoint"
@@ -79,7 +84,7 @@ class SavedModel:
             if (actual := getattr(self.args, theirs, None)) not in (None, expected)
         ]
         wanted = self._wanted(chunks)
-        stored = {key: shape for key, shape in self.shapes.items() if not key.startswith("mtp.")}
+        stored = {key: shape for key, shape in self.shapes.items() if arch.has_further or not key.startswith("mtp.")}
         for key in sorted(wanted.keys() | stored.keys()):
             if key not in wanted or key not in stored:
                 where = "missing from" if key in wanted else "only in"
