@@ -205,6 +205,7 @@ def lost_module():
 
 REFUSED = {
     "nothing to train": (["--skip-train"], "--skip-train: nothing would be trained: drop it"),
+    "heads": (["--mtp-num-layers", "1"], "--mtp-num-layers: heads are not compared: drop it"),
     "a cache": (["--teacher-cache", "DIR"], "--teacher-cache: a cache belongs to its data: give --teacher-hf DIR"),
     "ranks": (TP2, "tensor 2 x pipeline 1 x context 1 takes a multiple of 2 ranks, got 1"),
     # What divides the small model need not divide theirs.

@@ -21,9 +21,10 @@ from qtarget_megatron.megatron.faults.explained import NotFinite
 class Soundness:
     """Counts the steps of one training that Megatron's optimizer skips, as it does where gradients are not finite.
 
-    models: the model chunks of this rank; the list may be filled later. from_checkpoint: the weights come from --load,
-    and are looked at before the first step; those of a Hugging Face directory are as they are read. named: a chunk's
-    parameters by the names that messages shall have.
+    models:          the model chunks of this rank; the list may be filled later.
+    from_checkpoint: the weights come from --load, and are looked at before the first step; those of a Hugging Face
+                     directory are as they are read.
+    named:           a chunk's parameters by the names that messages shall have.
     """
 
     def __init__(

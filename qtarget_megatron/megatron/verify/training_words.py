@@ -59,6 +59,7 @@ _ALWAYS = {
 }  # fmt: skip
 _KEPT = {"--num-workers", "--logging-level"}
 _REFUSED = {
+    "--mtp-num-layers": "heads are not compared: drop it",
     "--skip-train": "nothing would be trained: drop it",
     "--teacher-cache": "a cache belongs to its data: give --teacher-hf DIR in its place",
     "--use-megatron-fsdp": "it keeps gradients in a form of its own, which is not verified",
