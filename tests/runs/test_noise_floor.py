@@ -19,12 +19,17 @@ FIRST, *OTHERS = ORDERS
 
 
 def gradient_times(factor, part):
-    """Of the parameter whose name holds part."""
+    """Of the parameter whose name, as a GPTModel has it, holds part."""
     from megatron.training import training
+
+    from qtarget_megatron.megatron.weights.layer_names import named_parameters
 
     def scaled(model, *args, original=training.finalize_model_grads, **kwargs):
         original(model, *args, **kwargs)
-        (found,) = [parameter for name, parameter in model[0].named_parameters() if part in name]
+        chunk = model[0]
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        (found,) = [parameter for name, parameter in named_parameters(chunk) if part in name]
         found.main_grad.mul_(factor)
 
     return mock.patch.object(training, "finalize_model_grads", scaled)
