@@ -18,17 +18,18 @@ DO = "--use-distributed-optimizer"
 TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
 SP, EP2 = "--sequence-parallel", ["--expert-model-parallel-size", 2]
 CP2 = ["--context-parallel-size", 2]
+GPT = ["--model-class", "gpt"]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
 # World size -> case -> (model, words), with a live teacher where the name says so.
 CASES = {
     1: {
-        "fp32": ("untied", []),
+        "fp32": ("untied", GPT),
         "tied-do": ("tied", [DO]),
         "bf16": ("tied", ["--bf16"]),
         "bf16-do-teacher": ("untied", ["--bf16", DO]),
         "bf16-grads": ("untied", ["--bf16", "--grad-reduce-in-bf16"]),
         "sgd-selective": ("untied", ["--optimizer", "sgd", "--recompute-activations"]),
-        "full": ("untied", FULL),
+        "full": ("untied", [*FULL, *GPT]),
         "tied-selective": ("tied", ["--recompute-activations"]),
         "softmax-bf16": ("biases", ["--bf16", "--attention-softmax-in-fp32"]),
         "experts": ("experts", []),
@@ -37,13 +38,13 @@ CASES = {
         "weighted": ("weighted", []),
         "sinks": ("sinks", []),
         "packed-sinks-bf16": ("sinks", ["--pack", "--bf16"]),
-        "windows": ("windows", []),
+        "windows": ("windows", GPT),
         "windows-bf16-selective": ("windows", ["--bf16", "--recompute-activations"]),
         "norms": ("teacher", []),
         "one-sample": ("untied", ["--micro-batch-size", 1]),
         "latent": ("latent", []),
         "latent-bf16-selective": ("latent", ["--bf16", "--recompute-activations"]),
-        "packed": ("untied", ["--pack"]),
+        "packed": ("untied", ["--pack", *GPT]),
         "packed-tied-bf16": ("tied", ["--pack", "--bf16"]),
         "packed-selective": ("untied", ["--pack", "--recompute-activations"]),
         "packed-windows": ("windows", ["--pack"]),
@@ -52,7 +53,7 @@ CASES = {
     2: {
         "dp2-bf16-do-teacher": ("tied", ["--bf16", DO]),
         "tp2-biases-teacher": ("biases", TP2),
-        "tp2-sp": ("untied", [*TP2, SP]),
+        "tp2-sp": ("untied", [*TP2, SP, *GPT]),
         "tp2-sp-bf16-teacher": ("untied", [*TP2, SP, "--bf16"]),
         "ep2-experts": ("experts", EP2),
         "ep2-do-bf16-experts-all-to-all": (

@@ -38,7 +38,7 @@ CASES = {
         "DeepseekV3",
         dict(num_key_value_heads=12, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=6, qk_rope_head_dim=4)
         | dict(v_head_dim=8, n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2)
-        | dict(moe_intermediate_size=24, n_shared_experts=2, first_k_dense_replace=1),
+        | dict(moe_intermediate_size=24, n_shared_experts=2, first_k_dense_replace=1, num_nextn_predict_layers=0),
     ),
     "qwen2_moe": (
         "Qwen2Moe",

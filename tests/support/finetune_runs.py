@@ -88,7 +88,7 @@ def write_models(folder: Path) -> None:
         dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=4)
         | dict(q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8)
         | dict(n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=20)
-        | dict(first_k_dense_replace=1),
+        | dict(first_k_dense_replace=1, num_nextn_predict_layers=0),
     )
     generator = torch.Generator().manual_seed(11)
     for name, (family, extra) in models.items():

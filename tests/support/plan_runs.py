@@ -112,6 +112,7 @@ def measure(words: list[str]) -> dict:
         megatron_flags,
         record_architecture,
     )
+    from qtarget_megatron.megatron.runtime.model_class import choose_model_class
     from qtarget_megatron.megatron.training.arguments import add_arguments
 
     cpu_platform.activate()
@@ -124,6 +125,7 @@ def measure(words: list[str]) -> dict:
     student = Architecture.from_hf(words[words.index("--hf-model") + 1])
     flags = [*megatron_flags(student), *implementation_flags(on_cpu=True)]
     args = launch.parse_arguments([*flags, *words], add_arguments)
+    choose_model_class(args, student)
     args.save_interval = args.eval_interval = 1
     args.calculate_per_token_loss = True
     record_architecture(args, student)
@@ -158,7 +160,6 @@ def measure(words: list[str]) -> dict:
         "gradients": storage_bytes(buffer.grad_data for buffer in buffers),
         "optimizer": storage_bytes(states, besides=parameters),
         "teacher weights": storage_bytes(teachers),
-        "layers": [len(chunk.decoder.layers) for chunk in provider.built],
     }
     if plan.cached is not None:
         found["losses"]["fused, cached"] = plan.losses["cached"]["fused"] + plan.cached.bytes

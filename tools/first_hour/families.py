@@ -101,7 +101,9 @@ FAMILIES = {
             v_head_dim=8,
         )
         | dict(n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=16)
-        | dict(first_k_dense_replace=1, routed_scaling_factor=1.7, rope_parameters=YARN | LATENT_YARN),
+        | dict(first_k_dense_replace=1, routed_scaling_factor=1.7, rope_parameters=YARN | LATENT_YARN)
+        # transformers has no layers for further tokens.
+        | dict(num_nextn_predict_layers=0),
     ),
     # Tensors of queries, keys and values, and of gate and up, in one; rotary embeddings of a part of each head, with an
     # attention factor, in pairs of neighbours.
@@ -124,7 +126,8 @@ FAMILIES = {
     "glm4_moe": (
         "Glm4Moe",
         dict(num_key_value_heads=2, head_dim=8, attention_bias=True, use_qk_norm=True, moe_intermediate_size=16)
-        | dict(n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=2, routed_scaling_factor=1.3),
+        | dict(n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=2, routed_scaling_factor=1.3)
+        | dict(num_nextn_predict_layers=0),
     ),
     "biases": ("Llama", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
 }
