@@ -123,6 +123,7 @@ def prepare(words: list[str], purpose: Purpose, *, hf_model: Path | None = None,
     if getattr(ours, "objective_file", None) is not None:
         objectives.register_from_file(ours.objective_file)
     launch.check_version()
+    launch.tell_version()
     if not purpose.elsewhere:
         launch.check_launcher(meets="--fake-process-group" not in words)
     cpu = cpu or getattr(ours, "cpu", False)

@@ -133,6 +133,7 @@ def verify(options: VerifyOptions, objectives: Sequence[Objective], on_row: Call
     """
     options.check(int(os.environ.get("WORLD_SIZE", "1")))
     launch.check_version()
+    launch.tell_version()
     launch.check_launcher()
     device = _device()
     backend = _backend_name(options, device)
