@@ -128,7 +128,8 @@ def test_fields_are_what_transformers_reads(tmp_path, family, extra):
         partial_rotary_factor=theirs.rope_parameters.get("partial_rotary_factor", 1.0),
         # Neither has the function that says so; the logits of both are compared.
         rotary_interleaved=family not in ("deepseek_v3", "gpt_oss") and pairs_neighbours(model),
-        further_layers=getattr(theirs, "num_nextn_predict_layers", 0),
+        # transformers 5.8 knows neither this field nor that of gpt-oss' limit.
+        further_layers=getattr(theirs, "num_nextn_predict_layers", int(hasattr(theirs, "n_routed_experts"))),
         output_norms=layer + "post_mlp_layernorm.weight" in names,
         multipliers=multipliers_of(theirs),
         sinks=layer + "self_attn.sinks" in names,
@@ -198,8 +199,10 @@ def experts_of(theirs, names):
         own |= dict(groups=Groups(theirs.n_group, theirs.topk_group) if limited else None)
     if hasattr(theirs, "shared_expert_intermediate_size"):
         own = dict(shared_ffn_hidden_size=theirs.shared_expert_intermediate_size, shared_weight=True)
-    if hasattr(theirs, "swiglu_limit"):
-        own = dict(clamp=theirs.swiglu_limit, fused=True, bias="model.layers.0.mlp.router.bias" in names)
+    if theirs.model_type == "gpt_oss":
+        own = dict(
+            clamp=getattr(theirs, "swiglu_limit", 7.0), fused=True, bias="model.layers.0.mlp.router.bias" in names
+        )
     return Experts(
         count=getattr(theirs, "num_local_experts", None) or theirs.num_experts,
         per_token=theirs.num_experts_per_tok,

@@ -176,8 +176,8 @@ def test_generation_blocks_agree_with_the_tokenizers_own_mask():
     tokenizer = byte_tokenizer(GENERATION)
     record = chat("s:S", "u:Hi", "a:One 👧", "u:And?", "a:Two")
     assert supervised_runs(tokenizer, record) == ["One 👧<|im_end|>", "Two<|im_end|>"]
-    record["messages"][1]["name"] = None  # as exported by many tools: the same as no name
     own = tokenizer.apply_chat_template(record["messages"], return_dict=True, return_assistant_tokens_mask=True)
+    record["messages"][1]["name"] = None  # as exported by many tools: the same as no name
     sample = encode(tokenizer, record, 4096)
     assert sample.input_ids.tolist() == own["input_ids"]
     assert sample.supervised.tolist() == [bool(x) for x in own["assistant_masks"]]

@@ -95,8 +95,9 @@ def test_transformers_dequantizes_to_the_same_bits(tmp_path, plain):
     """Where whole blocks make up a matrix; it takes no others."""
     other = stands_for(tmp_path / "fp8", write_fp8(plain, tmp_path / "fp8", block=(4, 4)))
     load = transformers.AutoModelForCausalLM.from_pretrained
-    found = [dict(load(path, dtype=torch.bfloat16).state_dict()) for path in (tmp_path / "fp8", other)]
-    assert_same_bits(*found)
+    found, expected = (dict(load(path, dtype=torch.bfloat16).state_dict()) for path in (tmp_path / "fp8", other))
+    # Some versions leave it to their user to round what they have dequantised.
+    assert_same_bits({name: tensor.to(expected[name].dtype) for name, tensor in found.items()}, expected)
 
 
 def test_the_comparison_with_transformers_takes_it(tmp_path, plain):
