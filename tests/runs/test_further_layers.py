@@ -183,6 +183,13 @@ def test_what_does_not_belong_together_is_refused(workspace, tmp_path):
     def other(weights):
         weights["model.layers.3.embed_tokens.weight"][5, 3] += 1e-3
 
+    model, ckpt = ["--hf-model", workspace / "deepseek_v3"], tmp_path / "ckpt"
+    hybrid = ["export", *model, "--load", ckpt, "--save-hf", tmp_path / "out", "--model-class", "hybrid"]
+    jobs = {"import": ["import", *model, "--save", ckpt], "hybrid": hybrid}
+    jobs = {name: ("convert_output", *map(str, words)) for name, words in jobs.items()}
+    (done,) = run_ranks(1, run_all, (jobs,), 200, megatron=True)
+    assert done["import"][0] == 0 and done["hybrid"][0] == 2, done
+    assert "drop --model-class hybrid" in done["hybrid"][1] and not (tmp_path / "out").exists()
     variant(workspace / "latent", tmp_path / "other", tensors=other)
     variant(workspace / "latent", tmp_path / "missing", tensors=lambda w: w.pop("model.layers.3.eh_proj.weight"))
     runs = {

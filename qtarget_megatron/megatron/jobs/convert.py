@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,10 +33,6 @@ from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.megatron.weights.checkpoint_folder import checkpoint_directory
 from qtarget_megatron.resumable import ResumableDirectory, check_space, directory_digest
-
-if TYPE_CHECKING:
-    pass
-
 
 _log = logs.of("export")
 

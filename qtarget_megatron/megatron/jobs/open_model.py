@@ -84,8 +84,11 @@ def open_model(
         args.load, args.finetune, args.exit_on_missing_checkpoint = str(load), True, True
         saved = SavedModel.read(args.load, args.ckpt_step)
         dtype = dtype or saved.dtype
-        if further and run.student.further_layers and saved.has_further:
-            run.take_further()
+        if further and run.student.further_layers and saved.has_further and not run.take_further():
+            raise ValueError(
+                f"--load {load} has layers that predict further tokens, for which a HybridModel has no place: drop "
+                "--model-class hybrid"
+            )
     else:
         if further and further_reader(run.hf_model, run.student) is not None:
             run.take_further()
