@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from launching import REPOSITORY
+from launching import REPOSITORY, run_ranks
 from loss_definitions import target_sft
 from matplotlib import image
 
@@ -410,6 +410,18 @@ def test_a_partial_rerun_replaces_its_own_section_only(measured, tmp_path, monke
     after = sections((out / "REPORT.md").read_text())
     assert {name for name in after if after[name] != before[name]} <= {"Growth", "Benchmarks"}
     assert image.imread(out / "growth.png")[..., :3].std() > 0.05
+
+
+def attentions():
+    from tools.benchmarking.packing import measure_attention
+
+    return measure_attention(say=lambda line: None, tokens=[32], heads=2, width=8, seconds=0, min_rounds=1)
+
+
+def test_attention_is_measured_next_to_megatrons():
+    """Both have computed the same before that."""
+    (rows,) = run_ranks(1, attentions, megatron=True)
+    assert sorted(row["attention"] for row in rows) == ["Megatron's", "ours"]
 
 
 def test_costs_and_memory_follow_from_the_runs():

@@ -130,6 +130,7 @@ def local_attentions(heads: int, width: int) -> dict[str, Callable[[Tensor, Tens
 
     cpu_platform.activate()
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
@@ -140,5 +141,7 @@ def local_attentions(heads: int, width: int) -> dict[str, Callable[[Tensor, Tens
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     sizes = dict(num_layers=1, hidden_size=heads * width, num_attention_heads=heads, attention_dropout=0.0)
     config = TransformerConfig(**sizes, masked_softmax_fusion=False)
-    ours, megatrons = (kind(config, 1, AttnMaskType.causal, "self") for kind in (LocalAttention, DotProductAttention))
+    place = dict(layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    ours, megatrons = (kind(config, **place, pg_collection=groups) for kind in (LocalAttention, DotProductAttention))
     return {"ours": lambda q, k, v: ours(q, k, v), "Megatron's": lambda q, k, v: megatrons(q, k, v, None)}
