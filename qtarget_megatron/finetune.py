@@ -28,7 +28,7 @@ from qtarget_megatron import objectives
 from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import held_out_sets, open_records, training_sources
-from qtarget_megatron.huggingface import further_reader
+from qtarget_megatron.huggingface import check_tensors, further_reader
 from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron.faults import ending, same_start
 from qtarget_megatron.megatron.faults.explained import explained
@@ -334,6 +334,9 @@ def _check_models(run: Run) -> None:
     _ = run.tokenizer
     fate = f"--mtp-num-layers {run.student.further_layers} trains them, otherwise exports copy them"
     run.check_weights(fate)
+    if args.save_hf is not None and (further := further_reader(args.hf_model, run.student)) is not None:
+        # What the export will copy, seen before the training.
+        check_tensors(further, run.student.with_further())
     if args.teacher_hf is None:
         return
     if args.teacher_load is not None:
