@@ -28,7 +28,8 @@ from qtarget_megatron import objectives
 from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import held_out_sets, open_records, training_sources
-from qtarget_megatron.huggingface import check_tensors, further_reader
+from qtarget_megatron.huggingface import EXPERTS, InitialFactors, adapter_numbers, check_tensors, further_reader
+from qtarget_megatron.huggingface.adapters.peft_directory import PeftDirectory
 from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron.faults import ending, same_start
 from qtarget_megatron.megatron.faults.explained import explained
@@ -45,6 +46,7 @@ from qtarget_megatron.megatron.runtime.architecture_flags import (
     record_architecture,
 )
 from qtarget_megatron.megatron.runtime.gpu_flags import check_fine_tuning
+from qtarget_megatron.megatron.runtime.lora_flags import check_saved_lora
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout, check_whole_stages
 from qtarget_megatron.megatron.runtime.prepare import Run, prepare
 from qtarget_megatron.megatron.runtime.progress import Progress
@@ -65,7 +67,11 @@ from qtarget_megatron.megatron.training.arguments import (
 )
 from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_lengths, check_schedule, read_saved
 from qtarget_megatron.megatron.verify.problem import try_evaluate
-from qtarget_megatron.megatron.weights.checkpoint_folder import saved_argument
+from qtarget_megatron.megatron.weights.checkpoint_folder import (
+    checkpoint_directory,
+    saved_argument,
+    saved_arguments,
+)
 from qtarget_megatron.megatron.weights.saved_model import SavedModel, check_resumed_experts, check_saved_heads
 from qtarget_megatron.teacher_cache import TeacherCache
 
@@ -125,7 +131,7 @@ def fine_tune(argv: list[str], recording: Recording | None = None) -> None:
     fill_in(run)
     apply_nan_choice(args)
     check_backend(args, on_cpu=run.on_cpu)
-    check_fine_tuning(args, live_teacher=args.teacher_hf is not None, on_cpu=run.on_cpu)
+    check_fine_tuning(args, live_teacher=args.teacher_hf is not None or args.teacher_self, on_cpu=run.on_cpu)
     _check(run)
     _check_models(run)
     caches = _open_caches(run)
@@ -250,7 +256,11 @@ def _check(run: Run) -> None:
     # Megatron ends the process where the tracker file is damaged; prepare_start() mends it, or says what to do. What
     # other formats hold is not known before they are loaded.
     torch_dist = args.ckpt_format == "torch_dist"
+    if run.lora is not None and not torch_dist:
+        raise ValueError(f"--ckpt-format {args.ckpt_format}: adapters are saved as torch_dist: drop the flag")
     if torch_dist and launch.has_checkpoint(args.load) and names_iteration(Path(args.load)):
+        folder = checkpoint_directory(args.load, args.ckpt_step)
+        check_saved_lora(args.load, saved_arguments(Path(folder)), run.lora)
         check_resumed_experts(args, student)
         check_saved_heads(args)
 
@@ -278,7 +288,8 @@ def _data_digest(args: argparse.Namespace) -> dict[str, list[str]]:
 def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Objective) -> None:
     caches = [f for f in ("teacher_cache", "teacher_cache_valid") if getattr(args, f) is not None]
     paths = _data_paths(args)
-    given = [f"--{key.replace('_', '-')}" for key in (["teacher_hf"] if args.teacher_hf else []) + caches]
+    live = [flag for flag in ("teacher_hf", "teacher_self") if getattr(args, flag)]
+    given = [f"--{key.replace('_', '-')}" for key in live + caches]
     if args.teacher_load is not None and args.teacher_hf is None:
         raise ValueError(
             f"--teacher-load {args.teacher_load} holds weights only: give --teacher-hf DIR as well, with that model's "
@@ -291,9 +302,12 @@ def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Ob
             )
         return
     if not given:
-        raise ValueError(f"objective {objective} reads a second model: give --teacher-hf DIR or --teacher-cache DIR")
-    if args.teacher_hf is not None and caches:
-        raise ValueError(f"the second model is live or cached: drop --teacher-hf or {given[1]}")
+        own = " or --teacher-self" if args.lora_rank is not None else ""
+        raise ValueError(
+            f"objective {objective} reads a second model: give --teacher-hf DIR or --teacher-cache DIR{own}"
+        )
+    if len(live) + bool(caches) > 1:
+        raise ValueError(f"expected one second model: drop {given[0]} or {given[1]}")
     if caches:
         check_residuals(objective.residuals, args.teacher_tail)
     for data, cache in (("sft_train", "teacher_cache"), ("sft_valid", "teacher_cache_valid")):
@@ -352,22 +366,31 @@ def _train(
     from qtarget_megatron.megatron.faults.loss_check import LossCheck
     from qtarget_megatron.megatron.faults.soundness import Soundness
     from qtarget_megatron.megatron.model.build import ModelProvider
+    from qtarget_megatron.megatron.model.lora import merge_adapters
     from qtarget_megatron.megatron.training.checkpoint_hooks import watch_checkpoints
     from qtarget_megatron.megatron.training.pace import Pace
     from qtarget_megatron.megatron.training.step import StepSettings, forward_step
+    from qtarget_megatron.megatron.weights.adapters import record_base, save_adapters
     from qtarget_megatron.megatron.weights.hf_weights import save_hf_weights
     from qtarget_megatron.megatron.weights.layer_names import named_parameters
 
     args, student, teacher, objective = run.args, run.student, run.teacher, run.objective
     from_checkpoint, teacher_cost = launch.has_checkpoint(args.load), TeacherCost()
     smaller = teacher is not None and teacher.vocab_size < student.vocab_size
+    lora, factors, peft = run.lora, None, None
+    if lora is not None and not from_checkpoint:
+        peft = None if args.lora_from is None else PeftDirectory(args.lora_from, student)
+        factors = peft or InitialFactors(student, lora, args.seed)
     models = ModelProvider(
         args,
         student,
         teacher,
-        load_weights=not from_checkpoint,
+        load_weights=not from_checkpoint or lora is not None,
         teacher_weights=run.teacher_weights,
         teacher_cost=teacher_cost,
+        lora=lora,
+        factors=factors,
+        teaches_itself=args.teacher_self,
         finish=partial(
             attach,
             objective=objective,
@@ -379,6 +402,15 @@ def _train(
         ),
     )
     origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
+    if lora is not None:
+        origin += f" with the adapters of {args.lora_from}" if peft else ""
+        numbers = adapter_numbers(student, lora)
+        _log.info(
+            "adapters of rank %d on %s: %s parameters are trained, the model stays as it is",
+            *(lora.rank, " ".join(lora.targets), f"{numbers:,}"),
+        )
+        if student.experts is not None and EXPERTS not in lora.targets:
+            _log.info("the experts have no adapters: --lora-targets experts would give each of them some")
     _log.info("objective %s, starting from %s", objective, origin)
     if objective.note:
         _log.info("%s: %s", objective.name, objective.note)
@@ -394,7 +426,7 @@ def _train(
     )
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint, named=named_parameters)
-    watch_checkpoints(args, student, models.built, flags)
+    watch_checkpoints(args, student, models.built, flags, peft)
     step = Pace(args).watched(soundness.watched(partial(forward_step, settings, on_nan)))
     if recording is not None:
         step = recording.watched(step, args, models.built, student)
@@ -407,7 +439,18 @@ def _train(
     soundness.finish()
     if recording is not None:
         recording.finish()
-    if args.save_hf is not None:
+    if args.save_hf is not None and lora is not None and not args.lora_merge:
+        dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else args.params_dtype
+        base = record_base(args, student, models.built)
+        digests = save_adapters(
+            models.built, student, lora, args.save_hf, dtype, base=base, base_name=str(args.hf_model)
+        )
+        if args.rank == 0:
+            outputs.record_export(args, digests)
+        _log.info("exported the adapters to %s, a PEFT directory for %s", args.save_hf, args.hf_model)
+    elif args.save_hf is not None:
+        for model in models.built if lora is not None else ():
+            merge_adapters(model)
         dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
 
         def progress(total: int):
@@ -421,7 +464,8 @@ def _train(
         )
         if args.rank == 0:
             outputs.record_export(args, digests)
-        more = "" if further is None else ", with the layers of --hf-model that predict further tokens"
+        more = "" if lora is None else ", with the adapters merged"
+        more += "" if further is None else ", with the layers of --hf-model that predict further tokens"
         if args.mtp_num_layers and not student.has_further:
             more = ", without the heads of --mtp-num-layers, which checkpoints keep"
         _log.info("exported the model to %s%s", args.save_hf, more)

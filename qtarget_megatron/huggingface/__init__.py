@@ -1,5 +1,16 @@
 """Hugging Face checkpoints: read a rank's slices, map them to Megatron parameters, export them."""
 
+from qtarget_megatron.huggingface.adapters.factors import Factors, InitialFactors, load_factor, merge_factor
+from qtarget_megatron.huggingface.adapters.lora import (
+    DEFAULT_TARGETS,
+    EXPERTS,
+    TARGETS,
+    Lora,
+    adapted_modules,
+    adapter_numbers,
+    check_targets,
+    projections,
+)
 from qtarget_megatron.huggingface.compare.agreement import Agreement, StateAgreement, TokenAgreement
 from qtarget_megatron.huggingface.compare.agreement_report import report_lines
 from qtarget_megatron.huggingface.compare.hidden_states import Place, recorded
@@ -12,10 +23,13 @@ from qtarget_megatron.huggingface.config.latent import LatentAttention
 from qtarget_megatron.huggingface.config.multipliers import Multipliers
 from qtarget_megatron.huggingface.config.rope import RopeScaling, yarn_scale
 from qtarget_megatron.huggingface.weights.parameter_map import (
+    LinearLayer,
+    adapter_factor,
     copy_names,
     hf_names,
     holds_all_experts,
     is_expert,
+    linear_layer,
     load_parameter,
     merge_parameter,
     merge_rows,
@@ -35,19 +49,30 @@ from qtarget_megatron.huggingface.weights.writer import HFExport, ShardPlan, cop
 
 __all__ = [
     "CORRECTION",
+    "DEFAULT_TARGETS",
+    "EXPERTS",
+    "TARGETS",
     "Agreement",
     "Architecture",
     "Experts",
+    "Factors",
     "Groups",
     "HFExport",
     "HFReader",
+    "InitialFactors",
     "LatentAttention",
+    "LinearLayer",
+    "Lora",
     "Multipliers",
     "Place",
     "RopeScaling",
     "ShardPlan",
     "StateAgreement",
     "TokenAgreement",
+    "adapted_modules",
+    "adapter_factor",
+    "adapter_numbers",
+    "check_targets",
     "check_tensors",
     "copy_names",
     "further_names",
@@ -59,12 +84,16 @@ __all__ = [
     "holds_all_experts",
     "is_expert",
     "is_finite",
+    "linear_layer",
+    "load_factor",
     "load_parameter",
+    "merge_factor",
     "merge_parameter",
     "merge_rows",
     "parameter_pieces",
     "partition_dim",
     "plan_shards",
+    "projections",
     "read_config",
     "recorded",
     "report_lines",

@@ -97,6 +97,8 @@ _LAYER_NAME = re.compile(r"(?:decoder\.layers|(?P<further>mtp\.layers))\.(?P<lay
 _INNER = "mtp_model_layer."
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<linear>\w+\.(weight|bias))")
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<linear>\w+\.(weight|bias))(?P<expert>\d+)")
+# The factors of an adapter beside a linear layer, with the number of one of grouped experts.
+_ADAPTER = re.compile(r"(?P<linear>.+)\.lora\.(?P<factor>[AB])(?P<expert>\d*)")
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,14 @@ class _Rule:
 def is_expert(name: str) -> bool:
     """True for a Megatron parameter of one of a rank's experts: expert tensor parallelism cuts it, and each
     expert-parallel rank has others. ValueError for a name that has no counterpart in a Hugging Face checkpoint."""
-    return _rule(name).expert is not None
+    adapter = adapter_factor(name)
+    return _rule(name if adapter is None else adapter[0]).expert is not None
+
+
+def adapter_factor(name: str) -> tuple[str, str] | None:
+    """The weight that a Megatron parameter is an adapter's factor beside, and which one, "A" or "B"; None for others."""
+    match = _ADAPTER.fullmatch(name)
+    return None if match is None else (f"{match['linear']}.weight{match['expert']}", match["factor"])
 
 
 def holds_all_experts(arch: Architecture, name: str) -> bool:
@@ -132,7 +141,64 @@ def partition_dim(name: str) -> int | None:
 
     ValueError for a name that has no counterpart in a Hugging Face checkpoint.
     """
-    return _PARTITION_DIM[_rule(name).kind]
+    adapter = adapter_factor(name)
+    if adapter is None:
+        return _PARTITION_DIM[_rule(name).kind]
+    weight, factor = adapter
+    # B has the rows of the weight, A its columns; the other factor is whole on every rank.
+    return {("A", 1): 1, ("B", 0): 0}.get((factor, partition_dim(weight)))
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """What one of Megatron's linear layers is made of.
+
+    sources: the Hugging Face tensors of its weight, one for each role, which may repeat.
+    runs:    its rows in order, of the whole weight: (which of the sources, how many rows).
+    cut:     the dimension along which tensor parallelism cuts the weight.
+    """
+
+    sources: tuple[str, ...]
+    runs: tuple[tuple[int, int], ...]
+    cut: int
+    _kind: str
+
+    @property
+    def is_gated(self) -> bool:
+        """A rank has its share of the gate's rows, then its share of those of up."""
+        return self._kind == _GATE_UP
+
+    def rows_of_rank(self, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
+        """The runs of rows that a tensor-parallel rank has, where rows are cut."""
+        if self.is_gated:
+            return [(source, rows // tp_size) for source, rows in self.runs]
+        start, stop = _share("a linear layer", sum(rows for _, rows in self.runs), tp_rank, tp_size)
+        found, position = [], 0
+        for source, rows in self.runs:
+            if (length := min(stop, position + rows) - max(start, position)) > 0:
+                found.append((source, length))
+            position += rows
+        return found
+
+
+def linear_layer(arch: Architecture, path: str) -> LinearLayer | None:
+    """A linear layer by its path in a layer of Megatron's ("self_attention.linear_qkv", "mlp.experts.linear_fc1");
+    None where no layer of this model has it."""
+    shapes = hf_tensor_shapes(arch)
+    part = path.replace("mlp.experts.", "mlp.experts.local_experts.0.")
+    for layer in range(arch.num_layers):
+        name = f"decoder.layers.{layer}.{part}.weight"
+        sources = _source_names(arch, name, 0, 0)
+        if not shapes.keys() >= set(sources):
+            continue
+        kind = _rule(name).kind
+        if kind == _QKV:
+            runs = [(source, last - first) for source, first, last in _qkv_segments(arch, sources)]
+        else:
+            # Where several roles share a tensor, each has a part of its rows.
+            runs = [(i, shapes[source][0] // sources.count(source)) for i, source in enumerate(sources)]
+        return LinearLayer(sources, tuple(runs), _PARTITION_DIM[kind], kind)
+    return None
 
 
 def shard_numbers(arch: Architecture, layer: int, *, tp_size: int, whole_latents: bool = False) -> int:

@@ -40,10 +40,10 @@ def file_bytes(planned: Mapping[str, PlannedTensor]) -> int:
     return len(_header(planned)[0]) + sum(tensor.nbytes for tensor in planned.values())
 
 
-def _header(planned: Mapping[str, PlannedTensor]) -> tuple[bytes, dict[str, int]]:
+def _header(planned: Mapping[str, PlannedTensor], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
     """The bytes before the data, and where in the file each tensor begins."""
     # The order and the padding are the library's: float32 before 16-bit dtypes, then by name.
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begins, end = {}, 0
     for name in sorted(planned, key=lambda name: (-planned[name].dtype.itemsize, name.encode())):
         shape, dtype = planned[name]
@@ -58,9 +58,10 @@ def _header(planned: Mapping[str, PlannedTensor]) -> tuple[bytes, dict[str, int]
 class SafetensorsFile:
     """A new file for these tensors. A context manager; nothing is synced to the disk."""
 
-    def __init__(self, path: Path, planned: Mapping[str, PlannedTensor]):
+    def __init__(self, path: Path, planned: Mapping[str, PlannedTensor], metadata: Mapping[str, str] | None = None):
+        """metadata: of the header, besides the format."""
         self.path, self._planned = path, planned
-        head, self._begins = _header(planned)
+        head, self._begins = _header(planned, metadata)
         self._missing = set(planned)
         self._file = open(path, "wb", buffering=0)
         self._write(memoryview(head), 0)

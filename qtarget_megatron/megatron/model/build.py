@@ -20,10 +20,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.arguments import core_transformer_config_from_args
 
-from qtarget_megatron.huggingface import Architecture, HFReader
+from qtarget_megatron.huggingface import Architecture, Factors, HFReader, Lora
 from qtarget_megatron.megatron.model.attention import LocalAttention
 from qtarget_megatron.megatron.model.experts import ExpertOutput
 from qtarget_megatron.megatron.model.hybrid import hybrid_config, layer_pattern, stack_spec
+from qtarget_megatron.megatron.model.lora import add_adapters
 from qtarget_megatron.megatron.model.multi_token_prediction import mtp_block_spec
 from qtarget_megatron.megatron.model.norm import RMSNorm
 from qtarget_megatron.megatron.model.residual import ResidualAdd
@@ -38,6 +39,7 @@ from qtarget_megatron.megatron.runtime.architecture_flags import (
     value_channels,
 )
 from qtarget_megatron.megatron.runtime.model_class import HYBRID
+from qtarget_megatron.megatron.weights.adapters import load_adapters
 from qtarget_megatron.megatron.weights.hf_weights import check_complete, load_hf_weights
 from qtarget_megatron.megatron.weights.saved_model import SavedModel
 
@@ -50,10 +52,19 @@ _LATENT_NAMES = {
 
 
 def layer_spec(
-    config: TransformerConfig, args: argparse.Namespace, arch: Architecture, vp_stage: int | None, pp_rank: int
+    config: TransformerConfig,
+    args: argparse.Namespace,
+    arch: Architecture,
+    vp_stage: int | None,
+    pp_rank: int,
+    *,
+    has_adapters: bool = False,
 ):
     """This stage's layers: Transformer Engine's where --transformer-impl asks for them, Megatron's local ones
-    otherwise."""
+    otherwise.
+
+    has_adapters: norms are apart from the linear layers behind them, whose input an adapter needs.
+    """
     is_local = _is_local(args)
     block = get_gpt_decoder_block_spec(
         config,
@@ -64,9 +75,37 @@ def layer_spec(
     )
     layers = [_with_residual_add(_with_router(spec, is_local), config, arch) for spec in block.layer_specs]
     if not is_local:
+        if has_adapters:
+            layers = [_with_norms_apart(spec) for spec in layers]
         return dataclasses.replace(block, layer_specs=layers)
     layers = [_local_layer(spec, config) for spec in layers]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _with_norms_apart(spec: ModuleSpec) -> ModuleSpec:
+    """Transformer Engine's layer, no norm of which is a part of a linear layer."""
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+    )
+
+    def apart(submodules: Any, norms: dict[str, str]) -> tuple[Any, dict[str, type]]:
+        fused = [name for name in norms if getattr(submodules, name, None) is TELayerNormColumnParallelLinear]
+        found = dataclasses.replace(submodules, **dict.fromkeys(fused, TEColumnParallelLinear))
+        return found, {norms[name]: TENorm for name in fused}
+
+    layer, attention = spec.submodules, spec.submodules.self_attention
+    latents = {"linear_q_up_proj": "q_layernorm", "linear_kv_up_proj": "kv_layernorm"}
+    inner, norms = apart(attention.submodules, latents)
+    inner, outer = apart(dataclasses.replace(inner, **norms), {"linear_qkv": "input_layernorm"})
+    mlp = layer.mlp
+    if not _has_experts(spec):
+        linears, of_mlp = apart(mlp.keywords["submodules"], {"linear_fc1": "pre_mlp_layernorm"})
+        mlp, outer = functools.partial(mlp, submodules=linears), outer | of_mlp
+    attention = dataclasses.replace(attention, submodules=inner)
+    layer = dataclasses.replace(layer, self_attention=attention, mlp=mlp, **outer)
+    return dataclasses.replace(spec, submodules=layer)
 
 
 def _is_local(args: argparse.Namespace) -> bool:
@@ -164,20 +203,24 @@ def build_model(
     pg_collection: ProcessGroupCollection,
     config: TransformerConfig | None = None,
     teacher: LanguageModule | None = None,
+    teaches_itself: bool = False,
     teacher_cost: TeacherCost | None = None,
     vocab_size: int | None = None,
+    lora: Lora | None = None,
 ) -> LanguageModule:
     """One pipeline stage of the model, with Megatron's random initial weights.
 
-    config: default transformer_config(args, arch). vocab_size: of the embedding before padding, where it is not the
-    architecture's.
+    config:         default transformer_config(args, arch).
+    teaches_itself: the second model is this one without its adapters.
+    vocab_size:     of the embedding before padding, where it is not the architecture's.
+    lora:           adapters to put into the model, which is frozen then; their factors are 0.
     """
     config, pp_rank = config or transformer_config(args, arch), pg_collection.pp.rank()
     if arch.rotary_scale() != 1:
         # Attention multiplies cosine and sine by 1 + mscale / 10 ln(factor) of these, whatever the frequencies are.
         config.yarn_rotary_scaling_factor, config.yarn_mscale_all_dim = math.e, 0.0
         config.yarn_mscale = 10 * (arch.rotary_scale() - 1)
-    block = layer_spec(config, args, arch, vp_stage, pp_rank)
+    block = layer_spec(config, args, arch, vp_stage, pp_rank, has_adapters=lora is not None)
     norm = RMSNorm if _is_local(args) else None
     is_hybrid = args.model_class == HYBRID
     layers: dict[str, Any]
@@ -207,9 +250,12 @@ def build_model(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
         teacher=teacher,
+        teaches_itself=teaches_itself,
         teacher_cost=teacher_cost,
     )
     _mark_parameters(model)
+    if lora is not None:
+        model.adapters = add_adapters(model, arch, lora)
     if is_hybrid:
         # The statistics of experts count a GPTModel's layers, as args do.
         for router in model.routers:
@@ -274,16 +320,23 @@ class ModelProvider:
         load_weights: bool,
         teacher_weights: SavedModel | None = None,
         teacher_cost: TeacherCost | None = None,
+        lora: Lora | None = None,
+        factors: Factors | None = None,
+        teaches_itself: bool = False,
         finish: Callable[[LanguageModule], object] = lambda model: None,
     ):
         """
         load_weights:    the student's from args.hf_model.
+        lora:            adapters of the student.
+        factors:         what they begin with, default 0.
+        teaches_itself:  the student without them is the second model.
         teacher_weights: default those of args.teacher_hf.
         teacher_cost:    measures the teacher's forwards.
         finish:          what is done with each chunk in the end.
         """
         self._args, self._student, self._teacher = args, student, teacher
         self._load_weights, self._teacher_weights, self._teacher_cost = load_weights, teacher_weights, teacher_cost
+        self._lora, self._factors, self._teaches_itself = lora, factors, teaches_itself
         self._finish = finish
         self.built: list[LanguageModule] = []
 
@@ -300,9 +353,20 @@ class ModelProvider:
             teacher = build_teacher(args, self._teacher, student_vocab_size=student.vocab_size, **stage)
             if self._teacher_weights is None:
                 load_hf_weights(teacher, HFReader(args.teacher_hf), self._teacher)
-        model = build_model(args, student, config=config, teacher=teacher, teacher_cost=self._teacher_cost, **stage)
+        model = build_model(
+            args,
+            student,
+            config=config,
+            teacher=teacher,
+            teaches_itself=self._teaches_itself,
+            teacher_cost=self._teacher_cost,
+            lora=self._lora,
+            **stage,
+        )
         if self._load_weights:
             load_hf_weights(model, HFReader(args.hf_model), student)
+        if self._factors is not None:
+            load_adapters(model, student, self._lora, self._factors)
         self.built.append(model)
         if len(self.built) == (args.virtual_pipeline_model_parallel_size or 1):
             self._complete()

@@ -10,12 +10,16 @@ pipeline), with sequence parallelism, recomputation and either optimizer. What i
 parallelism of the student's size does not divide, one that does not fit beside the student, and the schedules that take
 a model apart into layers (--overlap-moe-expert-parallel-comm). For these the teacher runs forward-only, first, at a
 layout of its own: qtarget cache-teacher, then --teacher-cache.
+
+A model with adapters can be its own teacher, with the adapters off: what the pipeline sends is twice as wide, and no
+second weights are anywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -25,7 +29,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import make_viewless_tensor
 
-from qtarget_megatron.megatron.model.output_head import OutputHead, heads_without_logits
+from qtarget_megatron.megatron.model.lora import Adapters
+from qtarget_megatron.megatron.model.output_head import OutputHead, heads_without_logits, replaced
 from qtarget_megatron.megatron.model.router import Router
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 
@@ -33,15 +38,26 @@ from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 class StackedModel(LanguageModule):
     """A model that carries a frozen teacher stage along; without a teacher it is the class that it is mixed into.
 
-    taught: on a last stage, from the teacher's forward on, which comes first, its output head.
+    taught:   on a last stage, from the teacher's forward on, which comes first, its output head.
+    adapters: where the model is frozen, what is trained; its checkpoints hold them alone.
     """
 
     config: TransformerConfig
     # Whether the model's own forward cuts the mask of padding for sequence parallelism where it embeds tokens.
     cuts_padding_mask: bool
 
-    def __init__(self, *args, teacher: LanguageModule | None = None, teacher_cost: TeacherCost | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        teacher: LanguageModule | None = None,
+        teaches_itself: bool = False,
+        teacher_cost: TeacherCost | None = None,
+        **kwargs,
+    ):
+        """teaches_itself: the teacher is the model without its adapters, which are to be there before a forward."""
         super().__init__(*args, **kwargs)
+        self.adapters: Adapters | None = None
+        self._teaches_itself, self._teacher_input = teaches_itself, None
         # A plain attribute, not a sub-module: see the module's docstring.
         self.__dict__["teacher"] = teacher
         self.taught: OutputHead | None = None
@@ -56,18 +72,24 @@ class StackedModel(LanguageModule):
         self.routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
         if teacher is not None:
             self._teacher_cost.add_weights(teacher.parameters())
+        self._has_teacher = teaches_itself or teacher is not None
+        if self._has_teacher:
             # The schedule sizes the pipeline's tensors by this config; the layers keep the original one.
             self.config = copy.copy(self.config)
-            self.config.hidden_size += teacher.config.hidden_size
+            self.config.hidden_size += self._student_width if teacher is None else teacher.config.hidden_size
 
     def set_input_tensor(self, input_tensor) -> None:
         stacked = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if self.teacher is None or stacked is None:
+        self._teacher_input = None
+        if not self._has_teacher or stacked is None:
             super().set_input_tensor(input_tensor)
             return
         student, teacher = stacked.split([self._student_width, stacked.shape[-1] - self._student_width], dim=-1)
         super().set_input_tensor(student)
-        self.teacher.set_input_tensor(teacher.detach().contiguous())
+        if self._teaches_itself:
+            self._teacher_input = teacher.detach().contiguous()
+        else:
+            self.teacher.set_input_tensor(teacher.detach().contiguous())
 
     def forward(
         self,
@@ -85,21 +107,22 @@ class StackedModel(LanguageModule):
         kwargs["padding_mask"] = self._own_part(padding_mask)
         kwargs["packed_seq_params"] = packed_seq_params
         if packed_seq_params is not None and not self.pre_process:
-            self.decoder.input_tensor = self.decoder.input_tensor.flatten(0, 1).unsqueeze(1)
+            self.decoder.input_tensor = _one_row(self.decoder.input_tensor)
+            if self._teacher_input is not None:
+                self._teacher_input = _one_row(self._teacher_input)
         taught = None
-        if self.teacher is not None:
+        if self._has_teacher:
             # An evaluation's forwards are not the next step's.
             measured = self._teacher_cost if self.training else contextlib.nullcontext()
-            with torch.no_grad(), measured, heads_without_logits(self.teacher) as heads:
-                taught = self.teacher(
-                    input_ids,
-                    position_ids,
-                    attention_mask,
-                    padding_mask=padding_mask,
-                    packed_seq_params=packed_seq_params,
-                )
-            if self.post_process:
-                (self.taught,) = heads
+            inputs = input_ids, position_ids, attention_mask
+            with torch.no_grad(), measured:
+                if self._teaches_itself:
+                    taught = self._forward_without_adapters(*inputs, kwargs["padding_mask"], packed_seq_params)
+                else:
+                    masks = dict(padding_mask=padding_mask, packed_seq_params=packed_seq_params)
+                    with heads_without_logits(self.teacher) as heads:
+                        taught = self.teacher(*inputs, **masks)
+                    (self.taught,) = heads or [None]
         hidden = super().forward(input_ids, position_ids, attention_mask, **kwargs)
         if self.post_process:
             return hidden
@@ -109,6 +132,48 @@ class StackedModel(LanguageModule):
                 # The schedule frees what it has sent, and takes no view.
                 return make_viewless_tensor(hidden, requires_grad=hidden.requires_grad, keep_graph=True)
         return hidden if taught is None else torch.cat([hidden, taught], dim=-1)
+
+    def _forward_without_adapters(self, input_ids, position_ids, attention_mask, padding_mask, packed_seq_params):
+        """The teacher's hidden states where it is the model itself: in evaluation mode, from its own input."""
+        in_training = [module for module in self.modules() if module.training]
+        before = self.decoder.input_tensor
+        # Whoever has an objective attached has taken the place of the model's scale of logits in this forward.
+        scale_logits = functools.partial(type(self)._scale_logits, self)
+        try:
+            self.adapters.on = False
+            self.decoder.input_tensor = self._teacher_input
+            for module in in_training:
+                module.training = False
+            with replaced(self, "_scale_logits", scale_logits), heads_without_logits(self) as heads:
+                taught = super().forward(
+                    input_ids,
+                    position_ids,
+                    attention_mask,
+                    padding_mask=padding_mask,
+                    packed_seq_params=packed_seq_params,
+                )
+        finally:
+            self.adapters.on = True
+            self.decoder.input_tensor, self._teacher_input = before, None
+            for module in in_training:
+                module.training = True
+        (self.taught,) = heads or [None]
+        return taught
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.adapters is None:
+            return state
+        return {key: tensor for key, tensor in state.items() if ".lora." in key}
+
+    def load_state_dict(self, state_dict, strict: bool = True, **keywords):
+        """Megatron's loading of a checkpoint, which has the adapters alone where there are some."""
+        if self.adapters is None:
+            return super().load_state_dict(state_dict, strict, **keywords)
+        found = super().load_state_dict(state_dict, False, **keywords)
+        if missing := [name for name in found.missing_keys if ".lora." in name]:
+            raise RuntimeError(f"the checkpoint did not give {missing[0]}")
+        return found
 
     def take_taught(self) -> OutputHead | None:
         """The teacher's output head of the last forward, which is kept no longer."""
@@ -123,6 +188,11 @@ class StackedModel(LanguageModule):
             return padding_mask
         group = self.pg_collection.tp
         return padding_mask.chunk(group.size(), dim=1)[group.rank()]
+
+
+def _one_row(hidden: torch.Tensor) -> torch.Tensor:
+    """[s b, 1, h] of packed rows [s, b, h]."""
+    return hidden.flatten(0, 1).unsqueeze(1)
 
 
 class StackedGPTModel(StackedModel, GPTModel):

@@ -16,11 +16,12 @@ from typing import Any
 
 from qtarget_megatron import objectives
 from qtarget_megatron.data import compare_tokenizers, load_tokenizer
-from qtarget_megatron.huggingface import Architecture, HFReader, check_tensors, further_reader
+from qtarget_megatron.huggingface import Architecture, HFReader, Lora, check_tensors, further_reader
 from qtarget_megatron.megatron.runtime import cpu_platform, launch
 from qtarget_megatron.megatron.runtime.architecture_flags import check_flags, implementation_flags, megatron_flags
 from qtarget_megatron.megatron.runtime.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout
+from qtarget_megatron.megatron.runtime.lora_flags import read_lora
 from qtarget_megatron.megatron.runtime.model_class import HYBRID, add_model_class, choose_model_class
 from qtarget_megatron.objectives import Objective
 
@@ -55,6 +56,7 @@ class Run:
     student:         architecture of the model, which is trained or not.
     teacher:         architecture of a live second model, see add_teacher().
     teacher_weights: SavedModel, where a Megatron checkpoint has the second model's weights.
+    lora:            adapters of the model, which is frozen then; None where its weights are trained.
     """
 
     words: list[str]
@@ -64,6 +66,7 @@ class Run:
     hf_model: Path
     teacher: Architecture | None = None
     teacher_weights: Any = field(default=None, repr=False)
+    lora: Lora | None = None
 
     @cached_property
     def objective(self) -> Objective:
@@ -143,6 +146,8 @@ def prepare(words: list[str], purpose: Purpose, *, hf_model: Path | None = None,
     if not purpose.elsewhere:
         check_gpu_flags(words, args, on_cpu=on_cpu)
     run = Run(words, args, on_cpu, student, hf_model)
+    if hasattr(args, "lora_rank"):
+        run.lora = read_lora(args, student)
     if args.mtp_num_layers and further_reader(hf_model, student) is not None:
         if args.mtp_num_layers != student.further_layers:
             raise ValueError(

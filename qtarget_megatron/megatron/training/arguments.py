@@ -16,6 +16,7 @@ from qtarget_megatron.huggingface import Architecture
 from qtarget_megatron.kernels import BACKENDS
 from qtarget_megatron.loss.linear_cross_entropy import AUTO
 from qtarget_megatron.loss.sparse_teacher import TAIL_RULES
+from qtarget_megatron.megatron.runtime.lora_flags import add_lora_flags
 from qtarget_megatron.megatron.runtime.model_class import add_model_class
 from qtarget_megatron.megatron.runtime.prepare import Purpose, Run
 
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="a Python file of your own that registers objectives with @objectives.register(NAME); it is run on every "
         "rank before --objective is looked up",
     )
+    add_lora_flags(group)
     group.add_argument(
         "--teacher-hf",
         type=Path,
@@ -158,13 +160,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--save-hf",
         type=Path,
         metavar="DIR",
-        help="export the trained model there as a Hugging Face directory once training is done",
+        help="export the trained model there as a Hugging Face directory once training is done; of --lora-rank the "
+        "adapters as a PEFT directory",
     )
     group.add_argument(
         "--save-hf-dtype",
         choices=SAVE_DTYPES,
-        help="dtype of the exported tensors (default: that of --hf-model; a 16-bit one rounds away what a short "
-        "float32 training changed)",
+        help="dtype of the exported tensors (default: that of --hf-model, of adapters that of the training; a 16-bit "
+        "one rounds away what a short float32 training changed)",
     )
     group.add_argument(
         "--qtarget-backend",

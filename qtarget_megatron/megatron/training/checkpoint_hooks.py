@@ -5,27 +5,35 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from qtarget_megatron.huggingface import Architecture
+from qtarget_megatron.huggingface.adapters.peft_directory import PeftDirectory
 from qtarget_megatron.megatron.runtime.launch import has_checkpoint
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.megatron.runtime.wheel_repairs import around_checkpoints
 from qtarget_megatron.megatron.training.resume_flags import ResumedFlags
-from qtarget_megatron.megatron.weights.checkpoint_folder import checkpoint_directory
+from qtarget_megatron.megatron.weights.adapters import check_base, record_base
+from qtarget_megatron.megatron.weights.checkpoint_folder import checkpoint_directory, saved_argument
 from qtarget_megatron.megatron.weights.fingerprint import Fingerprints, saved_fingerprint
 
 _log = logging.getLogger("qtarget_megatron")
 
 
 def watch_checkpoints(
-    args: argparse.Namespace, arch: Architecture, chunks: Sequence[LanguageModule], flags: ResumedFlags
+    args: argparse.Namespace,
+    arch: Architecture,
+    chunks: Sequence[LanguageModule],
+    flags: ResumedFlags,
+    peft: PeftDirectory | None = None,
 ) -> None:
     """Have every checkpoint of the training saved with its fingerprint, and compared with it when it is loaded.
 
     chunks: of this rank, without wrappers; the list is filled before Megatron loads. flags: what they change in what is
-    loaded.
+    loaded. peft: the directory that adapters start from; it, and checkpoints of adapters, belong to the weights that
+    they were trained beside.
     """
     prints = Fingerprints(args, arch)
     known = args.ckpt_format == "torch_dist" and not (args.use_megatron_fsdp or args.use_torch_fsdp2)
@@ -36,12 +44,18 @@ def watch_checkpoints(
         )
 
     def save(proceed, optimizer):
+        if chunks[0].adapters is not None:
+            record_base(args, arch, chunks)
         if known:
             prints.record(chunks, optimizer)
         return proceed()
 
     def load(proceed, optimizer, scheduler):
         flags.before_load(optimizer)
+        if chunks[0].adapters is not None and has_checkpoint(args.load):
+            folder = checkpoint_directory(args.load, args.ckpt_step)
+            base = on_first_rank(lambda: saved_argument(Path(folder), "lora_base"))
+            check_base(args, arch, chunks, base, f"--load {args.load}")
         try:
             iteration, operations = proceed()
         except AssertionError as error:

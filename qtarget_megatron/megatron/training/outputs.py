@@ -21,8 +21,10 @@ import torch
 
 from qtarget_megatron import output_lock
 from qtarget_megatron.data import training_sources
-from qtarget_megatron.huggingface import Architecture, copied_files, export_bytes, hf_tensor_shapes
+from qtarget_megatron.huggingface import Architecture, adapter_numbers, copied_files, export_bytes, hf_tensor_shapes
+from qtarget_megatron.huggingface.adapters.peft_directory import adapter_bytes
 from qtarget_megatron.megatron.faults.resume_point import newest_iteration
+from qtarget_megatron.megatron.runtime.lora_flags import saved_lora
 from qtarget_megatron.resumable import ResumableDirectory
 
 _log = logging.getLogger("qtarget_megatron")
@@ -63,7 +65,8 @@ def check_outputs(args: argparse.Namespace, student: Architecture, iteration: in
     if is_exported(args, iteration):
         return True
     if args.save_hf is not None:
-        copied_files(args.hf_model)
+        if not _is_adapters(args):
+            copied_files(args.hf_model)
         directory = ResumableDirectory(args.save_hf)
         directory.check()
         directory.reserve()
@@ -106,8 +109,10 @@ def _check_wandb(args: argparse.Namespace) -> None:
 
 
 def checkpoint_bytes(args: argparse.Namespace, student: Architecture) -> int:
-    """Bytes of one checkpoint, at least: weights, and the optimizer's states of each."""
+    """Bytes of one checkpoint, at least: weights, or adapters alone, and the optimizer's states of each."""
     numbers = sum(map(math.prod, hf_tensor_shapes(student).values()))
+    if (lora := saved_lora(args)) is not None:
+        numbers = adapter_numbers(student, lora)
     weight = 2 if args.bf16 or args.fp16 else 4
     if args.no_save_optim:
         return numbers * weight
@@ -140,8 +145,14 @@ def _check_room(args: argparse.Namespace, student: Architecture, iteration: int)
     if count:
         items.append(Item("--save", Path(args.save), checkpoint_bytes(args, student), count))
     if args.save_hf is not None:
-        dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
-        items.append(Item("--save-hf", Path(args.save_hf).absolute().parent, export_bytes(student, dtype)))
+        lora, folder = saved_lora(args), Path(args.save_hf).absolute().parent
+        if _is_adapters(args):
+            own = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+            dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else own
+            items.append(Item("--save-hf", folder, adapter_bytes(student, lora, dtype)))
+        else:
+            dtype = getattr(torch, args.save_hf_dtype) if args.save_hf_dtype else student.dtype
+            items.append(Item("--save-hf", folder, export_bytes(student, dtype)))
     if warning := check_room(items):
         _log.warning(warning)
 
@@ -195,6 +206,7 @@ def record_export(args: argparse.Namespace, digests: Mapping[str, str]) -> None:
     record = {
         "--save-hf": str(out.resolve()),
         "--save-hf-dtype": args.save_hf_dtype,
+        "--lora-merge": args.lora_merge,
         "iteration": newest_iteration(args.save),
         "end": args.end,
         "files": {name: [(out / name).stat().st_size, digest] for name, digest in digests.items()},
@@ -214,6 +226,11 @@ def end_of(args: argparse.Namespace) -> dict[str, Any] | None:
     return {key: getattr(args, key) for key in keys} | rows | {"weights": weights}
 
 
+def _is_adapters(args: argparse.Namespace) -> bool:
+    """Whether --save-hf becomes a PEFT directory."""
+    return args.lora_rank is not None and not args.lora_merge
+
+
 def is_exported(args: argparse.Namespace, iteration: int | None) -> bool:
     """Whether --save-hf holds what record_export() noted of this very iteration, by names and sizes, and the training
     ends there."""
@@ -230,6 +247,7 @@ def is_exported(args: argparse.Namespace, iteration: int | None) -> bool:
             args.save_hf_dtype,
             iteration,
         )
+        same = same and record.get("--lora-merge", False) == args.lora_merge
         if args.epochs is not None:
             same = same and record["end"] == args.end
         found = {p.relative_to(out).as_posix(): p.stat().st_size for p in out.rglob("*") if p.is_file()}

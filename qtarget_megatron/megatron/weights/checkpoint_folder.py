@@ -12,11 +12,16 @@ from qtarget_megatron.megatron.runtime import launch
 def saved_argument(folder: Path, name: str) -> Any:
     """An argument that was saved with the distributed checkpoint in the folder of an iteration; None where there is
     none. No collective, so that one rank may ask alone. The CPU platform must have been activated."""
+    return getattr(saved_arguments(folder), name, None)
+
+
+def saved_arguments(folder: Path) -> argparse.Namespace:
+    """All of them, as saved_argument() has one; empty where there are none."""
     from megatron.core import dist_checkpointing
 
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        return None
-    return getattr(dist_checkpointing.load_common_state_dict(str(folder)).get("args"), name, None)
+        return argparse.Namespace()
+    return dist_checkpointing.load_common_state_dict(str(folder)).get("args") or argparse.Namespace()
 
 
 def checkpoint_directory(load: str | Path, step: int | None = None, *, flag: str = "--load") -> str:

@@ -9,9 +9,11 @@ checkpoint compares those.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,11 @@ from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
-from qtarget_megatron.huggingface import Architecture, is_expert, partition_dim
+from qtarget_megatron.huggingface import Architecture, hf_names, is_expert, partition_dim
 from qtarget_megatron.megatron.faults.resume_point import newest_complete
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.megatron.weights.bit_sums import INTEGERS, bit_sum, wrapped
-from qtarget_megatron.megatron.weights.hf_weights import first_indices, tensor_share, weights
+from qtarget_megatron.megatron.weights.hf_weights import first_indices, saved, tensor_share, weights
 
 _log = logging.getLogger("qtarget_megatron")
 ATTRIBUTE = "qtarget_fingerprint"
@@ -59,8 +61,14 @@ class Fingerprints:
     for each part of each parameter of the whole model.
     """
 
-    def __init__(self, args: argparse.Namespace, arch: Architecture):
-        self._args, self._arch = args, arch
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        arch: Architecture,
+        named: Callable[[LanguageModule, Architecture], Iterable[tuple[str, Tensor]]] = saved,
+    ):
+        """named: the parameters of a chunk that are taken, default what checkpoints have of it."""
+        self._args, self._arch, self._named = args, arch, named
         self._rows: dict[str, int] | None = None
 
     def record(self, chunks: Sequence[LanguageModule], optimizer) -> None:
@@ -121,7 +129,7 @@ class Fingerprints:
         reason = None
         if saved is None:
             reason = "has no fingerprint"
-        elif saved["dtype"] != ours and (ours != "torch.float32" or saved["dtype"] not in _NARROWER):
+        elif not _holds_exactly(ours, saved["dtype"]):
             reason = f"was saved in {saved['dtype']} and is loaded in {ours}".replace("torch.", "")
         if reason is not None:
             _log.info("%s %s: its weights were not compared with what was saved", directory, reason)
@@ -160,7 +168,7 @@ class Fingerprints:
         names: dict[int, tuple[str, bool]] = {}
         for chunk in chunks:
             tied = chunk.share_embeddings_and_output_weights
-            for name, parameter in weights(chunk, self._arch):
+            for name, parameter in self._named(chunk, self._arch):
                 is_copy = tied and name == _HEAD
                 names[id(parameter)] = self._key(chunk, name), self._is_first_shard(chunk, name, parameter)
                 if type(parameter) in (Tensor, torch.nn.Parameter):
@@ -173,7 +181,9 @@ class Fingerprints:
                 if is_copy:
                     # Its moments are a second copy that not every format of checkpoints restores from the first.
                     del names[id(parameter)]
-        chunk_of = {id(parameter): (chunk, name) for chunk in chunks for name, parameter in weights(chunk, self._arch)}
+        chunk_of = {
+            id(parameter): (chunk, name) for chunk in chunks for name, parameter in self._named(chunk, self._arch)
+        }
         for parameter, start, tensors, replica in optimizer_states(optimizer):
             if id(parameter) not in names:
                 continue
@@ -193,7 +203,7 @@ class Fingerprints:
         first = first_indices(chunk, self._arch)
         name = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda found: str(int(found[0]) + first["layer_offset"]), name)
         grouped = r"(?<=\.experts\.linear_fc[12]\."
-        number = rf"(?<=\.local_experts\.)\d+|{grouped}weight)\d+$|{grouped}bias)\d+$"
+        number = rf"(?<=\.local_experts\.)\d+|{grouped}weight)\d+$|{grouped}bias)\d+$|{grouped}lora\.[AB])\d+$"
         return re.sub(number, lambda found: str(int(found[0]) + first["expert_offset"]), name)
 
     def _is_first_shard(self, chunk: LanguageModule, name: str, parameter: Tensor) -> bool:
@@ -214,7 +224,9 @@ class Fingerprints:
     def _sums(self, chunks: Sequence[LanguageModule], pieces: Iterator[_Piece]) -> Tensor:
         """[parameters, parts, 4] int64 on the CPU: elements and h of the copy that counts, of all copies together."""
         shapes = {
-            self._key(chunk, name): tensor.shape for chunk in chunks for name, tensor in weights(chunk, self._arch)
+            self._key(chunk, name): (tensor.shape, partition_dim(name))
+            for chunk in chunks
+            for name, tensor in self._named(chunk, self._arch)
         }
         if self._rows is None:
             names = {name for names in _everyone(sorted(shapes)) for name in names}
@@ -222,7 +234,7 @@ class Fingerprints:
         device = torch.device("cuda", torch.cuda.current_device())
         table = torch.zeros(len(self._rows), len(_PARTS), 4, dtype=torch.int64, device=device)
         for piece in pieces:
-            total = bit_sum(piece.values, piece.start, shapes[piece.name], partition_dim(piece.name))
+            total = bit_sum(piece.values, piece.start, *shapes[piece.name])
             cell = table[self._rows[piece.name], _PARTS.index(piece.part)]
             added = torch.stack([torch.full_like(total, piece.values.numel()), total]).to(device)
             cell[2:] += added
@@ -230,6 +242,39 @@ class Fingerprints:
                 cell[:2] += added
         dist.all_reduce(table)
         return table.cpu()
+
+
+class _OfTensors(Fingerprints):
+    """Of a model's weights by the Hugging Face tensors that they are made of, which neither class of models nor
+    implementation of layers changes."""
+
+    def _key(self, chunk: LanguageModule, name: str) -> str:
+        read_as = _EMBEDDING if chunk.share_embeddings_and_output_weights and name == _HEAD else name
+        return " ".join(hf_names(self._arch, read_as, **first_indices(chunk, self._arch)))
+
+
+def weights_digest(
+    args: argparse.Namespace, arch: Architecture, chunks: Sequence[LanguageModule], dtype: str | None = None
+) -> tuple[str, str] | None:
+    """(SHA-256, dtype) over the bits of a model's weights, adapters left out, the same at any layout; collective over
+    all ranks. None where the model does not hold numbers of that dtype exactly.
+
+    chunks: of this rank, without wrappers. dtype: that the weights are taken in, default the model's.
+    """
+    ours = str(args.params_dtype)
+    taken = dtype or ours
+    if not _holds_exactly(ours, taken):
+        return None
+    prints = _OfTensors(args, arch, weights)
+    pieces = (piece for piece in prints._pieces(chunks, None, dtype=getattr(torch, taken.removeprefix("torch."))))
+    table = prints._sums(chunks, (piece for piece in pieces if piece.counts))
+    sums = {name: table[row, _PARTS.index(_WEIGHTS), :2].tolist() for name, row in prints._rows.items()}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest(), taken
+
+
+def _holds_exactly(ours: str, other: str) -> bool:
+    """Whether numbers of another dtype are exact in ours."""
+    return ours == other or (ours == "torch.float32" and other in _NARROWER)
 
 
 def _compare_sums(

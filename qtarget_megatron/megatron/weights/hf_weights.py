@@ -21,6 +21,7 @@ from qtarget_megatron.huggingface import (
     HFExport,
     HFReader,
     ShardPlan,
+    adapter_factor,
     copy_names,
     further_names,
     hf_names,
@@ -383,12 +384,23 @@ def weights(model: LanguageModule, arch: Architecture) -> Iterator[tuple[str, Te
     embedding on a last pipeline stage.
     """
     left_out = (() if arch.has_further else ("mtp.",)) + (("embedding.",) if _has_copy(model) else ())
+    parameters = (pair for pair in named_parameters(model) if adapter_factor(pair[0]) is None)
     corrections = (
         (layer_name(model, name), numbers)
         for name, numbers in model.named_buffers()
         if name.endswith(".router.expert_bias")
     )
-    yield from (pair for pair in (*named_parameters(model), *corrections) if not pair[0].startswith(left_out))
+    yield from (pair for pair in (*parameters, *corrections) if not pair[0].startswith(left_out))
+
+
+def adapters(model: LanguageModule) -> Iterator[tuple[str, Tensor]]:
+    """The factors of a model chunk's adapters."""
+    yield from (pair for pair in named_parameters(model) if adapter_factor(pair[0]) is not None)
+
+
+def saved(model: LanguageModule, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """What a training's checkpoints have of a model chunk: its adapters where there are some, else its weights."""
+    yield from weights(model, arch) if model.adapters is None else adapters(model)
 
 
 def _has_copy(model: LanguageModule) -> bool:
@@ -398,9 +410,15 @@ def _has_copy(model: LanguageModule) -> bool:
 
 def tensor_share(model: LanguageModule, arch: Architecture, name: str, parameter: Tensor) -> tuple[int, int]:
     """(which, of how many) shares of the tensors this rank has; (0, 1) where it has all of them."""
-    sources = hf_names(arch, name, **first_indices(model, arch))
-    if partition_dim(name) is None:
+    dim, adapter = partition_dim(name), adapter_factor(name)
+    if dim is None:
         return 0, 1
+    sources = hf_names(arch, name if adapter is None else adapter[0], **first_indices(model, arch))
+    if adapter is not None:
+        # As the weight is cut.
+        is_whole = len(sources) == 1 and hf_tensor_shapes(arch)[sources[0]][dim] == parameter.shape[dim]
+        group = shard_group(model, name)
+        return (0, 1) if is_whole else (group.rank(), group.size())
     if len(sources) == 1 and hf_tensor_shapes(arch)[sources[0]] == tuple(parameter.shape):
         # Transformer Engine's latent attention has whole projections where the local one cuts them.
         return 0, 1
