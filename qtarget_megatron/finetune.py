@@ -29,7 +29,7 @@ from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import held_out_sets, open_records, training_sources
 from qtarget_megatron.huggingface import EXPERTS, InitialFactors, adapter_numbers, check_tensors, further_reader
-from qtarget_megatron.huggingface.adapters.peft_directory import PeftDirectory
+from qtarget_megatron.huggingface.adapters.peft_directory import PeftDirectory, not_loaded
 from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron.faults import ending, same_start
 from qtarget_megatron.megatron.faults.explained import explained
@@ -46,8 +46,8 @@ from qtarget_megatron.megatron.runtime.architecture_flags import (
     record_architecture,
 )
 from qtarget_megatron.megatron.runtime.gpu_flags import check_fine_tuning
-from qtarget_megatron.megatron.runtime.lora_flags import check_saved_lora
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout, check_whole_stages
+from qtarget_megatron.megatron.runtime.lora_flags import check_saved_lora, saved_lora
 from qtarget_megatron.megatron.runtime.prepare import Run, prepare
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.training import outputs
@@ -355,6 +355,11 @@ def _check_models(run: Run) -> None:
         return
     if args.teacher_load is not None:
         saved = SavedModel.read(args.teacher_load, args.teacher_ckpt_step, flag="--teacher-load")
+        if saved_lora(saved.args) is not None:
+            raise ValueError(
+                f"--teacher-load {args.teacher_load} holds adapters, no model: export it (qtarget export --lora-merge), "
+                "and give that directory as --teacher-hf"
+            )
     run.add_teacher(args.teacher_hf, "--teacher-hf", weights=saved)
 
 
@@ -411,6 +416,12 @@ def _train(
         )
         if student.experts is not None and EXPERTS not in lora.targets:
             _log.info("the experts have no adapters: --lora-targets experts would give each of them some")
+        if (targets := not_loaded(student, lora)) is not None and args.save_hf is not None and not args.lora_merge:
+            _log.warning(
+                "PEFT with transformers 5 does not load the adapters of %s in a %s model: --lora-merge exports a whole "
+                "model, also later (qtarget export)",
+                *(targets, student.family),
+            )
     _log.info("objective %s, starting from %s", objective, origin)
     if objective.note:
         _log.info("%s: %s", objective.name, objective.note)
@@ -429,7 +440,7 @@ def _train(
     watch_checkpoints(args, student, models.built, flags, peft)
     step = Pace(args).watched(soundness.watched(partial(forward_step, settings, on_nan)))
     if recording is not None:
-        step = recording.watched(step, args, models.built, student)
+        step = recording.watched(step, args, models.built, student, lora)
     launch.run_pretrain(
         args,
         datasets=datasets,

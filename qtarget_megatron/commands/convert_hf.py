@@ -104,7 +104,9 @@ def run_export(ours: argparse.Namespace, words: list[str]) -> int:
     from qtarget_megatron.megatron.jobs.convert import export_hf
     from qtarget_megatron.megatron.runtime.ranks import print_once
 
-    export_hf(ours.hf_model, ours.load, ours.save_hf, words, checksums=ours.checksums, cpu=ours.cpu)
+    export_hf(
+        *(ours.hf_model, ours.load, ours.save_hf, words), merge=ours.lora_merge, checksums=ours.checksums, cpu=ours.cpu
+    )
     print_once(f"export: exported {ours.load} to {ours.save_hf}")
     return 0
 
@@ -166,6 +168,12 @@ def command_line() -> argparse.ArgumentParser:
     add_path(sub, "--save-hf", "OUT", f"where to write the model: {new}", required=True)
     checksums = "write the SHA-256 of each file there: cd OUT && sha256sum -c FILE (default: none)"
     add_path(sub, "--checksums", "FILE", checksums)
+    sub.add_argument(
+        "--lora-merge",
+        action="store_true",
+        help="of a checkpoint of adapters, export the model of --hf-model with them added to its weights (default: a "
+        "PEFT directory)",
+    )
     sub = command("check", run_check, CHECK)
     add_path(sub, "--load", "CKPT", "Megatron checkpoint with the weights (default: those of --hf-model)")
     add_path(sub, "--reference", "DIR", "what transformers loads (default: --hf-model)")

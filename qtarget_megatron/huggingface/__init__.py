@@ -2,13 +2,13 @@
 
 from qtarget_megatron.huggingface.adapters.factors import Factors, InitialFactors, load_factor, merge_factor
 from qtarget_megatron.huggingface.adapters.lora import (
-    DEFAULT_TARGETS,
     EXPERTS,
     TARGETS,
     Lora,
     adapted_modules,
     adapter_numbers,
     check_targets,
+    default_targets,
     projections,
 )
 from qtarget_megatron.huggingface.compare.agreement import Agreement, StateAgreement, TokenAgreement
@@ -49,7 +49,6 @@ from qtarget_megatron.huggingface.weights.writer import HFExport, ShardPlan, cop
 
 __all__ = [
     "CORRECTION",
-    "DEFAULT_TARGETS",
     "EXPERTS",
     "TARGETS",
     "Agreement",
@@ -74,6 +73,7 @@ __all__ = [
     "adapter_numbers",
     "check_targets",
     "check_tensors",
+    "default_targets",
     "copy_names",
     "further_names",
     "further_reader",

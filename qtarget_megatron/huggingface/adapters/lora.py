@@ -32,8 +32,7 @@ _ROLES = {
     EXPERTS: ("expert_gate", "expert_up", "expert_down"),
 }
 TARGETS = tuple(_ROLES)
-# Those of any model; an adapter for each expert is asked for by name.
-DEFAULT_TARGETS = tuple(target for target in TARGETS if target != EXPERTS)
+_ATTENTION = ("q", "k", "v", "o")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Lora:
     alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
-    targets: tuple[str, ...] = DEFAULT_TARGETS
+    targets: tuple[str, ...] = _ATTENTION
 
     def __post_init__(self):
         if self.rank < 1:
@@ -78,12 +77,15 @@ class Lora:
         return frozenset(role for target in self.targets for role in _ROLES[target])
 
 
+def default_targets(arch: Architecture) -> tuple[str, ...]:
+    """Attention and MLP; of a model with experts attention alone, which every reader of PEFT's directories knows."""
+    return _ATTENTION if arch.experts is not None else (*_ATTENTION, "gate", "up", "down")
+
+
 def check_targets(arch: Architecture, lora: Lora) -> None:
     """ValueError where a target is no projection of this model, or is one together with others that are not given."""
     present = {role for role, _ in _present(arch)}
     for target in lora.targets:
-        if target in DEFAULT_TARGETS and lora.targets == DEFAULT_TARGETS:
-            continue
         if present.isdisjoint(_ROLES[target]):
             why = "no expert has a tensor of its own" if arch.experts and target == EXPERTS else "it has no such layer"
             raise ValueError(f"--lora-targets {target}: {why} in a {arch.family} model: drop it")
@@ -102,8 +104,6 @@ def check_targets(arch: Architecture, lora: Lora) -> None:
                 f"--lora-targets {' '.join(given)}: a {arch.family} model has one projection for {', '.join(group)}: "
                 "give all of them, or none"
             )
-    if not adapted_modules(arch, lora):
-        raise ValueError(f"--lora-targets {' '.join(lora.targets)}: a {arch.family} model has none of these layers")
 
 
 @lru_cache(maxsize=8)  # asked once per parameter

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qtarget_megatron.huggingface.adapters.lora import TARGETS, Lora, adapted_modules, targets_of
+from qtarget_megatron.huggingface.adapters.lora import EXPERTS, TARGETS, Lora, adapted_modules, targets_of
 from qtarget_megatron.huggingface.config.architecture import Architecture
 from qtarget_megatron.huggingface.config.config_file import read_json_object, shown
 from qtarget_megatron.huggingface.weights.reader import is_finite
@@ -39,6 +39,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "alora_invocation_tokens": (None,),
 }
+_NOT_CONVERTED = ("qwen2_moe",)
 # Under these the weights of the model were changed before the training.
 _CHANGES_WEIGHTS = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga")
 
@@ -179,6 +180,21 @@ def target_modules(arch: Architecture, lora: Lora) -> list[str]:
     return sorted(found)
 
 
+def not_loaded(arch: Architecture, lora: Lora) -> str | None:
+    """What of these adapters PEFT does not load beside transformers 5, which has all experts of a layer in one; None
+    where it loads them.
+
+    PEFT 0.21.2 (utils/transformers_weight_conversion.py) takes the names of MLPs for those of experts, and knows no
+    experts of a qwen2_moe.
+    """
+    if arch.experts is None:
+        return None
+    in_experts, mlp = EXPERTS in lora.targets, [name for name in ("gate", "up", "down") if name in lora.targets]
+    if arch.family in _NOT_CONVERTED:
+        return EXPERTS if in_experts else None
+    return " ".join(mlp) or None
+
+
 def planned_tensors(arch: Architecture, lora: Lora, dtype: torch.dtype) -> dict[str, PlannedTensor]:
     """What adapter_model.safetensors holds."""
     planned = {}
@@ -198,13 +214,13 @@ def write_weights(
     planned: Mapping[str, PlannedTensor],
     tensors: Iterable[tuple[str, Tensor]],
     *,
-    base: tuple[str, str],
+    base: tuple[str, str] | None = None,
 ) -> None:
     """Write adapter_model.safetensors. tensors: all that are planned, in any order. base: as PeftDirectory.base.
 
     ValueError where a number is NaN or infinite.
     """
-    metadata = {_DIGEST: base[0], _DTYPE: base[1]}
+    metadata = {} if base is None else {_DIGEST: base[0], _DTYPE: base[1]}
     with SafetensorsFile(folder / WEIGHTS, planned, metadata) as file:
         for name, values in tensors:
             if not is_finite(values):

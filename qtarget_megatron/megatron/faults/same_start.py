@@ -25,7 +25,7 @@ from qtarget_megatron.resumable import file_digest
 
 # What these name is compared by its contents: nodes may have copies of their own.
 _FILES = ("objective_file",)
-_MODELS = ("hf_model", "teacher_hf", "teacher_cache", "teacher_cache_valid")
+_MODELS = ("hf_model", "lora_from", "teacher_hf", "teacher_cache", "teacher_cache_valid")
 _FREE = {*_FILES, *_MODELS, "sft_train", "sft_valid", "tensorboard_dir", "wandb_save_dir", "local_rank"}
 _TEXTS = (".json", ".jinja", ".model", ".txt")
 _starts = itertools.count()

@@ -94,15 +94,23 @@ def _without_views(sharded_state_dict: Callable[..., dict], *arguments: Any, **k
 
 
 def export_hf(
-    hf_model: Path, load: Path, save_hf: Path, words: list[str], *, checksums: Path | None = None, cpu: bool = False
+    hf_model: Path,
+    load: Path,
+    save_hf: Path,
+    words: list[str],
+    *,
+    merge: bool = False,
+    checksums: Path | None = None,
+    cpu: bool = False,
 ) -> None:
-    """Megatron checkpoint to Hugging Face directory; call it on every rank.
+    """Megatron checkpoint to Hugging Face directory, one of adapters to a PEFT directory; call it on every rank.
 
     hf_model: config.json says the architecture, tokenizer files are copied; its weights are not
     read, but for layers that predict further tokens where the checkpoint has none. The tensors keep the checkpoint's
     dtype, unless words hold --bf16 or --fp16. Of an interrupted export of the same checkpoint at as many pipeline
-    stages the complete files are kept. checksums: a file for the SHA-256 of each file, as sha256sum writes them.
-    ValueError for bad input, before anything is written.
+    stages the complete files are kept. merge: add the adapters to the weights of hf_model, and export the whole model.
+    checksums: a file for the SHA-256 of each file, as sha256sum writes them. ValueError for bad input, before anything
+    is written.
     """
     if checksums is not None and not checksums.absolute().parent.is_dir():
         raise ValueError(f"--checksums {checksums}: there is no directory {checksums.parent}: create it")
@@ -116,9 +124,13 @@ def export_hf(
         if checksums is not None:
             output_lock.probe(checksums.absolute().parent, f"--checksums {checksums}")
     model = open_model(hf_model, words, load=load, further=True, cpu=cpu)
+    from qtarget_megatron.megatron.model.lora import merge_adapters
+    from qtarget_megatron.megatron.weights.adapters import record_base, save_adapters
     from qtarget_megatron.megatron.weights.hf_weights import save_hf_weights
 
-    arch, reader = model.arch, None
+    arch, reader, lora, dtype = model.arch, None, model.run.lora, model.args.params_dtype
+    if merge and lora is None:
+        raise ValueError(f"--lora-merge: --load {load} holds a whole model, no adapters: drop the flag")
     if not arch.has_further:
         reader = further_reader(hf_model, arch)
         arch = arch if reader is None else arch.with_further()
@@ -134,16 +146,25 @@ def export_hf(
     def progress(total: int):
         return Progress("export: writing", total, unit="GB", scale=1e9).add
 
-    digests = save_hf_weights(
-        model.chunks,
-        arch,
-        Path(hf_model),
-        Path(save_hf),
-        dtype=model.args.params_dtype,
-        made_from=made_from,
-        further=reader,
-        progress=progress,
-    )
+    made_from["--lora-merge"] = merge
+    if lora is not None and not merge:
+        base = record_base(model.args, arch, model.chunks)
+        digests = save_adapters(
+            model.chunks, arch, lora, Path(save_hf), dtype, base=base, base_name=str(hf_model), made_from=made_from
+        )
+    else:
+        for chunk in model.chunks if merge else ():
+            merge_adapters(chunk)
+        digests = save_hf_weights(
+            model.chunks,
+            arch,
+            Path(hf_model),
+            Path(save_hf),
+            dtype=dtype,
+            made_from=made_from,
+            further=reader,
+            progress=progress,
+        )
     if checksums is not None and dist.get_rank() == 0:
         checksums.write_text("".join(f"{digest}  {file}\n" for file, digest in digests.items()), encoding="utf-8")
 

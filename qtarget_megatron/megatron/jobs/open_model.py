@@ -16,6 +16,7 @@ from qtarget_megatron.megatron.runtime.architecture_flags import (
     record_architecture,
 )
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout, check_whole_stages
+from qtarget_megatron.megatron.runtime.lora_flags import saved_lora
 from qtarget_megatron.megatron.runtime.prepare import Purpose, Run, prepare
 from qtarget_megatron.megatron.runtime.progress import Progress
 from qtarget_megatron.megatron.weights.saved_model import SavedModel
@@ -66,7 +67,8 @@ def open_model(
     """Initialise Megatron and build the model of hf_model's config.json; call it on every rank.
 
     words:      Megatron flags, layout above all.
-    load:       take the weights from this Megatron checkpoint, not from hf_model.
+    load:       take the weights from this Megatron checkpoint, not from hf_model; of one of adapters those, beside the
+                weights of hf_model.
     save:       where Megatron shall save.
     dtype:      of the parameters, where words hold neither --bf16 nor --fp16; default the checkpoint's, else float32.
     seq_length: cut to what the model and the layout allow.
@@ -84,6 +86,10 @@ def open_model(
         args.load, args.finetune, args.exit_on_missing_checkpoint = str(load), True, True
         saved = SavedModel.read(args.load, args.ckpt_step)
         dtype = dtype or saved.dtype
+        run.lora = saved_lora(saved.args)
+        if run.lora is not None:
+            # The checkpoint has the adapters alone.
+            run.check_weights()
         if further and run.student.further_layers and saved.has_further and not run.take_further():
             raise ValueError(
                 f"--load {load} has layers that predict further tokens, for which a HybridModel has no place: drop "
@@ -143,16 +149,19 @@ def _build(run: Run, saved: SavedModel | None, progress: str | None) -> OpenMode
     from megatron.training.training import get_model
 
     from qtarget_megatron.megatron.model.build import ModelProvider
+    from qtarget_megatron.megatron.weights.adapters import check_base
     from qtarget_megatron.megatron.weights.hf_weights import load_hf_weights, weights
 
     args, arch = run.args, run.student
     # A single process needs no address to meet the others at.
     initialize_megatron(store=dist.HashStore() if args.world_size == 1 else None)
-    provider = ModelProvider(args, arch, run.teacher, load_weights=False)
+    provider = ModelProvider(args, arch, run.teacher, load_weights=run.lora is not None, lora=run.lora)
     wrapped = get_model(provider, wrap_with_ddp=False)
     if saved is not None:
         saved.check_fits(provider.built, arch, f"the model in {args.hf_model}")
         saved.load_into(provider.built, args, arch)
+        if run.lora is not None:
+            check_base(args, arch, provider.built, getattr(saved.args, "lora_base", None), f"--load {args.load}")
     else:
         total = sum(tensor.nbytes for chunk in provider.built for _, tensor in weights(chunk, arch))
         report = Progress(progress, total, unit="GB", scale=1e9).add if progress else lambda nbytes: None

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qtarget_megatron.huggingface import DEFAULT_TARGETS, EXPERTS, TARGETS, Architecture, Lora, check_targets
+from qtarget_megatron.huggingface import EXPERTS, TARGETS, Architecture, Lora, check_targets, default_targets
 from qtarget_megatron.huggingface.adapters.peft_directory import PeftDirectory
 
 # The attributes of args that say what the adapters are; checkpoints are saved with them.
 KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_rslora", "lora_targets")
-_DEFAULTS = Lora(rank=1)
 # Flags of Megatron's that train, replace or take apart what adapters are beside.
 _REFUSED = (
     *("mtp_num_layers", "use_megatron_fsdp", "use_torch_fsdp2"),
@@ -42,8 +41,8 @@ def add_lora_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) ->
         nargs="+",
         metavar="LAYER",
         help=f"which linear layers have an adapter, of {', '.join(TARGETS)}; gate, up and down are those of MLPs and "
-        f"shared experts, {EXPERTS} those of each expert (default: {' '.join(DEFAULT_TARGETS)}). One that the model "
-        "has together with others (as qkv_proj of Phi-3) is given with all of them",
+        f"shared experts, {EXPERTS} those of each expert (default: q k v o gate up down; q k v o where there are "
+        "experts). One that the model has together with others (as qkv_proj of Phi-3) is given with all of them",
     )
     parser.add_argument(
         "--lora-from",
@@ -86,7 +85,7 @@ def read_lora(args: argparse.Namespace, arch: Architecture) -> Lora | None:
     else:
         names = {key: key.removeprefix("lora_") for key in KEYS}
         values = {names[key]: value for key, value in given.items()}
-        values["targets"] = tuple(values.get("targets", DEFAULT_TARGETS))
+        values["targets"] = tuple(values.get("targets", default_targets(arch)))
         lora = Lora(**values)
     check_targets(arch, lora)
     moves_bias = arch.experts is not None and arch.experts.has_correction
@@ -116,8 +115,7 @@ def lora_words(lora: Lora) -> str:
     words = [f"--lora-rank {lora.rank}", f"--lora-alpha {lora.alpha:g}"]
     words += [f"--lora-dropout {lora.dropout:g}"] if lora.dropout else []
     words += ["--lora-rslora"] if lora.rslora else []
-    words += [f"--lora-targets {' '.join(lora.targets)}"] if lora.targets != DEFAULT_TARGETS else []
-    return " ".join(words)
+    return " ".join([*words, f"--lora-targets {' '.join(lora.targets)}"])
 
 
 def check_saved_lora(load: str, saved: argparse.Namespace, lora: Lora | None) -> None:

@@ -17,9 +17,10 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from qtarget_megatron.huggingface import Architecture, is_expert, merge_parameter
+from qtarget_megatron.huggingface import Architecture, Lora, adapter_factor, is_expert, merge_factor, merge_parameter
+from qtarget_megatron.huggingface.adapters.peft_directory import tensor_name
 from qtarget_megatron.megatron.weights.fingerprint import MASTER, distributed_shares, optimizer_states
-from qtarget_megatron.megatron.weights.hf_weights import first_indices, shard_group, tensor_share, weights
+from qtarget_megatron.megatron.weights.hf_weights import adapters, first_indices, saved, shard_group, tensor_share
 from qtarget_megatron.megatron.weights.layer_names import named_parameters
 
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -27,7 +28,8 @@ Named = list[tuple[str, Tensor]]
 
 
 class Recording:
-    """Records one training on this rank; hand it to finetune.fine_tune().
+    """Records one training on this rank; hand it to finetune.fine_tune(). Of a model with adapters those are recorded,
+    by their names in a PEFT directory.
 
     gradients: of each step, name and float32 tensor on the CPU of all that this rank has a share of. A tied output head
                on a stage of its own goes by the name of the embedding.
@@ -47,14 +49,20 @@ class Recording:
         self._args: argparse.Namespace | None = None
         self._models: Sequence[LanguageModule] = ()
         self._arch: Architecture | None = None
+        self._lora: Lora | None = None
         self._optimizer: Any = None
 
     def watched(
-        self, forward_step: Callable, args: argparse.Namespace, models: Sequence[LanguageModule], arch: Architecture
+        self,
+        forward_step: Callable,
+        args: argparse.Namespace,
+        models: Sequence[LanguageModule],
+        arch: Architecture,
+        lora: Lora | None = None,
     ) -> Callable:
         """The forward step of a training, which is recorded from its first call on. models: the chunks of this rank,
         which may be built later."""
-        self._args, self._models, self._arch = args, models, arch
+        self._args, self._models, self._arch, self._lora = args, models, arch, lora
 
         def recorded(data_iterator: Any, model: Any) -> tuple[Tensor, Callable]:
             self._install(get_model_config(model))
@@ -97,7 +105,8 @@ class Recording:
             begin, end = (0, 0) if share is None else (share.start, share.end)
             return _placed(parameter, begin, gradient.reshape(-1)[begin:end])
 
-        self.gradients.append(self._whole(named_parameters, value, lambda parameter: True))
+        trained = named_parameters if self._lora is None else adapters
+        self.gradients.append(self._whole(trained, value, lambda parameter: True))
         self.losses.append(self._sums)
         self._sums = []
 
@@ -115,7 +124,7 @@ class Recording:
             # Under a distributed optimizer another rank has a share where this one has none.
             return _placed(parameter, *masters.get(id(parameter), (0, parameter.new_empty(0))))
 
-        self.weights = self._whole(lambda model: weights(model, self._arch), value, _has_master)
+        self.weights = self._whole(lambda model: saved(model, self._arch), value, _has_master)
 
     def _whole(
         self,
@@ -136,8 +145,13 @@ class Recording:
                     group = shard_group(model, name)
                     shards = [torch.empty_like(shard) for _ in range(group.size())]
                     dist.all_gather(shards, shard.contiguous(), group=group)
-                read_as = _EMBEDDING if self._arch.tied and name == _HEAD else name
-                merged = merge_parameter(self._arch, read_as, shards=shards, **first_indices(model, self._arch))
+                offsets = first_indices(model, self._arch)
+                if adapter_factor(name) is not None:
+                    factors = merge_factor(self._arch, self._lora, name, shards, **offsets)
+                    merged = {tensor_name(*which): values for which, values in factors.items()}
+                else:
+                    read_as = _EMBEDDING if self._arch.tied and name == _HEAD else name
+                    merged = merge_parameter(self._arch, read_as, shards=shards, **offsets)
                 found += [(hf_name, tensor.to("cpu", copy=True)) for hf_name, tensor in merged.items()]
         return found
 

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtarget_megatron.data import IGNORE_INDEX
-from qtarget_megatron.huggingface import CORRECTION, Architecture, Experts, hf_tensor_shapes, tensor_dtype
+from qtarget_megatron.huggingface import CORRECTION, Architecture, Experts, Lora, hf_tensor_shapes, tensor_dtype
+from qtarget_megatron.huggingface.adapters.peft_directory import CONFIG, config_bytes, planned_tensors, write_weights
 from qtarget_megatron.huggingface.config import families
 
 # Rows of the embedding, of which each tensor-parallel size pads another number; the tokenizer has fewer tokens.
@@ -47,6 +48,32 @@ def write_small_model(
         tensors = reordered(tensors, order)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(folder)
+    return tensors
+
+
+def write_small_adapters(
+    folder: Path, arch: Architecture, lora: Lora, seed: int, order: Tensor | None = None
+) -> dict[str, Tensor]:
+    """A PEFT directory for write_small_model()'s model; its tensors by name. Both factors are random: with the zeros
+    that a training begins with, one of them would have no gradient. order: as there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    planned, experts = planned_tensors(arch, lora, torch.float32), 0 if arch.experts is None else arch.experts.count
+    tensors = {}
+    for name, tensor in planned.items():
+        values = torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5
+        if ".lora_B." in name:
+            # What an adapter adds is half of what its layer gives, whatever s is.
+            values *= 0.5 / lora.scale
+        if tensor.shape[0] == arch.hidden_size:
+            # As of layers, so that experts keep their margin.
+            values = _OUTWARD * values
+            values[:experts] = 0.0
+        tensors[name] = values
+    if order is not None:
+        tensors = reordered(tensors, order)
+    write_weights(folder, planned, tensors.items())
+    (folder / CONFIG).write_bytes(config_bytes(arch, lora, "a small model"))
     return tensors
 
 

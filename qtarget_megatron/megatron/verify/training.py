@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qtarget_megatron import output_lock
 from qtarget_megatron.huggingface import Architecture, hf_tensor_shapes, read_config
+from qtarget_megatron.huggingface.adapters.peft_directory import WEIGHTS, planned_tensors
 from qtarget_megatron.megatron.faults.explained import Fault
 from qtarget_megatron.megatron.runtime import cpu_platform, launch
 from qtarget_megatron.megatron.runtime.logs import is_first_rank
@@ -37,12 +38,18 @@ from qtarget_megatron.megatron.verify.comparison import (
 )
 from qtarget_megatron.megatron.verify.one_rank import PRECISION, REFERENCE, REORDERED, Job, OneRank
 from qtarget_megatron.megatron.verify.shrink import shrunk_config
-from qtarget_megatron.megatron.verify.small_model import VOCAB_SIZE, reordered, write_samples, write_small_model
+from qtarget_megatron.megatron.verify.small_model import (
+    VOCAB_SIZE,
+    reordered,
+    write_samples,
+    write_small_adapters,
+    write_small_model,
+)
 from qtarget_megatron.megatron.verify.training_words import STEPS, TrainingWords, read_training_words
 
 # finetune.fine_tune, which stands above this module.
 FineTune = Callable[[list[str], Any], None]
-_BOARD = "--tensorboard-dir"
+_BOARD, _ADAPTERS = "--tensorboard-dir", "--lora-from"
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,10 @@ def run_job(path: str, fine_tune: FineTune) -> None:
         objectives.register_from_file(job.objective_file)
     for name, words in job.runs.items():
         model = Path(words[words.index("--hf-model") + 1])
-        _train(words, load_file(model / "model.safetensors"), fine_tune).save(job.result(name), job.keys[name])
+        initial = load_file(model / "model.safetensors")
+        if _ADAPTERS in words:
+            initial |= load_file(Path(words[words.index(_ADAPTERS) + 1]) / WEIGHTS)
+        _train(words, initial, fine_tune).save(job.result(name), job.keys[name])
         launch.forget()
 
 
@@ -150,6 +160,9 @@ class _Problem:
 
         config = small(request.run.hf_model)
         initial = write_small_model(folder / "model", config, args.seed)
+        arch, lora = Architecture.from_config(config), request.run.lora
+        if lora is not None:
+            initial |= write_small_adapters(folder / "model" / "adapters", arch, lora, args.seed + 3)
         if args.teacher_hf is not None:
             write_small_model(folder / "teacher", small(args.teacher_hf), args.seed + 1)
         write_samples(
@@ -162,12 +175,15 @@ class _Problem:
         )
         generator = torch.Generator().manual_seed(args.seed + 2)
         order = torch.randperm(config["hidden_size"], generator=generator)
-        return cls(request, folder, Architecture.from_config(config), initial, config, order)
+        return cls(request, folder, arch, initial, config, order)
 
     def jobs(self) -> list[Job]:
         """What is trained on one rank: the reference, the same reordered, the same in the precision of the layout."""
         request, on_cpu = self.request, self.request.run.on_cpu
-        write_small_model(self.folder / REORDERED, self.config, request.run.args.seed, self.order)
+        folder, seed, lora = self.folder / REORDERED, request.run.args.seed, request.run.lora
+        write_small_model(folder, self.config, seed, self.order)
+        if lora is not None:
+            write_small_adapters(folder / "adapters", self.arch, lora, seed + 3, self.order)
         alone = {
             REFERENCE: request.of_reference(self._paths("model", REFERENCE)),
             REORDERED: request.of_reference(self._paths(REORDERED, REORDERED)),
@@ -189,6 +205,8 @@ class _Problem:
             "--sft-train": self.folder / "data.jsonl",
             _BOARD: self.folder / f"board-{board}",
         }
+        if self.request.run.lora is not None:
+            found[_ADAPTERS] = self.folder / model / "adapters"
         return found | ({} if self.request.run.args.teacher_hf is None else {"--teacher-hf": self.folder / "teacher"})
 
     def train_here(self, fine_tune: FineTune) -> Training:
@@ -209,7 +227,9 @@ class _Problem:
         tensors = {kind: list(reordered(dict(named), back).items()) for kind, named in other.tensors.items()}
         back_in_order = Training(other.scalars, other.losses, tensors)
         alone = OneRankTrainings(found[REFERENCE], back_in_order, found.get(PRECISION, back_in_order))
-        reference = Reference.of(alone.reference, list(hf_tensor_shapes(self.arch)))
+        lora = self.request.run.lora
+        order = hf_tensor_shapes(self.arch) if lora is None else planned_tensors(self.arch, lora, torch.float32)
+        reference = Reference.of(alone.reference, list(order))
         bounds = Bounds.of(alone, reference, self.initial, self.request.roundoff)
         in_precision = reference.distances(alone.precision.tensors)
         return _Yardstick(

@@ -49,13 +49,14 @@ _LEFT_OUT = {
     "--distributed-timeout-seconds-after-init", "--decoder-first-pipeline-num-layers",
     "--decoder-last-pipeline-num-layers", "--account-for-embedding-in-pipeline-split",
     "--account-for-loss-in-pipeline-split", "--pipeline-model-parallel-layout",
-    "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank",
+    "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank", "--lora-from", "--lora-merge",
+    "--lora-dropout",
 }  # fmt: skip
 # Whoever trains gives them: their absence is no news.
 _ALWAYS = {
     "--hf-model", "--teacher-hf", "--sft-train", "--seq-length", "--train-iters", "--epochs", "--lr",
     "--global-batch-size", "--objective-file", "--num-layers-per-virtual-pipeline-stage",
-    "--num-virtual-stages-per-pipeline-rank",
+    "--num-virtual-stages-per-pipeline-rank", "--lora-from",
 }  # fmt: skip
 _KEPT = {"--num-workers", "--logging-level"}
 _REFUSED = {
@@ -69,6 +70,7 @@ _REFUSED = {
     "--moe-router-force-load-balancing": "it chooses experts at random: drop it",
 }
 _MATHEMATICS = {
+    "--lora-rank", "--lora-alpha", "--lora-rslora", "--lora-targets", "--teacher-self",
     "--objective", "--objective-args", "--pack", "--no-pack", "--optimizer", "--seed", "--micro-batch-size",
     "--moe-aux-loss-coeff", "--moe-z-loss-coeff", "--moe-router-load-balancing-type", "--moe-router-bias-update-rate",
 }  # fmt: skip
