@@ -357,8 +357,8 @@ def _check_models(run: Run) -> None:
         saved = SavedModel.read(args.teacher_load, args.teacher_ckpt_step, flag="--teacher-load")
         if saved_lora(saved.args) is not None:
             raise ValueError(
-                f"--teacher-load {args.teacher_load} holds adapters, no model: export it (qtarget export --lora-merge), "
-                "and give that directory as --teacher-hf"
+                f"--teacher-load {args.teacher_load} holds adapters, no model: export it (qtarget export "
+                "--lora-merge), and give that directory as --teacher-hf"
             )
     run.add_teacher(args.teacher_hf, "--teacher-hf", weights=saved)
 
@@ -375,7 +375,7 @@ def _train(
     from qtarget_megatron.megatron.training.checkpoint_hooks import watch_checkpoints
     from qtarget_megatron.megatron.training.pace import Pace
     from qtarget_megatron.megatron.training.step import StepSettings, forward_step
-    from qtarget_megatron.megatron.weights.adapters import record_base, save_adapters
+    from qtarget_megatron.megatron.weights.adapters import check_base, record_base, save_adapters
     from qtarget_megatron.megatron.weights.hf_weights import save_hf_weights
     from qtarget_megatron.megatron.weights.layer_names import named_parameters
 
@@ -405,6 +405,7 @@ def _train(
             teacher_vocab_size=teacher.vocab_size if smaller else None,
             second_model=objective.needs_teacher,
         ),
+        check=lambda chunks: peft and check_base(args, student, chunks, peft.base, f"--lora-from {args.lora_from}"),
     )
     origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
     if lora is not None:
@@ -437,7 +438,7 @@ def _train(
     )
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint, named=named_parameters)
-    watch_checkpoints(args, student, models.built, flags, peft)
+    watch_checkpoints(args, student, models.built, flags)
     step = Pace(args).watched(soundness.watched(partial(forward_step, settings, on_nan)))
     if recording is not None:
         step = recording.watched(step, args, models.built, student, lora)

@@ -10,6 +10,7 @@ kernels      loss of given logits, forward and backward: ours, torch, torch.comp
 head         output layer and loss together: logits a chunk at a time against logits as a whole, time and memory
 collective   one all-gather and merge against Megatron's three all-reduces, 2 and 4 ranks over gloo
 step         training steps of the fine-tuning command on a small random model, 1 rank and 2 tensor-parallel ranks
+lora         training steps of LoRA and of all weights, by teacher: a copy of the model, the model itself, none
 data         attention of the local layers next to Megatron's own; useful tokens per second of packed and padded rows
 growth       how time grows with tokens, vocabulary and shards, and memory with tokens
 convert      a random model of Qwen2.5-1.5B's shape from Hugging Face to Megatron and back, 2 and 4 ranks; 10 GB of disk

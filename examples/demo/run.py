@@ -1,6 +1,6 @@
 """Fine-tune SmolLM2-135M-Instruct on GSM8K with Target-SFT on six CPU ranks, and show what changed.
 
-    python -m examples.demo.run [--out FOLDER] [--objective NAME --objective-args KEY=VALUE ...]
+    python -m examples.demo.run [--out FOLDER] [--lora] [--objective NAME --objective-args KEY=VALUE ...]
 
 Six processes (tensor parallel 3 x pipeline parallel 2) run Megatron's training loop; the teacher is
 the model before training. Then transformers opens the exported model, answers a held-out question
@@ -27,6 +27,9 @@ TENSOR_PARALLEL = 3  # the model has 3 key/value heads
 PIPELINE_PARALLEL = 2
 PARAMETERS = 134_515_008
 MICRO_BATCH_SIZE = 1
+LORA_RANK = 16
+# Adapters begin at zero and span few directions: they want larger steps than all weights do.
+LEARNING_RATE, LORA_LEARNING_RATE = 5e-5, 1e-3
 # The held-out records that transformers scores are those that Megatron evaluates.
 SCORED_RECORDS = 8
 SCORED_FILE = "valid.jsonl"
@@ -43,7 +46,13 @@ class Settings:
     steps: int = 6
     global_batch_size: int = 3
     seq_length: int = 512
-    learning_rate: float = 5e-5
+    learning_rate: float = LEARNING_RATE
+    lora: bool = False
+
+    @property
+    def title(self) -> str:
+        """The objective with its parameters, and LoRA where adapters are trained."""
+        return " ".join([self.objective, *self.objective_args, *(["(LoRA)"] if self.lora else [])])
 
 
 def finetune_command(settings: Settings, prepared, work: Path) -> list[str]:
@@ -81,8 +90,11 @@ def finetune_command(settings: Settings, prepared, work: Path) -> list[str]:
     }
     command = launcher + ["-m", "qtarget_megatron.finetune", "--cpu"]
     command += [str(word) for pair in words.items() for word in pair]
+    if settings.lora:
+        command += ["--lora-rank", str(LORA_RANK), "--lora-merge"]
     if objectives.from_arguments(settings.objective, settings.objective_args).needs_teacher:
-        command += ["--teacher-hf", str(prepared.model)]
+        # Either way the teacher is the model before training.
+        command += ["--teacher-self"] if settings.lora else ["--teacher-hf", str(prepared.model)]
     if settings.objective_args:
         command += ["--objective-args", *settings.objective_args]
     return command
@@ -113,7 +125,7 @@ def run(settings: Settings, cache: Path) -> None:
     from examples.demo.answers import Answerer
 
     check_out(settings.out)
-    check_room(settings.out, cache)
+    check_room(settings, cache)
     with step("1/5 prepare the model and the data"):
         prepared = prepare(cache)
     records = [json.loads(line) for line in prepared.valid.read_text("utf-8").splitlines()]
@@ -131,7 +143,7 @@ def run(settings: Settings, cache: Path) -> None:
         (work / SCORED_FILE).write_text("".join(lines_of_scored), "utf-8")
         ranks = TENSOR_PARALLEL * PIPELINE_PARALLEL
         with step(
-            f"3/5 train: {settings.objective} {' '.join(settings.objective_args)}, {ranks} ranks "
+            f"3/5 train: {settings.title}, {ranks} ranks "
             f"(tensor parallel {TENSOR_PARALLEL} x pipeline parallel {PIPELINE_PARALLEL})"
         ):
             print(f"full log: {work / 'train.log'}", flush=True)
@@ -160,8 +172,7 @@ def run(settings: Settings, cache: Path) -> None:
                 after,
             )
             summary["settings"] = asdict(settings) | {"out": str(settings.out)}
-            title = f"{settings.objective} {' '.join(settings.objective_args)} on GSM8K problems"
-            report.draw_curves(scalars, title, work / "curves.png")
+            report.draw_curves(scalars, f"{settings.title} on GSM8K problems", work / "curves.png")
             answers = report.markdown_answers(question, solution, answer_before, answer_after)
             print("\n" + report.write_report(work, summary, answers))
 
@@ -196,14 +207,14 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out} exists and is not an earlier demo's output: name another folder")
 
 
-def check_room(out: Path, cache: Path) -> None:
+def check_room(settings: Settings, cache: Path) -> None:
     """Refuse what the disks surely cannot hold: the model in the cache, a checkpoint and the export in `out`."""
     from qtarget_megatron.megatron.training import outputs
 
     float32 = 4 * PARAMETERS
     sizes = {
-        # Each weight and Adam's two moments; the export.
-        "--out": (out.parent, 4 * float32),
+        # The export, and in the checkpoint each weight with Adam's two moments; of adapters next to nothing.
+        "--out": (settings.out.parent, float32 if settings.lora else 4 * float32),
         "--cache": (cache, 0 if (cache / MODEL_FOLDER).is_dir() else float32),
     }
     items = []
@@ -253,22 +264,37 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, Path]:
         "--objective-args",
         nargs="*",
         metavar="KEY=VALUE",
+        default=argparse.SUPPRESS,
         help="its parameters (default: eta=0.5 for target-sft, else none)",
     )
     parser.add_argument("--steps", type=int, default=default.steps, help="training steps")
-    parser.add_argument("--learning-rate", type=float, default=default.learning_rate, help="peak learning rate")
+    parser.add_argument(
+        "--lora",
+        action="store_true",
+        help=f"train adapters of rank {LORA_RANK} instead of all weights; the teacher is the model with its adapters "
+        "off, checkpoint/ holds the adapters alone, model/ the model with them merged in",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=argparse.SUPPRESS,
+        help=f"peak learning rate (default: {LEARNING_RATE}, with --lora {LORA_LEARNING_RATE})",
+    )
     chosen = parser.parse_args(argv)
     if chosen.steps < 1:
         parser.error(f"--steps: expected at least 1, got {chosen.steps}")
-    objective_args = chosen.objective_args
-    if objective_args is None:
-        objective_args = default.objective_args if chosen.objective == default.objective else []
+    own = {
+        "objective_args": default.objective_args if chosen.objective == default.objective else [],
+        "learning_rate": LORA_LEARNING_RATE if chosen.lora else LEARNING_RATE,
+    }
+    given = own | vars(chosen)
     settings = Settings(
         out=chosen.out.resolve(),
         objective=chosen.objective,
-        objective_args=objective_args,
+        objective_args=given["objective_args"],
         steps=chosen.steps,
-        learning_rate=chosen.learning_rate,
+        learning_rate=given["learning_rate"],
+        lora=chosen.lora,
     )
     return settings, chosen.cache.resolve()
 

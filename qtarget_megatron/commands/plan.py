@@ -69,7 +69,7 @@ def _memory(plan, memory_gib: float | None) -> list[str]:
 
 
 def _losses(plan) -> list[str]:
-    names = {"none": "no second model", "live": "live teacher", "cached": "cached teacher"}
+    names = {"none": "no second model", "live": "live teacher", "self": "itself as teacher", "cached": "cached teacher"}
     lines = [_row("loss on the last stage, GiB", ["fused head", "whole logits"])]
     for mode, sizes in plan.losses.items():
         counted = " (counted above)" if mode == plan.counted and len(plan.losses) > 1 else ""

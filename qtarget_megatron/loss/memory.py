@@ -28,6 +28,7 @@ class LossShape:
     teacher_hidden:   width of a live second model, else 0.
     entries:          kept by a cached one per token, else 0.
     on_cpu:           torch then copies what is added in another dtype.
+    frozen_head:      the output layer's weight is not trained, so that nothing is made for its gradient.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class LossShape:
     teacher_hidden: int = 0
     entries: int = 0
     on_cpu: bool = False
+    frozen_head: bool = False
 
     @property
     def statistics_width(self) -> int:
@@ -63,7 +65,8 @@ class LossShape:
 
     @property
     def weight_bytes(self) -> int:
-        return self.columns * self.hidden * self.element
+        """Bytes of what autograd gets for the weight."""
+        return 0 if self.frozen_head else self.columns * self.hidden * self.element
 
 
 def fused_loss_bytes(shape: LossShape, chunk_size: int) -> int:
@@ -78,7 +81,7 @@ def fused_loss_bytes(shape: LossShape, chunk_size: int) -> int:
     kept = shape.tokens * (shape.hidden + shape.teacher_hidden) * shape.element
     logits = min(chunk_size, shape.tokens) * shape.columns * shape.element * shape.models
     product = total = 0
-    if shape.element < 4:
+    if shape.element < 4 and not shape.frozen_head:
         product = min(COLUMN_TILE, shape.columns) * shape.hidden * (shape.element + (4 if shape.on_cpu else 0))
         total = 4 * shape.columns * shape.hidden if shape.gradient_element < 4 else 0
     shard = shape.hidden_bytes // (shape.ranks if shape.sequence_parallel else 1)
@@ -128,8 +131,8 @@ def loss_transfers(shape: LossShape, *, fused: bool) -> list[Transfer]:
         found.append(Transfer("hidden states", "all-gather", group, shape.hidden_bytes))
         if taught:
             found.append(Transfer("teacher's hidden states", "all-gather", group, taught))
-        if not fused:
-            # Megatron's output layer keeps its own part only.
+        if not fused and not shape.frozen_head:
+            # Megatron's output layer keeps its own part only, and its weight's gradient needs all of it.
             found.append(Transfer("hidden states, in backward", "all-gather", group, shape.hidden_bytes))
     operation = "reduce-scatter" if shape.sequence_parallel else "all-reduce"
     return [*found, Transfer("gradient of hidden states", operation, group, shape.hidden_bytes)]

@@ -25,8 +25,10 @@ from layout_runs import (
     tensors,
     tp,
 )
+from lora_runs import trained_words, write_adapters
 from noise_floor import MARGIN, WEIGHTS_FLOOR, update_difference
 
+from qtarget_megatron.huggingface import Lora
 from tools.first_hour import families
 
 # The first test waits for all runs.
@@ -46,6 +48,9 @@ LAYOUTS = {
     "experts at DP2": [],
     "experts at EP2": ep(2),
     "latent at DP2": [],
+    "untied with adapters at TP2 with sequence parallelism": SHARED,
+    "experts with adapters at EP2": ep(2),
+    "latent with adapters at DP2": [],
 }
 # What else Transformer Engine's layers do -> flags, the reference.
 MORE = {
@@ -71,6 +76,18 @@ MORE = {
         [*SHARED, *ep(1, 1), *GROUPED, *HYBRID],
         "latent at DP2",
     ),
+    "grouped experts with adapters at EP2": ([*ep(2), *GROUPED], "experts with adapters at EP2"),
+    "grouped experts with adapters at TP2 and ETP2": ([*SHARED, *ep(1, 2), *GROUPED], "experts with adapters at EP2"),
+    # Whole projections to latents on every rank.
+    "latent with adapters at TP2 with sequence parallelism and grouped experts": (
+        [*SHARED, *ep(1, 1), *GROUPED],
+        "latent with adapters at DP2",
+    ),
+}
+ADAPTED = {
+    "untied": ("q", "v", "o", "gate", "up", "down"),
+    "experts": ("q", "k", "v", "gate", "down", "experts"),
+    "latent": ("q", "k", "v", "o", "up", "experts"),
 }
 # Of first_hour: scaled, partial and interleaved rotary embeddings, windows, layers without, biases, latents; experts,
 # with a shared one or biases, sinks; norms behind attention and MLP, multipliers.
@@ -87,7 +104,7 @@ EXPORTED = [
 ]
 # Checkpoints of step 2: the folder and the flags they were saved at. Of local layers, and of Transformer Engine's.
 STOP = ["--save-interval", 2, "--exit-interval", 2]
-SAVED_LOCAL = {"untied": tp(2), "experts": ep(2)}
+SAVED_LOCAL = {"untied": tp(2), "experts": ep(2), "experts with adapters": ep(2)}
 SAVED = {"tied": SHARED, "grouped experts": [*ep(2), *GROUPED]}
 # What resumes from which of them -> flags, the reference.
 RESUMED = {
@@ -100,6 +117,11 @@ RESUMED = {
     "tied resumed as a hybrid model": ("tied", [*pp(2), *HYBRID], "tied at PP2"),
     "untied resumed from local layers": ("untied", [], "untied at DP2"),
     "grouped experts resumed from local layers' sequential ones": ("experts", [*ep(2), *GROUPED], "experts at EP2"),
+    "grouped experts with adapters resumed from local layers' sequential ones": (
+        "experts with adapters",
+        [*SHARED, *ep(2, 1), *GROUPED],
+        "experts with adapters at EP2",
+    ),
 }
 FAULTS = {
     "the gradient of a norm is not summed over the ranks": "untied at TP2 with sequence parallelism",
@@ -128,6 +150,8 @@ def workspace(tmp_path_factory):
     write_model(folder / "biased", "Llama", biased, torch.Generator().manual_seed(5))
     for family in FAMILIES:
         families.write_model(folder / family, family, tied=False)
+    for student, targets in ADAPTED.items():
+        write_adapters(folder / f"{student}-adapters", folder / student, Lora(4, 8, targets=targets))
     write_data(folder / "train.jsonl", 40, seed=1)
     return folder
 
@@ -136,6 +160,10 @@ def words(workspace, name):
     """What is trained, of the student that a run is named after."""
     student = name.removeprefix("grouped ").split()[0]
     flags = ["--hf-model", workspace / student, "--sft-train", workspace / "train.jsonl"]
+    if "adapters" in name and "resumed" in name:
+        flags += trained_words(Lora(4, 8, targets=ADAPTED[student]))
+    elif "adapters" in name:
+        flags += ["--lora-from", workspace / f"{student}-adapters"]
     if student == "tied":
         return [
             *flags,
@@ -245,16 +273,20 @@ def test_a_family_computes_what_transformers_does(engine, family):
 
 
 def test_the_layers_are_transformer_engines(engine):
-    dense = {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"}
+    fused = {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"}
     sequential, grouped = {"TEColumnParallelLinear"}, {"TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"}
     for name in (*LAYOUTS, *MORE):
+        dense = fused
         built = set(engine[name]["layers"])
+        if "adapters" in name:
+            # Norms are apart from the linear layers.
+            dense = {"TEColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"}
         expected = dense | (grouped if "grouped" in name else sequential if "experts" in name else set())
         if "latent" in name:
             # Down projections, and that of queries alone.
             assert "TELinear" in built
             built -= {"TELinear", "TEColumnParallelLinear"}
-            expected -= {"TEColumnParallelLinear"}
+            expected = expected - {"TEColumnParallelLinear"}
         assert built == expected, name
 
 

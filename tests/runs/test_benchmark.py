@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from matplotlib import image
 
 from qtarget_megatron import objectives, qtarget_cross_entropy
 from tools import benchmark
-from tools.benchmarking import figures, growth, kernels, machine, measure, peers, report, workers
+from tools.benchmarking import figures, growth, kernels, machine, measure, packing, peers, report, workers
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py")]
 CPU = torch.device("cpu")
@@ -215,7 +216,7 @@ COLLECTIVE = [
 ]
 
 
-PARTS = ["kernels", "head", "collective", "step", "data", "growth", "convert", "cuda", "cuda-head"]
+PARTS = ["kernels", "head", "collective", "step", "lora", "data", "growth", "convert", "cuda", "cuda-head"]
 
 
 @pytest.mark.parametrize(
@@ -422,6 +423,48 @@ def test_attention_is_measured_next_to_megatrons():
     """Both have computed the same before that."""
     (rows,) = run_ranks(1, attentions, megatron=True)
     assert sorted(row["attention"] for row in rows) == ["Megatron's", "ours"]
+
+
+def adapted():
+    from tools.benchmarking.lora import measure
+
+    shape = dataclasses.replace(packing.SMALL, seq_length=32, steps=2)
+    return measure(say=lambda line: None, shape=dataclasses.asdict(shape), rank=4)
+
+
+def test_adapters_are_measured_next_to_all_weights():
+    """Each way has computed what it should before that. The report's figures are recomputed by other code."""
+    (rows,) = run_ranks(1, adapted, megatron=True)
+    held = {(row["trained"], row["teacher"]): row["bytes"] for row in rows}
+    seconds = {(row["trained"], row["teacher"]): row["seconds"] for row in rows}
+    whole = {row["trained_numbers"] for row in rows if row["trained"] == "all weights"}
+    factors = {row["trained_numbers"] for row in rows if row["trained"] == "LoRA"}
+    # Two layers: q, k, v, o, gate, up and down, with the widths of each.
+    assert factors == {2 * 4 * (128 + 96 + 96 + 128 + 3 * 192)}
+    (model,), (adapters,) = whole, factors
+    for (trained, teacher), found in held.items():
+        number = adapters if trained == "LoRA" else model
+        assert found["weights"] == 4 * (model + (adapters if trained == "LoRA" else 0))
+        assert found["teacher"] == (4 * model if teacher == "a copy" else 0)
+        assert found["gradients"] == pytest.approx(4 * number, abs=1024)
+        assert found["optimizer"] == pytest.approx(8 * number, abs=1024)
+        assert found["step"] > 0 and len(seconds[trained, teacher]) == 2
+
+    first = "all weights", "a copy"
+    lines = [line for line in report.lora(rows) if re.match(r"\| (all weights|LoRA) ", line)]
+    assert len(lines) == len(rows) == 5
+    for line in lines:
+        trained, teacher, _, taken, ratio, *memory, peak, times = (cell.strip() for cell in line.strip("|").split("|"))
+        found = held[trained, teacher]
+        same(taken, np.median(seconds[trained, teacher]))
+        for cell, part in zip(memory, ["weights", "teacher", "gradients", "optimizer", "step"], strict=True):
+            same(cell, found[part] / 2**20)
+        same(peak, sum(found.values()) / 2**20)
+        if (trained, teacher) == first:
+            assert ratio == times == "-"
+        else:
+            same(ratio, np.median(seconds[trained, teacher]) / np.median(seconds[first]))
+            same(times, sum(found.values()) / sum(held[first].values()))
 
 
 def test_costs_and_memory_follow_from_the_runs():

@@ -1,4 +1,4 @@
-"""The demo's driver: process control, log, scalars, report, output folder. Nothing is trained."""
+"""The demo's driver: process control, log, scalars, report, output folder; one run with adapters on a tiny model."""
 
 import json
 import os
@@ -10,11 +10,13 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from finetune_runs import write_data, write_models
 
 from examples.demo import prepare, report, run
 from examples.demo.answers import HeldOutScore
@@ -398,11 +400,14 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_downloaded(tmp_p
         run.run(settings, cache)
     assert list(tmp_path.iterdir()) == []
     disk(20 * run.PARAMETERS)
-    run.check_room(settings.out, cache)
+    run.check_room(settings, cache)
     # Where the model is there already.
     (cache / prepare.MODEL_FOLDER).mkdir(parents=True)
     disk(16 * run.PARAMETERS)
-    run.check_room(settings.out, cache)
+    run.check_room(settings, cache)
+    # A checkpoint of adapters is small.
+    disk(4 * run.PARAMETERS)
+    run.check_room(replace(settings, lora=True), cache)
 
 
 def test_parameters_of_the_default_objective_do_not_leak_to_others():
@@ -410,6 +415,12 @@ def test_parameters_of_the_default_objective_do_not_leak_to_others():
     assert run.parse_arguments(["--objective", "dft"])[0].objective_args == []
     chosen, _ = run.parse_arguments(["--objective", "beyond_log", "--objective-args", "alpha=2"])
     assert chosen.objective_args == ["alpha=2"]
+
+
+def test_adapters_have_a_learning_rate_of_their_own():
+    rates = {flags: run.parse_arguments(flags.split())[0].learning_rate for flags in ("", "--lora")}
+    assert rates["--lora"] > rates[""]
+    assert run.parse_arguments(["--lora", "--learning-rate", "0.01"])[0].learning_rate == 0.01
 
 
 def test_finetune_command_asks_for_six_ranks_and_only_known_paths(tmp_path):
@@ -423,6 +434,34 @@ def test_finetune_command_asks_for_six_ranks_and_only_known_paths(tmp_path):
     guided = run.finetune_command(run.Settings(out=tmp_path / "out"), prepared, tmp_path / "unfinished")
     assert guided[guided.index("--teacher-hf") + 1] == str(prepared.model)
     assert re.search(rf"--save-hf {tmp_path}/unfinished/model\b", words)
+
+
+def test_the_teacher_of_adapters_is_no_second_model(tmp_path):
+    prepared = prepare.Prepared(tmp_path / "model", tmp_path / "t.jsonl", tmp_path / "v.jsonl")
+    guided = run.Settings(out=tmp_path / "out", lora=True)
+    command = run.finetune_command(guided, prepared, tmp_path / "unfinished")
+    assert {"--lora-rank", "--lora-merge", "--teacher-self"} <= set(command) and "--teacher-hf" not in command
+    alone = run.finetune_command(replace(guided, objective="dft", objective_args=[]), prepared, tmp_path / "unfinished")
+    assert "--lora-rank" in alone and "--teacher-self" not in alone
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_adapters_are_trained_and_the_exported_model_has_them(tmp_path, monkeypatch):
+    """A whole run with --lora on two ranks: transformers finds in model/ the p(y) that training ended with."""
+    write_models(tmp_path)
+    for name, count in (("train.jsonl", 30), ("valid.jsonl", 8)):
+        write_data(tmp_path / name, count, seed=count)
+    tiny = prepare.Prepared(tmp_path / "untied", tmp_path / "train.jsonl", tmp_path / "valid.jsonl")
+    monkeypatch.setattr(run, "prepare", lambda cache: tiny)
+    monkeypatch.setattr(run, "TENSOR_PARALLEL", 1)
+    monkeypatch.setattr(run, "check_room", lambda settings, cache: None)
+    chosen = dict(objective="sft-kl", objective_args=["lam=0.1"], steps=20, seq_length=64, learning_rate=0.01)
+    run.run(run.Settings(tmp_path / "out", lora=True, **chosen), tmp_path / "cache")
+    summary = json.loads((tmp_path / "out" / "report.json").read_text())
+    before, after = (summary["held_out_by_transformers"][key]["trust"] for key in ("before", "after"))
+    # More than the tolerance of the comparison that the run has made.
+    assert after > before + 10 * report.EXPORT_TOLERANCE
 
 
 def test_training_ranks_get_one_thread_and_no_gpu():

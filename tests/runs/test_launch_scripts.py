@@ -47,10 +47,12 @@ def environment(workspace, **values):
     path = f"{workspace / 'bin'}{os.pathsep}{os.environ['PATH']}"
     cluster = {key: str(values.pop(key)) for key in list(values) if key.startswith("SLURM_")}
     given = small | {key: str(value) for key, value in values.items()} | paths
-    foreign = dict.fromkeys([*given, "TAIL", "TEACHER_TP", "OBJECTIVE_ARGS", "KERNELS", "START"], "somebody's")
+    foreign = dict.fromkeys([*given, *OTHERS], "somebody's")
     return foreign | {f"QTARGET_{key}": value for key, value in given.items()} | cluster | {"PATH": path}
 
 
+OTHERS = ("TAIL", "TEACHER_TP", "OBJECTIVE_ARGS", "KERNELS", "START", "LORA_RANK")
+MODEL_FILES, ADAPTER_FILES = {"config.json", "tokenizer.json"}, {"adapter_config.json"}
 PATHS = {"MODEL", "TEACHER", "STUDENT", "TRAIN", "OUT", "CHECKPOINT"}
 
 
@@ -66,17 +68,19 @@ def assert_ended_well(done):
     assert done.returncode == 0, "\n".join(errors) or done.stdout[-4000:]
 
 
-def assert_exported(folder):
+def assert_exported(folder, expected=MODEL_FILES):
     names = {path.name for path in Path(folder).iterdir()}
-    assert {"config.json", "tokenizer.json"} <= names and any(name.endswith(".safetensors") for name in names)
+    assert expected <= names and any(name.endswith(".safetensors") for name in names)
 
 
-def test_one_node_and_its_second_start(workspace):
-    run(workspace, "one_node.sh", "--exit-interval", "2", OUT="one", TP=2, STEPS=3)
-    assert not (workspace / "one" / "hf").exists()
-    again = run(workspace, "one_node.sh", OUT="one", TP=2, STEPS=3)
+@pytest.mark.parametrize(("script", "files"), [("one_node.sh", MODEL_FILES), ("lora_70b.sh", ADAPTER_FILES)])
+def test_one_node_and_its_second_start(workspace, script, files):
+    values = dict(OUT=Path(script).stem, TP=2, STEPS=3)
+    run(workspace, script, "--exit-interval", "2", **values)
+    assert not (workspace / values["OUT"] / "hf").exists()
+    again = run(workspace, script, **values)
     assert "iteration        3/" in again and "iteration        2/" not in again
-    assert_exported(workspace / "one" / "hf")
+    assert_exported(workspace / values["OUT"] / "hf", files)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size
 SP, EP2 = "--sequence-parallel", ["--expert-model-parallel-size", 2]
 CP2 = ["--context-parallel-size", 2]
 GPT = ["--model-class", "gpt"]
+LORA = ["--lora-rank", 8]
 FULL = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1]
 # World size -> case -> (model, words), with a live teacher where the name says so.
 CASES = {
@@ -49,6 +50,14 @@ CASES = {
         "packed-selective": ("untied", ["--pack", "--recompute-activations"]),
         "packed-windows": ("windows", ["--pack"]),
         "packed-latent": ("latent", ["--pack"]),
+        "lora": ("untied", [*LORA, *GPT]),
+        "lora-bf16-do-tied": ("tied", [*LORA, "--bf16", DO]),
+        "lora-some-dropout": ("untied", [*LORA, "--lora-targets", "q", "v", "gate", "--lora-dropout", 0.1]),
+        "lora-experts": ("experts", [*LORA, "--lora-targets", "q", "o", "experts"]),
+        "lora-weighted": ("weighted", [*LORA, "--lora-targets", "q", "k", "v", "gate", "up", "down"]),
+        "lora-latent-bf16": ("latent", [*LORA, "--bf16", "--lora-targets", "q", "k", "v", "o", "experts"]),
+        "lora-full": ("untied", [*LORA, *FULL]),
+        "lora-self": ("untied", [*LORA, "--objective", "target-sft", "--teacher-self"]),
     },
     2: {
         "dp2-bf16-do-teacher": ("tied", ["--bf16", DO]),
@@ -72,6 +81,12 @@ CASES = {
         "pp2-tied-bf16": ("tied", [*PP2, "--bf16"]),
         "pp2-uneven-teacher": ("untied", [*PP2, "--decoder-first-pipeline-num-layers", 1]),
         "pp2-vpp2-teacher": ("untied", [*PP2, "--num-virtual-stages-per-pipeline-rank", 2]),
+        "tp2-sp-lora-bf16": ("untied", [*TP2, SP, *LORA, "--bf16"]),
+        "tp2-sp-ep2-lora-experts": (
+            "experts",
+            [*TP2, SP, *EP2, "--expert-tensor-parallel-size", 1, *LORA, "--lora-targets", "k", "o", "experts"],
+        ),
+        "pp2-lora-self": ("tied", [*PP2, *LORA, "--objective", "target-sft", "--teacher-self", DO]),
     },
 }
 LARGE = {
@@ -80,6 +95,9 @@ LARGE = {
     "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
 }
 LAYOUT_70B = ["--tensor-model-parallel-size", 8, "--pipeline-model-parallel-size", 4, SP, "--bf16", DO]
+LORA_70B = ["--tensor-model-parallel-size", 8, SP, "--bf16", DO, *FULL, "--seq-length", 4096]
+LORA_70B += ["--micro-batch-size", 1, "--global-batch-size", 64]
+LORA_16 = ["--lora-rank", 16]
 LAYOUT_EXPERTS = ["--tensor-model-parallel-size", 4, SP, "--pipeline-model-parallel-size", 2, "--bf16", DO]
 LAYOUT_EXPERTS += ["--expert-model-parallel-size", 8, "--expert-tensor-parallel-size", 1]
 BATCH = ["--seq-length", 4096, "--micro-batch-size", 1, "--global-batch-size", 128]
@@ -122,6 +140,9 @@ def commands(folder):
     return {
         "70b": large,
         "70b-text": large[:-1],
+        "lora full": words("70b", *LORA_70B, "--teacher-hf", folder / "70b", "--json", world_size=8),
+        "lora live": words("70b", *LORA_70B, "--teacher-hf", folder / "70b", *LORA_16, "--json", world_size=8),
+        "lora self": words("70b", *LORA_70B, "--teacher-self", *LORA_16, "--json", world_size=8),
         "70b-vpp": [*large, "--num-virtual-stages-per-pipeline-rank", "2"],
         "70b-cached": words("70b", *LAYOUT_70B, *BATCH, "--json", "--teacher-cache-k", 64),
         "too-large": words("8b", *BATCH, "--bf16", "--memory-gib", 24, world_size=8),
@@ -200,7 +221,7 @@ def test_activations_of_local_layers_are_what_is_kept_for_backward(launches, wor
 
 
 @pytest.mark.parametrize(
-    ("world_size", "name"), [case for case in ALL if "pp2" not in case[1] and "teacher" not in case[1]]
+    ("world_size", "name"), [case for case in ALL if not {"pp2", "teacher", "self"} & set(case[1].split("-"))]
 )
 def test_a_step_takes_what_was_planned(launches, world_size, name):
     """All of a rank's memory at the peak of a step: what lies there, and what forward, loss and backward add."""
@@ -273,6 +294,26 @@ def test_interleaved_stages_hold_as_many_micro_batches_as_megatron_says(plans):
     plain, interleaved = (json.loads(plans[name][1])["stages"][0]["items"] for name in ("70b", "70b-vpp"))
     # 1 + (PP - 1) / (PP VPP), of which the text of Megatron's formula speaks.
     assert interleaved["activations"] == pytest.approx(plain["activations"] * (1 + 3 / 8))
+
+
+def test_the_page_on_adapters_shows_what_is_planned(plans):
+    page = (REPOSITORY / "docs" / "lora.md").read_text()
+    shown = {}
+    for row in re.findall(r"^\| (.+) \|$", page.partition("its own teacher |\n")[2], re.MULTILINE)[1:]:
+        name, *cells = (cell.strip(" *") for cell in row.split("|"))
+        if len(cells) == 3 and cells[0].replace(".", "").isdigit():
+            shown[name] = cells
+    columns = []
+    for name in ("lora full", "lora live", "lora self"):
+        code, printed = plans[name]
+        plan = json.loads(printed)
+        assert code == 0 and len(plan["stages"]) == 1
+        items = plan["stages"][0]["items"] | {"total": plan["stages"][0]["total"]}
+        items["activations and loss"] = items["activations"] + items["loss"]
+        names = {"teacher's weights": "teacher weights", "teacher's forward": "teacher forward"}
+        columns.append([f"{items[names.get(row, row)] / GIB:.2f}" for row in shown])
+    assert list(map(list, zip(*columns, strict=True))) == list(shown.values())
+    assert len(shown) == 7
 
 
 def test_a_cached_teacher_is_counted_where_there_is_no_live_one(plans):

@@ -112,6 +112,7 @@ def measure(words: list[str]) -> dict:
         megatron_flags,
         record_architecture,
     )
+    from qtarget_megatron.megatron.runtime.lora_flags import read_lora
     from qtarget_megatron.megatron.runtime.model_class import choose_model_class
     from qtarget_megatron.megatron.training.arguments import add_arguments
 
@@ -126,6 +127,7 @@ def measure(words: list[str]) -> dict:
     flags = [*megatron_flags(student), *implementation_flags(on_cpu=True)]
     args = launch.parse_arguments([*flags, *words], add_arguments)
     choose_model_class(args, student)
+    lora = read_lora(args, student)
     args.save_interval = args.eval_interval = 1
     args.calculate_per_token_loss = True
     record_architecture(args, student)
@@ -141,7 +143,7 @@ def measure(words: list[str]) -> dict:
     from qtarget_megatron.megatron.model.build import ModelProvider
 
     initialize_megatron(store=None)
-    provider = ModelProvider(args, student, teacher, load_weights=False)
+    provider = ModelProvider(args, student, teacher, load_weights=False, lora=lora, teaches_itself=args.teacher_self)
     wrapped, optimizer, _ = setup_model_and_optimizer(ModelType.encoder_or_decoder, provider)
     buffers = [buffer for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     for buffer in buffers:
@@ -170,7 +172,7 @@ def measure(words: list[str]) -> dict:
     if provider.built[-1].post_process:
         objective = objectives.from_arguments(args.objective, args.objective_args)
         found |= _loss_bytes(provider.built[-1], args, student, objective)
-        if teacher is None and args.pipeline_model_parallel_size == 1:
+        if teacher is None and not args.teacher_self and args.pipeline_model_parallel_size == 1:
             found["step"] = _step_bytes(wrapped[0], args, student, objective)
     return found
 
@@ -268,6 +270,8 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
     if model.teacher is not None:
         hidden = torch.randn(*shape, model.teacher.config.hidden_size, dtype=dtype)
         taught = OutputHead(hidden, model.teacher.output_layer, None)
+    elif args.teacher_self:
+        taught = OutputHead(torch.randn(*shape, student.hidden_size, dtype=dtype), model.output_layer, weight)
     found = {}
     for name, chunk_size, is_cached in (
         ("fused", CHUNK, False),
@@ -275,7 +279,7 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
         ("fused, cached", CHUNK, True),
         ("whole, cached", None, True),
     ):
-        if is_cached and taught is None:
+        if is_cached and model.teacher is None:
             continue
 
         def run(chunk_size=chunk_size, is_cached=is_cached):
@@ -295,14 +299,16 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
                 losses, _ = loss.of_hidden(head, labels, inputs)
             losses.sum().backward()
 
-        # oneDNN multiplies 16 bits in scratch memory on processors that have no instructions for them.
-        plain = torch.backends.mkldnn.flags(enabled=False) if chunk_size is None and scratch else nullcontext()
+        # oneDNN multiplies 16 bits in scratch memory on processors that have no instructions for them. Chunks that make
+        # the weight's gradient as well have more than that.
+        is_plain = scratch and (chunk_size is None or args.lora_rank is not None)
+        plain = torch.backends.mkldnn.flags(enabled=False) if is_plain else nullcontext()
         with plain, _sent() as sent:
             run()  # makes Megatron's communication buffers, which the layers use as well
         # The least of several: gloo's thread lets go of what it sent some time after it was sent, which adds a message
         # to every third run on a busy machine.
         several = 8 if args.tensor_model_parallel_size > 1 else 2
-        plain = torch.backends.mkldnn.flags(enabled=False) if chunk_size is None and scratch else nullcontext()
+        plain = torch.backends.mkldnn.flags(enabled=False) if is_plain else nullcontext()
         with plain:
             peak = min(memory(Subject(run), torch.device("cpu"))[0].peak for _ in range(several))
         # The hidden states are made inside of the run, but belong to the layers.

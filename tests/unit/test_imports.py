@@ -50,9 +50,10 @@ ALLOWED = {
     "inspection": {"objectives", "statistics", "loss.cross_entropy"},
     "data": {"cache_folder", "resumable", "statistics"},
     "teacher_cache": {"data", "output_lock"},
-    "huggingface": {"huggingface.config", "huggingface.weights", "huggingface.compare"},
+    "huggingface": {"huggingface.config", "huggingface.weights", "huggingface.compare", "huggingface.adapters"},
     "huggingface.config": set(),
     "huggingface.weights": {"huggingface.config", "resumable"},
+    "huggingface.adapters": {"huggingface.config", "huggingface.weights"},
     "huggingface.compare": {"huggingface.config", "huggingface.weights"},
     "parallel_layout": {"huggingface"},
     "__init__": {
@@ -64,15 +65,17 @@ ALLOWED = {
         "collectives", "data", "objectives", "statistics", "loss.cross_entropy", "loss.linear_cross_entropy",
         "loss.sparse_teacher", "megatron.model",
     },
-    "megatron.runtime": {"command_line", "data", "huggingface", "objectives", "parallel_layout"},
+    "megatron.runtime": {
+        "command_line", "data", "huggingface", "huggingface.adapters", "objectives", "parallel_layout"
+    },
     "megatron.faults": {
         "_version", "command_line", "data", "huggingface", "output_lock", "resumable", "megatron.runtime",
     },
-    "megatron.weights": {"huggingface", "megatron.runtime", "megatron.faults"},
+    "megatron.weights": {"huggingface", "huggingface.adapters", "resumable", "megatron.runtime", "megatron.faults"},
     "megatron.model": {"huggingface", "megatron.runtime", "megatron.weights"},
     "megatron.training": {
-        "cache_folder", "data", "huggingface", "kernels", "objectives", "output_lock", "resumable", "statistics",
-        "teacher_cache", "loss.linear_cross_entropy", "loss.sparse_teacher",
+        "cache_folder", "data", "huggingface", "huggingface.adapters", "kernels", "objectives", "output_lock",
+        "resumable", "statistics", "teacher_cache", "loss.linear_cross_entropy", "loss.sparse_teacher",
         "megatron", "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.model",
     },
     "megatron.jobs": {
@@ -85,8 +88,9 @@ ALLOWED = {
         "megatron.runtime", "megatron.model", "megatron.training",
     },
     "megatron.verify": {
-        "_version", "collectives", "command_line", "data", "huggingface", "huggingface.config", "kernels", "objectives",
-        "output_lock", "statistics", "loss.cross_entropy", "loss.linear_cross_entropy", "loss.sparse_teacher",
+        "_version", "collectives", "command_line", "data", "huggingface", "huggingface.config", "huggingface.adapters",
+        "kernels", "objectives", "output_lock", "statistics", "loss.cross_entropy", "loss.linear_cross_entropy",
+        "loss.sparse_teacher",
         "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.training",
     },
     "commands": {
@@ -100,9 +104,9 @@ ALLOWED = {
         {"commands.main"},
     ),
     "finetune": {
-        "_version", "command_line", "data", "huggingface", "objectives", "output_lock", "resumable", "teacher_cache",
-        "loss.sparse_teacher", "megatron", "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.model",
-        "megatron.training", "megatron.jobs", "megatron.verify",
+        "_version", "command_line", "data", "huggingface", "huggingface.adapters", "objectives", "output_lock",
+        "resumable", "teacher_cache", "loss.sparse_teacher", "megatron", "megatron.runtime", "megatron.faults",
+        "megatron.weights", "megatron.model", "megatron.training", "megatron.jobs", "megatron.verify",
     },
 }  # fmt: skip
 TORCH_ONLY = {
@@ -114,6 +118,7 @@ WITH_COLLECTIVES = {"collectives", "megatron", "finetune"}
 EXEMPT = {
     ("tools/benchmarking/peers.py", "megatron"),
     ("tools/benchmarking/convert.py", "megatron"),
+    ("tools/benchmarking/lora.py", "megatron"),
     ("examples/plugging_in/core_loop.py", "megatron"),
     ("examples/plugging_in/pretrain_script.py", "megatron"),
 }

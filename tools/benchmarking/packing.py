@@ -43,6 +43,7 @@ class Shape:
 SMOLLM2 = Shape(
     "SmolLM2-135M's shape", 49152, 576, 1536, layers=30, heads=9, groups=3, global_batch=2, steps=5
 )  # fmt: skip
+SMALL = Shape("small", 512, 64, 128, layers=2, heads=2, groups=1, global_batch=2, steps=4)
 
 
 def lengths(count: int, seed: int) -> list[int]:
@@ -143,6 +144,19 @@ def measure_inspection(*, say: Callable[[str], None], folder: str, start: str) -
 
 def write(shape: Shape, folder: Path) -> None:
     """student, of random weights, and train.jsonl: conversations of words at random, one token each."""
+    write_model(shape, folder / "student")
+    known = step.write_tokenizer(folder / "student", shape.vocabulary)
+    draw = random.Random(5)
+    with (folder / "train.jsonl").open("w") as file:
+        # Enough for packed rows; those of a sample each come again.
+        for length in lengths(12 * shape.global_batch * shape.steps, seed=6):
+            completion = max(round(SUPERVISED * length), 2)
+            words = {"prompt": length - completion, "completion": completion - 1}
+            file.write(json.dumps({key: " ".join(draw.choices(known, k=n)) for key, n in words.items()}) + "\n")
+
+
+def write_model(shape: Shape, folder: Path) -> None:
+    """A Llama of random weights, in float32."""
     import torch
     import transformers
 
@@ -157,15 +171,7 @@ def write(shape: Shape, folder: Path) -> None:
         max_position_embeddings=shape.seq_length,
         tie_word_embeddings=True,
     )
-    transformers.LlamaForCausalLM(config).float().save_pretrained(folder / "student")
-    known = step.write_tokenizer(folder / "student", shape.vocabulary)
-    draw = random.Random(5)
-    with (folder / "train.jsonl").open("w") as file:
-        # Enough for packed rows; those of a sample each come again.
-        for length in lengths(12 * shape.global_batch * shape.steps, seed=6):
-            completion = max(round(SUPERVISED * length), 2)
-            words = {"prompt": length - completion, "completion": completion - 1}
-            file.write(json.dumps({key: " ".join(draw.choices(known, k=n)) for key, n in words.items()}) + "\n")
+    transformers.LlamaForCausalLM(config).float().save_pretrained(folder)
 
 
 def measure_attention(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,15 @@ def training_step(say: Say, quick: bool) -> Rows:
     return workers.run(f"{_PACKAGE}.step:measure", arguments, say=say, timeout=900)[0]
 
 
+def adapters(say: Say, quick: bool) -> Rows:
+    """All ways in one process, about 9 GiB of it: the weights 13 times, and a step."""
+    shape, threads = replace(packing.SMOLLM2, seq_length=512), machine.cores()
+    if quick:
+        shape, threads = replace(packing.SMALL, seq_length=64), 1
+    arguments = dict(shape=asdict(shape), rank=16)
+    return workers.run(f"{_PACKAGE}.lora:measure", arguments, say=say, threads=threads, timeout=1800)[0]
+
+
 def growth(say: Say, quick: bool) -> Rows:
     arguments = dict(
         tokens=[32, 64, 128, 256, 512, 1024],
@@ -138,9 +147,7 @@ def conversion(say: Say, quick: bool) -> Rows:
 def data(say: Say, quick: bool) -> Rows:
     lengths, shapes = [512, 2048, 8192], [packing.Shape(), packing.SMOLLM2]
     if quick:
-        lengths = [64, 128]
-        small = dict(vocabulary=512, hidden=64, intermediate=128, layers=2, heads=2, groups=1)
-        shapes = [packing.Shape("small", **small, global_batch=2, steps=4)]
+        lengths, shapes = [64, 128], [packing.SMALL]
     arguments = dict(tokens=lengths, heads=4, width=64, seconds=0.2 if quick else 4.0, min_rounds=3)
     attention = workers.run(f"{_PACKAGE}.packing:measure_attention", arguments, say=say, threads=1, timeout=600)[0]
     arguments = dict(samples=2000 if quick else 100_000, row_length=2048, ranks=[2, 8, 64])
@@ -181,6 +188,7 @@ PLANS: dict[str, Callable[[Say, bool], Rows]] = {
     "head": head,
     "collective": collective,
     "step": training_step,
+    "lora": adapters,
     "data": data,
     "growth": growth,
     "convert": conversion,

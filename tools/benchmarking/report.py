@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmarking import figures
+from tools.benchmarking.lora import COPY, ITSELF, LORA, PARTS, WHOLE
 from tools.benchmarking.packing import LONGEST, MEDIAN, SHORTEST, SUPERVISED
 from tools.benchmarking.step import KEPT
 
@@ -293,6 +294,39 @@ def step(rows: list[Row]) -> list[str]:
     return lines + table(heads, cells)
 
 
+def lora(rows: list[Row]) -> list[str]:
+    whole, copied, itself = (
+        _pick(rows, trained=trained, teacher=teacher)
+        for trained, teacher in ((WHOLE, COPY), (LORA, COPY), (LORA, ITSELF))
+    )
+    peaks = [sum(row["bytes"].values()) for row in (whole, copied, itself)]
+    of_whole, of_copied = (figure(peaks[2] / peak) for peak in peaks[:2])
+    lines = [
+        f"Steps in float32, forward, backward and Adam, of a random Llama ({whole['name']}: "
+        f"{whole['trained_numbers']:,} parameters) on {whole['global_batch']} rows of {whole['seq_length']} tokens, "
+        f"{whole['supervised']:.0%} of them supervised, one rank of {whole['threads']} thread(s); the trainings take "
+        "turns step by step in one process, on the CPU. With a teacher `target-sft`, which has the model's weights: *a "
+        "copy* is `--teacher-hf` with the directory of `--hf-model`, *itself* `--teacher-self`; without one `sft`. "
+        f"LoRA has rank {whole['rank']} at its default targets. Memory: bytes of the parameters, of the teacher's, of "
+        "Megatron's buffers of gradients, of Adam's states; and of a step, the most that torch's allocator holds at "
+        "once beside them. The peak is their sum. Other precisions have other shares (`qtarget plan`).",
+        "",
+        f"LoRA with itself as teacher takes {compare(itself, whole)} times as long as all weights with a copy, and "
+        f"{of_whole} times the memory; next to LoRA with a copy it is {compare(itself, copied)} times the time, and "
+        f"{of_copied} times the memory.",
+        "",
+    ]
+    cells = []
+    for row in rows:
+        held = [figure(row["bytes"][part] / MIB) for part in PARTS]
+        peak = sum(row["bytes"].values())
+        name = [row["trained"], row["teacher"], f"{row['trained_numbers']:,}"]
+        change = "-" if row is whole else figure(peak / peaks[0])
+        cells.append([*name, spread(row), compare(row, whole), *held, figure(peak / MIB), change])
+    heads = ["trained", "teacher", "numbers trained", "s per step", "times the first", "MiB of weights"]
+    return lines + table([*heads, *PARTS[1:], "peak MiB", "times the first"], cells)
+
+
 def data(rows: list[Row]) -> list[str]:
     attention = [row for row in rows if row["part"] == "attention"]
     training = [row for row in rows if row["part"] == "training"]
@@ -455,6 +489,7 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "head": ("Output layer and loss", head),
     "collective": ("Collectives", collective),
     "step": ("Training steps", step),
+    "lora": ("LoRA", lora),
     "data": ("Packed rows", data),
     "growth": ("Growth", growth),
     "convert": ("Conversion", convert),

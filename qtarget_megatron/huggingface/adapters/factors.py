@@ -56,7 +56,9 @@ class InitialFactors:
 class _AsWeights:
     """One factor of all modules in the place of their weights, for those who cut weights; 0 without an adapter."""
 
-    def __init__(self, factors: Factors, factor: str, modules: Mapping[str, tuple[int, int]], shapes: Mapping, rank: int):
+    def __init__(
+        self, factors: Factors, factor: str, modules: Mapping[str, tuple[int, int]], shapes: Mapping, rank: int
+    ):
         self._factors, self._factor, self._modules, self._shapes, self._rank = factors, factor, modules, shapes, rank
 
     def shape(self, name: str) -> tuple[int, int]:

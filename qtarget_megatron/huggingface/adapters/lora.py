@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 from qtarget_megatron.huggingface.config import families
 from qtarget_megatron.huggingface.config.architecture import Architecture
+from qtarget_megatron.huggingface.weights.parameter_map import LinearLayer
 from qtarget_megatron.huggingface.weights.tensors import hf_tensor_shapes
 
 EXPERTS = "experts"
@@ -73,7 +74,7 @@ class Lora:
 
     @property
     def roles(self) -> frozenset[str]:
-        """Of the tensors that get an adapter, in any model."""
+        """Roles of the tensors that get an adapter, in any model."""
         return frozenset(role for target in self.targets for role in _ROLES[target])
 
 
@@ -96,7 +97,11 @@ def check_targets(arch: Architecture, lora: Lora) -> None:
             continue
         names = {family.tensor(role, layer=0) for target in group for role in _ROLES[target] if role in present}
         of_each = [
-            {family.tensor(role, layer=0) for role in _ROLES[target] if role in present and not role.startswith("shared")}
+            {
+                family.tensor(role, layer=0)
+                for role in _ROLES[target]
+                if role in present and not role.startswith("shared")
+            }
             for target in group
         ]
         if names and all(one and one == of_each[0] for one in of_each):
@@ -128,6 +133,15 @@ def adapter_numbers(arch: Architecture, lora: Lora) -> int:
     return sum(lora.rank * (rows + columns) for rows, columns in adapted_modules(arch, lora).values())
 
 
+def adapter_shard_numbers(arch: Architecture, lora: Lora, linear: LinearLayer, ranks: int) -> int:
+    """How many numbers the adapter beside a linear layer of Megatron's has on each of the ranks that it is cut over."""
+    count = len({number for number in projections(linear.sources, arch, lora) if number is not None})
+    if count == 0:
+        return 0
+    cut, whole = (linear.rows, count * linear.columns) if linear.cut == 0 else (linear.columns, linear.rows)
+    return lora.rank * (cut // ranks + whole)
+
+
 def _present(arch: Architecture) -> Iterator[tuple[str, str]]:
     """Role and name of the matrices of a checkpoint that can have an adapter."""
     family, shapes = families.by_name(arch.family), hf_tensor_shapes(arch)
@@ -149,5 +163,7 @@ def projections(names: Sequence[str], arch: Architecture, lora: Lora) -> tuple[i
     names: of the tensors, which may repeat.
     """
     modules = adapted_modules(arch, lora)
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(n for n in names if n.removesuffix(".weight") in modules))}
+    numbers = {
+        name: i for i, name in enumerate(dict.fromkeys(n for n in names if n.removesuffix(".weight") in modules))
+    }
     return tuple(numbers.get(name) for name in names)

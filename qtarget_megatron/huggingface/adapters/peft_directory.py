@@ -52,7 +52,8 @@ def tensor_name(module: str, factor: str) -> str:
 class PeftDirectory:
     """Reads the adapters of a PEFT directory for a model; Factors for load_factor().
 
-    lora: what they are. base: (SHA-256, dtype) of the model that they were trained on, None where it is not said.
+    lora: what they are.
+    base: (SHA-256, dtype) of the model that they were trained on, None where it is not said.
 
     ValueError, in one line, where a file is missing, damaged or of another kind, where the adapters are no plain LoRA,
     and where they are not those of this model: names and shapes are compared, no numbers are read.
@@ -67,7 +68,9 @@ class PeftDirectory:
         other = [name for name in names if not _NAME.fullmatch(name)]
         if other or not modules:
             got = other[0] if other else "none"
-            raise ValueError(f"{self.directory / WEIGHTS}: expected tensors like {tensor_name('MODULE', 'A')}, got {got}")
+            raise ValueError(
+                f"{self.directory / WEIGHTS}: expected tensors like {tensor_name('MODULE', 'A')}, got {got}"
+            )
         self.lora = self._lora(config, targets_of(arch, modules))
         expected = adapted_modules(arch, self.lora)
         problems = sorted(modules - expected.keys())
@@ -125,7 +128,9 @@ class PeftDirectory:
     def _names(self) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         path = self.directory / WEIGHTS
         if not path.is_file():
-            raise ValueError(f"--lora-from {self.directory}: expected {WEIGHTS}, found none; other formats are not read")
+            raise ValueError(
+                f"--lora-from {self.directory}: expected {WEIGHTS}, found none; other formats are not read"
+            )
         try:
             with safe_open(path, "pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -167,9 +172,7 @@ def config_bytes(arch: Architecture, lora: Lora, base: str) -> bytes:
 def target_modules(arch: Architecture, lora: Lora) -> list[str]:
     """PEFT's names of the adapted modules: the last part of a name, or as many parts as tell it from modules that have
     no adapter."""
-    everything = {
-        module for target in TARGETS for module in adapted_modules(arch, Lora(1, targets=(target,)))
-    }
+    everything = {module for target in TARGETS for module in adapted_modules(arch, Lora(1, targets=(target,)))}
     adapted = adapted_modules(arch, lora).keys()
     frozen = everything - adapted
     found = set()
@@ -216,7 +219,10 @@ def write_weights(
     *,
     base: tuple[str, str] | None = None,
 ) -> None:
-    """Write adapter_model.safetensors. tensors: all that are planned, in any order. base: as PeftDirectory.base.
+    """Write adapter_model.safetensors.
+
+    tensors: all that are planned, in any order.
+    base:    as PeftDirectory.base.
 
     ValueError where a number is NaN or infinite.
     """
@@ -224,7 +230,8 @@ def write_weights(
     with SafetensorsFile(folder / WEIGHTS, planned, metadata) as file:
         for name, values in tensors:
             if not is_finite(values):
-                raise ValueError(f"expected finite adapters to export, got NaN or infinity in {name}: the training has "
-                                 "diverged")
+                raise ValueError(
+                    f"expected finite adapters to export, got NaN or infinity in {name}: the training has diverged"
+                )
             file.write(name, [values])
         file.check_complete()

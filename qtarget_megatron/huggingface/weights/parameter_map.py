@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -126,7 +127,7 @@ def is_expert(name: str) -> bool:
 
 
 def adapter_factor(name: str) -> tuple[str, str] | None:
-    """The weight that a Megatron parameter is an adapter's factor beside, and which one, "A" or "B"; None for others."""
+    """The weight that a Megatron parameter is an adapter's factor beside, and which, "A" or "B"; None for others."""
     match = _ADAPTER.fullmatch(name)
     return None if match is None else (f"{match['linear']}.weight{match['expert']}", match["factor"])
 
@@ -153,26 +154,31 @@ def partition_dim(name: str) -> int | None:
 class LinearLayer:
     """What one of Megatron's linear layers is made of.
 
-    sources: the Hugging Face tensors of its weight, one for each role, which may repeat.
-    runs:    its rows in order, of the whole weight: (which of the sources, how many rows).
-    cut:     the dimension along which tensor parallelism cuts the weight.
+    sources:   the Hugging Face tensors of its weight, one for each role, which may repeat.
+    runs:      its rows in order, of the whole weight: (which of the sources, how many rows).
+    columns:   numbers of its input.
+    cut:       the dimension along which tensor parallelism cuts the weight.
+    is_gated:  a rank has its share of the gate's rows, then its share of those of up.
+    is_latent: it makes latents, which Transformer Engine's layers have whole on every rank.
     """
 
     sources: tuple[str, ...]
     runs: tuple[tuple[int, int], ...]
+    columns: int
     cut: int
-    _kind: str
+    is_gated: bool = False
+    is_latent: bool = False
 
     @property
-    def is_gated(self) -> bool:
-        """A rank has its share of the gate's rows, then its share of those of up."""
-        return self._kind == _GATE_UP
+    def rows(self) -> int:
+        """Numbers of its output."""
+        return sum(rows for _, rows in self.runs)
 
     def rows_of_rank(self, tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
         """The runs of rows that a tensor-parallel rank has, where rows are cut."""
         if self.is_gated:
             return [(source, rows // tp_size) for source, rows in self.runs]
-        start, stop = _share("a linear layer", sum(rows for _, rows in self.runs), tp_rank, tp_size)
+        start, stop = _share("a linear layer", self.rows, tp_rank, tp_size)
         found, position = [], 0
         for source, rows in self.runs:
             if (length := min(stop, position + rows) - max(start, position)) > 0:
@@ -181,24 +187,44 @@ class LinearLayer:
         return found
 
 
-def linear_layer(arch: Architecture, path: str) -> LinearLayer | None:
-    """A linear layer by its path in a layer of Megatron's ("self_attention.linear_qkv", "mlp.experts.linear_fc1");
-    None where no layer of this model has it."""
-    shapes = hf_tensor_shapes(arch)
-    part = path.replace("mlp.experts.", "mlp.experts.local_experts.0.")
-    for layer in range(arch.num_layers):
-        name = f"decoder.layers.{layer}.{part}.weight"
+def linear_layers(arch: Architecture, layer: int) -> dict[str, LinearLayer]:
+    """The linear layers of a layer, by their paths in it: "self_attention.linear_qkv", "mlp.experts.linear_fc1" (of
+    each expert), ... Routers, and experts of which a tensor holds all, are left out."""
+    shapes, found = hf_tensor_shapes(arch), {}
+    parts = {name: name for name in _LAYER} | {
+        f"mlp.experts.{name}": f"mlp.experts.local_experts.0.{name}" for name in _EXPERT
+    }
+    for path, part in parts.items():
+        name = f"decoder.layers.{layer}.{part}"
+        kind, roles = _rule(name).kind, _rule(name).roles
+        if kind == _REPLICATED or not name.endswith(".weight") or holds_all_experts(arch, name):
+            continue
         sources = _source_names(arch, name, 0, 0)
         if not shapes.keys() >= set(sources):
             continue
-        kind = _rule(name).kind
         if kind == _QKV:
             runs = [(source, last - first) for source, first, last in _qkv_segments(arch, sources)]
         else:
             # Where several roles share a tensor, each has a part of its rows.
             runs = [(i, shapes[source][0] // sources.count(source)) for i, source in enumerate(sources)]
-        return LinearLayer(sources, tuple(runs), _PARTITION_DIM[kind], kind)
-    return None
+        found[path.removesuffix(".weight")] = LinearLayer(
+            sources,
+            tuple(runs),
+            columns=shapes[sources[0]][1],
+            cut=_PARTITION_DIM[kind],
+            is_gated=kind == _GATE_UP,
+            is_latent=roles[0] in _TO_LATENTS,
+        )
+    return found
+
+
+@lru_cache(maxsize=8)  # asked once per parameter
+def linear_layers_of_model(arch: Architecture) -> dict[str, LinearLayer]:
+    """Those of any layer, each as the first layer has it that has one."""
+    found: dict[str, LinearLayer] = {}
+    for layer in range(arch.num_layers):
+        found = linear_layers(arch, layer) | found
+    return found
 
 
 def shard_numbers(arch: Architecture, layer: int, *, tp_size: int, whole_latents: bool = False) -> int:

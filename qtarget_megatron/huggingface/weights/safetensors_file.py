@@ -40,7 +40,9 @@ def file_bytes(planned: Mapping[str, PlannedTensor]) -> int:
     return len(_header(planned)[0]) + sum(tensor.nbytes for tensor in planned.values())
 
 
-def _header(planned: Mapping[str, PlannedTensor], metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
+def _header(
+    planned: Mapping[str, PlannedTensor], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """The bytes before the data, and where in the file each tensor begins."""
     # The order and the padding are the library's: float32 before 16-bit dtypes, then by name.
     entries: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}

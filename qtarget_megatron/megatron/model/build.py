@@ -324,6 +324,7 @@ class ModelProvider:
         factors: Factors | None = None,
         teaches_itself: bool = False,
         finish: Callable[[LanguageModule], object] = lambda model: None,
+        check: Callable[[list[LanguageModule]], object] = lambda models: None,
     ):
         """
         load_weights:    the student's from args.hf_model.
@@ -333,11 +334,12 @@ class ModelProvider:
         teacher_weights: default those of args.teacher_hf.
         teacher_cost:    measures the teacher's forwards.
         finish:          what is done with each chunk in the end.
+        check:           called with all chunks once they are there, on every rank.
         """
         self._args, self._student, self._teacher = args, student, teacher
         self._load_weights, self._teacher_weights, self._teacher_cost = load_weights, teacher_weights, teacher_cost
         self._lora, self._factors, self._teaches_itself = lora, factors, teaches_itself
-        self._finish = finish
+        self._finish, self._check = finish, check
         self.built: list[LanguageModule] = []
 
     def __call__(self, pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
@@ -376,6 +378,7 @@ class ModelProvider:
     def _complete(self) -> None:
         """All chunks are there: only now can be seen that no layer was left out."""
         check_complete(self.built, self._student)
+        self._check(self.built)
         if self._teacher is None:
             return
         teachers = [chunk.teacher for chunk in self.built]

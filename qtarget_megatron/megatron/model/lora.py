@@ -2,8 +2,8 @@
 
     y = W x + s B A dropout(x)
 
-An adapter is a part of its linear layer, `<layer>.lora`, whose factors lie as huggingface/adapters/factors.py says. With
-n tokens, r the rank, p the projections in the layer, and tensor parallelism of T ranks:
+An adapter is a part of its linear layer, `<layer>.lora`, whose factors lie as huggingface/adapters/factors.py says.
+With n tokens, r the rank, p the projections in the layer, and tensor parallelism of T ranks:
 
     W cut along rows     A [p r, in] whole, B [out / T, r] cut; what travels is A x, p r numbers a token, not in
     W cut along columns  A [r, in / T] cut, B [out, r] whole; what travels is the sum of A x, r numbers a token, not out
@@ -39,7 +39,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from qtarget_megatron.huggingface import Architecture, LinearLayer, Lora, linear_layer, projections
+from qtarget_megatron.huggingface import Architecture, LinearLayer, Lora, linear_layers_of_model, projections
 
 # A linear layer within a layer of either class of models, and within one of its experts.
 _PATH = re.compile(r"decoder\.layers\.\d+\.(?P<path>(self_attention|mlp)\.(.+\.)?linear_\w+)")
@@ -82,7 +82,7 @@ class Adapter(torch.nn.Module):
         self._group: ProcessGroup = _tensor_group(linear)
         rows, columns = weights[0].shape
         # Transformer Engine's projections to latents are whole on every rank.
-        self._is_whole = layer.cut == 0 and rows == sum(length for _, length in layer.runs) and self._group.size() > 1
+        self._is_whole = layer.is_latent and rows == layer.rows and self._group.size() > 1
         self._ranks = 1 if self._is_whole else self._group.size()
         self._sequence = config.sequence_parallel and self._group.size() > 1 and not is_expert
         count, rank = len({number for number in numbers if number is not None}), adapters.lora.rank
@@ -123,7 +123,9 @@ class Adapter(torch.nn.Module):
     def forward(self, hidden: Tensor, output: Tensor, splits: Any = None) -> Tensor:
         """What the linear layer gives with its adapter.
 
-        hidden: the layer's input [..., in]. output: [..., out] without the adapter. splits: tokens of each expert.
+        hidden: the layer's input [..., in].
+        output: [..., out] without the adapter.
+        splits: tokens of each expert, where several are in one.
         """
         if len(self._names) == 1:
             return self._added(hidden, output, *self._factors(0))
@@ -244,13 +246,14 @@ def add_adapters(model: LanguageModule, arch: Architecture, lora: Lora) -> Adapt
     backward get gradients although nothing before them is trained.
     """
     adapters = Adapters(lora)
+    layers = linear_layers_of_model(arch)
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         match = _PATH.fullmatch(name)
         if match is None:
             continue
         path = _EXPERT.sub("mlp.experts.", match["path"])
-        layer = linear_layer(arch, path)
+        layer = layers.get(path)
         numbers = () if layer is None else projections(layer.sources, arch, lora)
         if set(numbers) <= {None}:
             continue

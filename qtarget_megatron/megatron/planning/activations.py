@@ -42,15 +42,15 @@ from __future__ import annotations
 import argparse
 import copy
 
-from qtarget_megatron.huggingface import Architecture
+from qtarget_megatron.huggingface import Architecture, Lora, linear_layers, projections
 from qtarget_megatron.parallel_layout import Layout
 
 
 class Activations:
     """What is kept of one micro-batch, in bytes."""
 
-    def __init__(self, args: argparse.Namespace, layout: Layout, arch: Architecture):
-        self._args, self._layout, self._arch = args, layout, arch
+    def __init__(self, args: argparse.Namespace, layout: Layout, arch: Architecture, lora: Lora | None = None):
+        self._args, self._layout, self._arch, self._lora = args, layout, arch, lora
         self._element = args.params_dtype.itemsize
         self._is_local = args.transformer_impl == "local"
         # Those of one tensor-parallel rank where sequence parallelism shares them.
@@ -62,7 +62,7 @@ class Activations:
     def embedding(self) -> float:
         if not self._is_local:
             return self._megatrons(0)
-        return self._layout.tokens * (8 + (self._layout.tensor > 1))
+        return 0 if self._lora else self._layout.tokens * (8 + (self._layout.tensor > 1))
 
     def final_norm(self) -> float:
         """Megatron counts none."""
@@ -71,24 +71,73 @@ class Activations:
     def layer(self, index: int, *, recomputes_attention: bool) -> float:
         has_experts = self._has_experts(index)
         if not self._is_local:
-            return self._megatrons(1, has_experts) - self._megatrons(0, has_experts)
-        norm = self._norm(self._rows, self._arch.hidden_size)
-        found = 2 * (norm + self.hidden_states()) + 2 * norm * self._arch.output_norms
+            found = self._megatrons(1, has_experts) - self._megatrons(0, has_experts)
+            return found + self._adapters(index)
+        norm, adapted = self._norm(self._rows, self._arch.hidden_size), self._adapted(index)
+        found = 2 * norm + 2 * norm * self._arch.output_norms
+        # What a frozen linear layer has multiplied is kept for its adapter alone, or for a router.
+        kept = (("self_attention.linear_qkv", "self_attention.linear_kv_down_proj"), ("mlp.linear_fc1",))
+        for inputs in kept:
+            is_routed = has_experts and inputs == kept[1]
+            found += self.hidden_states() if is_routed or self._keeps(adapted, *inputs) else 0
         if self._arch.latent is None:
             found += self._attention(index, recomputes_attention)
         else:
             found += self._latent_attention(recomputes_attention)
-        return found + (self._experts() if has_experts else self._mlp(self._arch.ffn_hidden_size))
+        found += self._experts(index) if has_experts else self._mlp(index, self._arch.ffn_hidden_size)
+        return found + self._adapters(index)
 
     def gradients(self, index: int) -> float:
         """The most of a layer's gradients at once: those of the MLP's inputs."""
-        return self._experts() if self._has_experts(index) else self._mlp(self._arch.ffn_hidden_size)
+        if self._has_experts(index):
+            return self._experts(index)
+        return 3 * self._layout.tokens * self._arch.ffn_hidden_size / self._layout.tensor * self._element
+
+    def _adapted(self, index: int) -> dict[str, int]:
+        """The linear layers of a layer that have an adapter, and the projections in each."""
+        if self._lora is None:
+            return {}
+        found = {}
+        for path, linear in linear_layers(self._arch, index).items():
+            numbers = projections(linear.sources, self._arch, self._lora)
+            if count := len({number for number in numbers if number is not None}):
+                found[path] = count
+        return found
+
+    def _keeps(self, adapted: dict[str, int], *paths: str) -> bool:
+        """Whether the input of one of these linear layers is kept."""
+        return self._lora is None or any(path in adapted for path in paths)
+
+    def _adapters(self, index: int) -> float:
+        """The products of A of a layer's adapters, B in the places of its rows, and what dropout has made."""
+        found, layout, adapted = 0.0, self._layout, self._adapted(index)
+        for path, linear in linear_layers(self._arch, index).items() if adapted else ():
+            if path not in adapted:
+                continue
+            is_expert, width = path.startswith("mlp.experts."), adapted[path] * self._lora.rank
+            ranks = layout.expert_tensor if is_expert else layout.tensor
+            experts = self._arch.experts.count // layout.expert_parallel if is_expert else 1
+            rows: float = self._arch.experts.per_token * self._rows * ranks if is_expert else layout.tokens
+            inputs = rows if is_expert or linear.cut == 1 else self._rows
+            if linear.cut == 1 and not is_expert:
+                rows = self._rows
+            found += rows * width * self._element
+            if linear.cut == 0 and adapted[path] > 1:
+                found += experts * linear.rows / ranks * (width + adapted[path]) * self._element
+            if self._lora.dropout:
+                columns = linear.columns / (ranks if linear.cut == 1 else 1)
+                found += inputs * columns * (self._element + 1)
+        return found
 
     def _has_experts(self, index: int) -> bool:
         return self._arch.experts is not None and self._arch.experts.layers[index]
 
     def _norm(self, rows: float, width: int) -> float:
-        return rows * ((8 if self._element == 4 else 10) * width + 4)
+        numbers = 8 if self._element == 4 else 10
+        if self._lora is not None:
+            # The scale's gradient needs the product.
+            numbers -= 4 if self._element == 4 else 2
+        return rows * (numbers * width + 4)
 
     def _attention(self, index: int, recomputes: bool) -> float:
         arch, layout, element = self._arch, self._layout, self._element
@@ -155,18 +204,21 @@ class Activations:
             found += 4 * layout.tokens * heads
         return found + layout.tokens * numbers * element
 
-    def _mlp(self, width: int) -> float:
-        return 3 * self._layout.tokens * width / self._layout.tensor * self._element
+    def _mlp(self, index: int, width: int, path: str = "mlp") -> float:
+        widths = 2 + self._keeps(self._adapted(index), f"{path}.linear_fc2")
+        return widths * self._layout.tokens * width / self._layout.tensor * self._element
 
-    def _experts(self) -> float:
+    def _experts(self, index: int) -> float:
         experts, element, ranks = self._arch.experts, self._element, self._layout.expert_tensor
         rows = experts.per_token * self._rows * ranks
         # Megatron's fused SiLU keeps its input; of clamped functions autograd keeps each step.
-        widths = 3 if experts.clamp is None else 8
-        found = rows * (self._arch.hidden_size + widths * experts.ffn_hidden_size / ranks + 1) * element
+        adapted = self._adapted(index)
+        widths = (2 if experts.clamp is None else 7) + self._keeps(adapted, "mlp.experts.linear_fc2")
+        inputs = self._arch.hidden_size * self._keeps(adapted, "mlp.experts.linear_fc1")
+        found = rows * (inputs + widths * experts.ffn_hidden_size / ranks + 1) * element
         found += self._rows * (20 * experts.per_token + (1 + element) * experts.count)
         found += self._rows * (self._arch.hidden_size + 1) * element if experts.shared_weight else 0
-        return found + self._mlp(experts.shared_ffn_hidden_size or 0)
+        return found + self._mlp(index, experts.shared_ffn_hidden_size or 0, "mlp.shared_experts")
 
     def _megatrons(self, layers: int, has_experts: bool = False) -> float:
         """Megatron's estimate for these layers and the embedding before them.

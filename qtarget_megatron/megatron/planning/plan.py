@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qtarget_megatron.huggingface import CORRECTION, Architecture, hf_tensor_shapes
+from qtarget_megatron.huggingface import CORRECTION, Architecture, adapter_numbers, hf_tensor_shapes
 from qtarget_megatron.loss.linear_cross_entropy import tokens_at_a_time
 from qtarget_megatron.loss.memory import cached_teacher_bytes, fused_loss_bytes, loss_transfers, whole_loss_bytes
 from qtarget_megatron.megatron.planning.report import (
@@ -109,13 +109,17 @@ def _read(options: PlanOptions, words: list[str]) -> tuple[Run, int | None]:
         raise ValueError(f"expected --optimizer adam or sgd for a plan, got {args.optimizer}")
     check_head(args)
     is_cached = options.entries is not None or args.teacher_cache is not None
+    is_live = args.teacher_hf is not None or args.teacher_self
     given = any(word.partition("=")[0] == "--objective" for word in words)
-    if not given and (args.teacher_hf or is_cached):
+    if not given and (is_live or is_cached):
         args.objective = "target-sft"
     objective = run.objective
-    if objective.needs_teacher and not (args.teacher_hf or is_cached):
-        raise ValueError(f"objective {objective} reads a second model: give --teacher-hf DIR or --teacher-cache-k K")
-    if not objective.needs_teacher and (args.teacher_hf or is_cached):
+    if objective.needs_teacher and not (is_live or is_cached):
+        own = " or --teacher-self" if run.lora is not None else ""
+        raise ValueError(
+            f"objective {objective} reads a second model: give --teacher-hf DIR or --teacher-cache-k K{own}"
+        )
+    if not objective.needs_teacher and (is_live or is_cached):
         raise ValueError(
             f"objective {objective} reads no second model: drop --teacher-hf and --teacher-cache-k or choose another"
         )
@@ -155,8 +159,11 @@ def _summary(run: Run, layout: Layout) -> str:
         return f"{arch.family}, {count / 1e9:.3g} B parameters in {arch.num_layers} layers"
 
     parts = [model(student), f"objective {run.objective}"]
-    if teacher is not None:
-        parts.insert(1, f"teacher {model(teacher)}")
+    if run.lora is not None:
+        count = adapter_numbers(student, run.lora) / 1e6
+        parts.insert(1, f"adapters of rank {run.lora.rank}, {count:.3g} M parameters on {' '.join(run.lora.targets)}")
+    if teacher is not None or args.teacher_self:
+        parts.insert(1, f"teacher {model(teacher)}" if teacher is not None else "its own teacher")
     tensor = f"TP {layout.tensor}{' with sequence parallelism' if layout.sequence_parallel else ''}"
     data = layout.world_size / layout.model_ranks
     spread = (
@@ -177,7 +184,9 @@ def _fill(plan: Plan, sizes: Sizes, objective, entries: int | None, options: Pla
     fused = not args.qtarget_materialize_logits
     form = "fused" if fused else "whole"
     modes = {}
-    if sizes.teacher is not None:
+    if sizes.teaches_itself:
+        modes["self"] = sizes.loss_shape(objective)
+    elif sizes.teacher is not None:
         modes["live"] = sizes.loss_shape(objective)
     if entries is not None:
         modes["cached"] = sizes.loss_shape(objective, entries=entries)
@@ -191,16 +200,16 @@ def _fill(plan: Plan, sizes: Sizes, objective, entries: int | None, options: Pla
         plan.cached = CachedTeacher(entries, on_device, _disk_bytes(args, sizes.student, entries))
     for rank in range(layout.pipeline):
         layers = list(itertools.chain(*sizes.layers(rank)))
-        parameters = sizes.parameters(rank, sizes.student, layers)
-        count = sum(parameters)
+        parameters, adapters = sizes.parameters(rank, sizes.student, layers), sizes.adapters(layers)
+        count, trained = sum(parameters) + sum(adapters), parameters if sizes.lora is None else adapters
         items = {
             "weights": count * sizes.element,
-            "gradients": count * sizes.gradient_element(),
-            "optimizer": sizes.optimizer_bytes(parameters),
+            "gradients": sum(trained) * sizes.gradient_element(),
+            "optimizer": sizes.optimizer_bytes(trained),
             "activations": sizes.activations(rank),
             "loss": 0,
         }
-        if plan.counted == "live":
+        if plan.counted in ("live", "self"):
             items |= sizes.teacher_items(rank)
         elif plan.counted == "cached":
             items["cached teacher"] = 0
@@ -214,12 +223,15 @@ def _fill(plan: Plan, sizes: Sizes, objective, entries: int | None, options: Pla
     plan.transfers = loss_transfers(shape, fused=fused)
     plan.transfers += pipeline_transfers(layout, sizes.element, shape.hidden, shape.teacher_hidden)
     row = sizes.student.hidden_size * (1 if sizes.student.tied else 2)
+    trained_row = 0 if sizes.lora is not None else row
     note = padding_note(
         sizes.student.vocab_size,
         args.padded_vocab_size,
         layout.tensor,
         args.make_vocab_size_divisible_by,
-        row_bytes=row * (sizes.element + sizes.gradient_element()) + sizes.optimizer_bytes(Parameters(0, row)),
+        row_bytes=row * sizes.element
+        + trained_row * sizes.gradient_element()
+        + sizes.optimizer_bytes(Parameters(0, trained_row)),
         who="student",
     )
     plan.notes += [] if note is None else [note]

@@ -67,9 +67,15 @@ class CachedTeacher:
 
 @dataclass
 class Plan:
-    """problems: what does not fit or divide; notes: what could be better; counted: the second model that the totals
-    hold, "live", "cached" or "none". losses: bytes of the loss on the last stage with "fused" and "whole" logits, for
-    each second model that is possible."""
+    """What a layout takes.
+
+    counted:  the second model that the totals hold: "live", "self" (the student without its adapters), "cached" or
+              "none".
+    losses:   bytes of the loss on the last stage with "fused" and "whole" logits, for each second model that is
+              possible.
+    problems: what does not fit or divide.
+    notes:    what could be better.
+    """
 
     summary: str
     stages: list[Stage] = field(default_factory=list)

@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from qtarget_megatron.huggingface import Architecture, shard_numbers
+from qtarget_megatron.huggingface import Architecture, adapter_shard_numbers, linear_layers, shard_numbers
 from qtarget_megatron.loss.memory import LossShape
 from qtarget_megatron.megatron.planning.activations import Activations
 from qtarget_megatron.megatron.runtime import launch
@@ -47,6 +47,7 @@ class Sizes:
 
     def __init__(self, run: Run, layout: Layout):
         self.args, self.layout, self.student, self.teacher = _validated(run.args), layout, run.student, run.teacher
+        self.lora, self.teaches_itself = run.lora, run.args.teacher_self
         self.element = self.args.params_dtype.itemsize
         self.virtual = self.args.virtual_pipeline_model_parallel_size or 1
         self.micro_batches = self.args.global_batch_size // (layout.micro_batch_size * layout.data)
@@ -63,6 +64,8 @@ class Sizes:
     def teacher_layers(self, rank: int) -> list[range]:
         from qtarget_megatron.megatron.model.stages import even_stages
 
+        if self.teaches_itself:
+            return self.layers(rank)
         stages = even_stages(self.teacher.num_layers, self.layout.pipeline * self.virtual)
         return self._ranges([stage.count("decoder") for stage in stages], rank)
 
@@ -95,6 +98,23 @@ class Sizes:
                 numbers = 3 * arch.hidden_size * experts.ffn_hidden_size
                 numbers += arch.hidden_size + 2 * experts.ffn_hidden_size if experts.bias else 0
                 of_experts += numbers * experts.count // (layout.expert_parallel * layout.expert_tensor)
+        return Parameters(of_experts, others)
+
+    def adapters(self, layers: Iterable[int]) -> Parameters:
+        """Numbers of the student's adapters; none where there are no adapters."""
+        if self.lora is None:
+            return Parameters(0, 0)
+        of_experts, others, layout = 0, 0, self.layout
+        for layer in layers:
+            for path, linear in linear_layers(self.student, layer).items():
+                is_expert = path.startswith("mlp.experts.")
+                is_whole = linear.is_latent and self.args.transformer_impl != "local"
+                ranks = layout.expert_tensor if is_expert else 1 if is_whole else layout.tensor
+                numbers = adapter_shard_numbers(self.student, self.lora, linear, ranks)
+                if is_expert:
+                    of_experts += numbers * self.student.experts.count // layout.expert_parallel
+                else:
+                    others += numbers
         return Parameters(of_experts, others)
 
     def gradient_element(self) -> int:
@@ -145,8 +165,8 @@ class Sizes:
             return [layers[i : i + 1] for i in range(min(args.recompute_num_layers, len(layers)))]
         return [layers[i : i + args.recompute_num_layers] for i in range(0, len(layers), args.recompute_num_layers)]
 
-    def _activations(self, arch: Architecture) -> Activations:
-        return Activations(self.args, self.layout, arch)
+    def _activations(self, arch: Architecture, *, trained: bool = True) -> Activations:
+        return Activations(self.args, self.layout, arch, self.lora if trained else None)
 
     def _layer(self, kept: Activations, layer: int) -> float:
         return kept.layer(layer, recomputes_attention=self._recomputes_attention())
@@ -156,7 +176,8 @@ class Sizes:
 
     def loss_shape(self, objective: Objective, *, entries: int = 0) -> LossShape:
         """With the live teacher, if any, unless entries of a cached one are given."""
-        live = self.teacher is not None and not entries
+        teacher = self.student if self.teaches_itself else self.teacher
+        live = teacher is not None and not entries
         return LossShape(
             tokens=self.layout.tokens,
             hidden=self.student.hidden_size,
@@ -166,22 +187,26 @@ class Sizes:
             element=self.element,
             width=objective.request.width,
             gradient_element=self.gradient_element(),
-            teacher_hidden=self.teacher.hidden_size if live else 0,
+            teacher_hidden=teacher.hidden_size if live else 0,
             entries=entries,
             on_cpu=self.args.cpu,
+            frozen_head=self.lora is not None,
         )
 
     def teacher_items(self, rank: int) -> dict[str, int]:
-        """A live teacher: its weights, one layer's forward, and the hidden states that it adds to what the stage
-        receives (for each micro-batch in flight), makes, and gets back as gradient."""
+        """A live teacher: its weights (none where the student teaches itself), one layer's forward, and the hidden
+        states that it adds to what the stage receives (for each micro-batch in flight), makes, and gets back as
+        gradient."""
         layers, layout = list(itertools.chain(*self.teacher_layers(rank))), self.layout
-        kept = self._activations(self.teacher)
-        hidden = layout.tokens * self.teacher.hidden_size * self.element
+        teacher = self.student if self.teaches_itself else self.teacher
+        kept = self._activations(teacher, trained=False)
+        weights = 0 if self.teaches_itself else sum(self.parameters(rank, teacher, layers)) * self.element
+        hidden = layout.tokens * teacher.hidden_size * self.element
         hidden //= layout.tensor if layout.sequence_parallel else 1
         received = 0 if rank == 0 else self.in_flight(rank)
         returned = 0 if rank == layout.pipeline - 1 else 1
         return {
-            "teacher weights": sum(self.parameters(rank, self.teacher, layers)) * self.element,
+            "teacher weights": weights,
             "teacher forward": round(max((self._layer(kept, layer) for layer in layers), default=0)),
             "teacher hidden states": round(hidden * (received + 1 + returned)),
         }

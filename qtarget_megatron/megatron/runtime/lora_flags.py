@@ -24,8 +24,8 @@ def add_lora_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) ->
         "--lora-rank",
         type=int,
         metavar="R",
-        help="train adapters (LoRA) of this rank beside the linear layers, y = W x + s B A x, and leave the model as it "
-        "is. --save holds adapters and their optimizer alone, --save-hf becomes a PEFT directory",
+        help="train adapters (LoRA) of this rank beside the linear layers, y = W x + s B A x, and leave the model as "
+        "it is. --save holds adapters and their optimizer alone, --save-hf becomes a PEFT directory",
     )
     parser.add_argument(
         "--lora-alpha", type=float, metavar="ALPHA", help="s is ALPHA / R (default: 32, whatever the rank)"
@@ -76,7 +76,11 @@ def read_lora(args: argparse.Namespace, arch: Architecture) -> Lora | None:
         stray = [key for key in (*KEYS, "lora_merge", "teacher_self") if getattr(args, key, None)]
         if stray:
             more = ", or cache the model as its own teacher (--teacher-hf or --teacher-cache)"
-            why = "the weights move, so that nothing would be left of what the teacher was" if stray[0] == "teacher_self" else ""
+            why = (
+                "the weights move, so that nothing would be left of what the teacher was"
+                if stray[0] == "teacher_self"
+                else ""
+            )
             raise ValueError(
                 f"--{stray[0].replace('_', '-')} needs adapters{': ' if why else ''}{why}: give --lora-rank"
                 f"{more if why else ', or drop it'}"

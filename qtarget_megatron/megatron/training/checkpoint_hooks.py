@@ -10,7 +10,6 @@ from pathlib import Path
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
 from qtarget_megatron.huggingface import Architecture
-from qtarget_megatron.huggingface.adapters.peft_directory import PeftDirectory
 from qtarget_megatron.megatron.runtime.launch import has_checkpoint
 from qtarget_megatron.megatron.runtime.ranks import on_first_rank
 from qtarget_megatron.megatron.runtime.wheel_repairs import around_checkpoints
@@ -27,13 +26,11 @@ def watch_checkpoints(
     arch: Architecture,
     chunks: Sequence[LanguageModule],
     flags: ResumedFlags,
-    peft: PeftDirectory | None = None,
 ) -> None:
     """Have every checkpoint of the training saved with its fingerprint, and compared with it when it is loaded.
 
     chunks: of this rank, without wrappers; the list is filled before Megatron loads. flags: what they change in what is
-    loaded. peft: the directory that adapters start from; it, and checkpoints of adapters, belong to the weights that
-    they were trained beside.
+    loaded. Checkpoints of adapters belong to the weights that they were trained beside.
     """
     prints = Fingerprints(args, arch)
     known = args.ckpt_format == "torch_dist" and not (args.use_megatron_fsdp or args.use_torch_fsdp2)

@@ -245,7 +245,7 @@ class Fingerprints:
 
 
 class _OfTensors(Fingerprints):
-    """Of a model's weights by the Hugging Face tensors that they are made of, which neither class of models nor
+    """Fingerprints by the Hugging Face tensors that weights are made of, which neither class of models nor
     implementation of layers changes."""
 
     def _key(self, chunk: LanguageModule, name: str) -> str:
