@@ -386,6 +386,11 @@ def _train(
     if lora is not None and not from_checkpoint:
         peft = None if args.lora_from is None else PeftDirectory(args.lora_from, student)
         factors = peft or InitialFactors(student, lora, args.seed)
+
+    def check_start(chunks: list) -> None:
+        if peft is not None:
+            check_base(args, student, chunks, peft.base, f"--lora-from {args.lora_from}")
+
     models = ModelProvider(
         args,
         student,
@@ -405,7 +410,7 @@ def _train(
             teacher_vocab_size=teacher.vocab_size if smaller else None,
             second_model=objective.needs_teacher,
         ),
-        check=lambda chunks: peft and check_base(args, student, chunks, peft.base, f"--lora-from {args.lora_from}"),
+        check=check_start,
     )
     origin = f"the checkpoint in {args.load}" if from_checkpoint else f"the weights of {args.hf_model}"
     if lora is not None:

@@ -1,6 +1,6 @@
 """Measure the losses, in time and memory, next to what they replace, and write a report.
 
-    python tools/benchmark.py all                    # everything; about 20 minutes on 2 cores that do nothing else
+    python tools/benchmark.py all                    # everything; about 35 minutes on 2 cores that do nothing else
     python tools/benchmark.py kernels head           # only these; their sections of the report are replaced
     python tools/benchmark.py kernels --quick        # small shapes, under a minute: does it work? Not for figures
     python tools/benchmark.py report                 # only write the report anew, from what was measured before

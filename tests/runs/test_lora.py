@@ -130,8 +130,9 @@ def assert_like(recorded, expected, tolerance):
     assert total / count == pytest.approx(loss, rel=tolerance)
     (found,) = recorded["gradients"]
     assert found.keys() == gradients.keys()
+    # An expert that no token has chosen has none.
+    assert sum(bool(gradient.any()) for gradient in gradients.values()) > 0.8 * len(gradients)
     for name, gradient in gradients.items():
-        assert gradient.norm() > 0
         off = torch.from_numpy(found[name]).double() - gradient.double()
         assert off.norm() <= tolerance * gradient.norm(), name
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from qtarget_megatron.huggingface.weights.parameter_map import (
     parameter_pieces,
     partition_dim,
 )
+from qtarget_megatron.huggingface.weights.reader import HFReader
 from qtarget_megatron.huggingface.weights.tensors import hf_tensor_shapes
 
 
@@ -84,12 +85,20 @@ def load_factor(
 ) -> Tensor:
     """This rank's shard of the Megatron parameter, an adapter's factor, that has this name; on the CPU."""
     weight, factor = adapter_factor(name)
-    offsets = dict(layer_offset=layer_offset, expert_offset=expert_offset)
-    modules, sources = adapted_modules(arch, lora), hf_names(arch, weight, **offsets)
+    modules = adapted_modules(arch, lora)
+    sources = hf_names(arch, weight, layer_offset=layer_offset, expert_offset=expert_offset)
     if partition_dim(weight) == (0 if factor == "B" else 1):
-        reader = _AsWeights(factors, factor, modules, hf_tensor_shapes(arch), lora.rank)
+        # No more is asked of a reader than this one has.
+        reader = cast(HFReader, _AsWeights(factors, factor, modules, hf_tensor_shapes(arch), lora.rank))
         pieces = parameter_pieces(
-            reader, arch, weight, **offsets, tp_rank=tp_rank, tp_size=tp_size, padded_vocab_size=0
+            reader,
+            arch,
+            weight,
+            layer_offset=layer_offset,
+            expert_offset=expert_offset,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+            padded_vocab_size=0,
         )
         return torch.cat(list(pieces))
     wanted = [source.removesuffix(".weight") for source in dict.fromkeys(sources)]

@@ -150,8 +150,7 @@ def _present(arch: Architecture) -> Iterator[tuple[str, str]]:
         for role in roles:
             count = arch.experts.count if role.startswith("expert_") and arch.has_experts(layer) else 1
             for expert in range(count):
-                place = {"expert": expert} if role.startswith("expert_") else {}
-                name = family.tensor(role, layer=layer, **place)
+                name = family.tensor(role, layer=layer, expert=expert)
                 if name in shapes:
                     yield role, name
 

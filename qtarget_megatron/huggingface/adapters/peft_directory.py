@@ -89,10 +89,10 @@ class PeftDirectory:
             for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
                 name = tensor_name(module, factor)
                 if name not in names or names[name] != shape:
-                    got = list(names[name]) if name in names else "none"
+                    found = list(names[name]) if name in names else "none"
                     raise ValueError(
-                        f"{self.directory}: expected {name} of shape {list(shape)}, got {got}: the adapters are those "
-                        "of another model, or were trained with several ranks"
+                        f"{self.directory}: expected {name} of shape {list(shape)}, got {found}: the adapters are "
+                        "those of another model, or were trained with several ranks"
                     )
 
     def read(self, module: str, factor: str) -> Tensor:

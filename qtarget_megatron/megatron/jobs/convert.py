@@ -146,7 +146,7 @@ def export_hf(
     def progress(total: int):
         return Progress("export: writing", total, unit="GB", scale=1e9).add
 
-    made_from["--lora-merge"] = merge
+    made_from["--lora-merge"] = str(merge)
     if lora is not None and not merge:
         base = record_base(model.args, arch, model.chunks)
         digests = save_adapters(

@@ -33,7 +33,6 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -66,25 +65,28 @@ class Adapter(torch.nn.Module):
     Collectives: over the layer's tensor-parallel group, see the module's docstring.
     """
 
+    _owners: Tensor | None
+
     def __init__(
         self,
-        linear: torch.nn.Module,
+        linear: Any,
         layer: LinearLayer,
         numbers: tuple[int | None, ...],
         adapters: Adapters,
-        config: TransformerConfig,
+        model: LanguageModule,
         is_expert: bool,
     ):
-        """numbers: which A the rows of each of the layer's sources read, see projections()."""
+        """numbers: which A the rows of each of the layer's sources read, see projections(). model: that it is in."""
         super().__init__()
         weights = [linear.weight] if getattr(linear, "weight", None) is not None else list(_grouped_weights(linear))
         self._adapters, self._cut, self._is_gated, self._is_expert = adapters, layer.cut, layer.is_gated, is_expert
         self._group: ProcessGroup = _tensor_group(linear)
+        self._experts_group, self._expert_data_group = model.pg_collection.ep, model.pg_collection.expt_dp
         rows, columns = weights[0].shape
         # Transformer Engine's projections to latents are whole on every rank.
         self._is_whole = layer.is_latent and rows == layer.rows and self._group.size() > 1
         self._ranks = 1 if self._is_whole else self._group.size()
-        self._sequence = config.sequence_parallel and self._group.size() > 1 and not is_expert
+        self._sequence = model.config.sequence_parallel and self._group.size() > 1 and not is_expert
         count, rank = len({number for number in numbers if number is not None}), adapters.lora.rank
         if layer.cut == 1:
             runs: list[tuple[int, int]] = [(0, rows)]
@@ -94,8 +96,8 @@ class Adapter(torch.nn.Module):
         owners = torch.cat(
             [torch.full((length,), -1 if numbers[source] is None else numbers[source]) for source, length in runs]
         )
-        owners = None if count == 1 and bool((owners == 0).all()) else owners.to(weights[0].device)
-        self.register_buffer("_owners", owners, persistent=False)
+        is_plain = count == 1 and bool((owners == 0).all())
+        self.register_buffer("_owners", None if is_plain else owners.to(weights[0].device), persistent=False)
         self._count = count
         self._names = [("A", "B")] if weights[0] is getattr(linear, "weight", None) else []
         self._names = self._names or [(f"A{i}", f"B{i}") for i in range(len(weights))]
@@ -174,7 +176,7 @@ class Adapter(torch.nn.Module):
         return F.dropout(hidden, probability)
 
     @torch.no_grad()
-    def merge(self, linear: torch.nn.Module) -> None:
+    def merge(self, linear: Any) -> None:
         """Add s B A to the weights that this rank has, in their dtype, computed in float32."""
         weights = [linear.weight] if len(self._names) == 1 else list(_grouped_weights(linear))
         for weight, (first, second) in zip(weights, self._names, strict=True):
@@ -188,8 +190,9 @@ class Adapter(torch.nn.Module):
         metadata = metadata or {}
         if len(self._names) == 1:
             return self._sharded(dict(zip("AB", self._names[0], strict=True)), prefix, sharded_offsets, metadata)
-        singletons, found = metadata.get("singleton_local_shards", False), {}
-        group = self._pg_collection.ep
+        singletons = metadata.get("singleton_local_shards", False)
+        found: ShardedStateDict = {}
+        group = self._experts_group
         for index, names in enumerate(self._names):
             expert, experts = group.rank() * len(self._names) + index, group.size() * len(self._names)
             offsets = sharded_offsets if singletons else (*sharded_offsets, (len(sharded_offsets), expert, experts))
@@ -197,7 +200,7 @@ class Adapter(torch.nn.Module):
             if singletons:
                 replace_prefix_for_sharding(state, prefix, f"{expert}.{prefix}")
             for tensor in state.values():
-                tensor.replica_id = (*tensor.replica_id[:2], self._pg_collection.expt_dp.rank())
+                tensor.replica_id = (*tensor.replica_id[:2], self._expert_data_group.rank())
             found |= {f"{prefix}{name}": state[f"{prefix}{factor}"] for factor, name in zip("AB", names, strict=True)}
         return found
 
@@ -235,7 +238,7 @@ class _WithAdapter:
 
 
 @cache
-def _with_adapter(base: type) -> type:
+def _with_adapter(base: Any) -> Any:
     return type(f"{base.__name__}WithAdapter", (_WithAdapter, base), {})
 
 
@@ -258,10 +261,8 @@ def add_adapters(model: LanguageModule, arch: Architecture, lora: Lora) -> Adapt
         if set(numbers) <= {None}:
             continue
         is_expert = path.startswith("mlp.experts.")
-        module.lora = Adapter(module, layer, numbers, adapters, model.config, is_expert)
-        if is_expert:
-            module.lora._pg_collection = model.pg_collection
-        module.__class__ = _with_adapter(type(module))
+        module.lora = Adapter(module, layer, numbers, adapters, model, is_expert)
+        module.__class__ = _with_adapter(type(module))  # type: ignore[arg-type]  # a class is hashable
     if model.pre_process:
         model.embedding.register_forward_hook(_join_autograd)
     return adapters
@@ -272,7 +273,7 @@ def _join_autograd(module: torch.nn.Module, inputs: tuple, output: Tensor) -> No
         output.requires_grad_(True)
 
 
-def adapted_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def adapted_layers(model: torch.nn.Module) -> Iterator[Any]:
     """The linear layers of a model that have an adapter, each with its `lora`."""
     yield from (module for module in model.modules() if isinstance(module, _WithAdapter))
 
@@ -283,10 +284,10 @@ def merge_adapters(model: torch.nn.Module) -> None:
         layer.lora.merge(layer)
 
 
-def _grouped_weights(linear: torch.nn.Module) -> Iterator[Tensor]:
+def _grouped_weights(linear: Any) -> Iterator[Tensor]:
     yield from (getattr(linear, f"weight{index}") for index in range(linear.num_gemms))
 
 
-def _tensor_group(linear: torch.nn.Module) -> ProcessGroup:
+def _tensor_group(linear: Any) -> ProcessGroup:
     group = getattr(linear, "tp_group", None)
     return linear._tp_group if group is None else group
