@@ -347,6 +347,8 @@ def _check_models(run: Run) -> None:
     args, saved = run.args, None
     _ = run.tokenizer
     fate = f"--mtp-num-layers {run.student.further_layers} trains them, otherwise exports copy them"
+    if run.lora is not None:
+        fate = "they have no adapters"
     run.check_weights(fate)
     if args.save_hf is not None and (further := further_reader(args.hf_model, run.student)) is not None:
         # What the export will copy, seen before the training.

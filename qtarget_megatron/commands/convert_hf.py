@@ -45,6 +45,10 @@ Megatron checkpoint to Hugging Face directory.
     torchrun --nproc-per-node 8 -m qtarget_megatron.export --hf-model DIR --load CKPT --save-hf OUT \\
         --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2
 
+    # a checkpoint of adapters (finetune --lora-rank): a PEFT directory, or the model of DIR with them added
+    qtarget export --hf-model DIR --load CKPT --save-hf OUT
+    qtarget export --hf-model DIR --load CKPT --save-hf OUT --lora-merge
+
 OUT appears when it is complete; until then it is filled in a hidden folder beside it, .OUT.incomplete. An export that
 was interrupted goes on when the same command is given again: the files that were complete are kept if their SHA-256
 still says so. Started from another checkpoint, dtype or number of pipeline stages it is refused, until that folder is

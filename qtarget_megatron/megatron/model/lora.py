@@ -65,7 +65,7 @@ class Adapter(torch.nn.Module):
     Collectives: over the layer's tensor-parallel group, see the module's docstring.
     """
 
-    _owners: Tensor | None
+    _places: Tensor | None
 
     def __init__(
         self,
@@ -92,13 +92,12 @@ class Adapter(torch.nn.Module):
             runs: list[tuple[int, int]] = [(0, rows)]
         else:
             runs = layer.rows_of_rank(0 if self._is_whole else self._group.rank(), self._ranks)
-        # Which A each row of B reads, -1 where none; None where all read the only one.
         owners = torch.cat(
             [torch.full((length,), -1 if numbers[source] is None else numbers[source]) for source, length in runs]
         )
-        is_plain = count == 1 and bool((owners == 0).all())
-        self.register_buffer("_owners", None if is_plain else owners.to(weights[0].device), persistent=False)
-        self._count = count
+        # [out, p], 1 where a row of B reads that A; None where all read the only one.
+        places = (owners[:, None] == torch.arange(count)).to(weights[0].device, weights[0].dtype)
+        self.register_buffer("_places", None if count == 1 and bool(places.all()) else places, persistent=False)
         self._names = [("A", "B")] if weights[0] is getattr(linear, "weight", None) else []
         self._names = self._names or [(f"A{i}", f"B{i}") for i in range(len(weights))]
         for names, weight in zip(self._names, weights, strict=True):
@@ -147,10 +146,9 @@ class Adapter(torch.nn.Module):
 
     def _spread(self, second: Tensor) -> Tensor:
         """[out, p r] of B [out, r]: each row at the place of the A that it reads, so that one product serves all."""
-        if self._owners is None:
+        if self._places is None:
             return second
-        place = F.one_hot(self._owners + 1, self._count + 1)[:, 1:].to(second.dtype)
-        return (place[:, :, None] * second[:, None, :]).flatten(1)
+        return (self._places.to(second.dtype)[:, :, None] * second[:, None, :]).flatten(1)
 
     def _added(self, hidden: Tensor, output: Tensor, first: Tensor, second: Tensor) -> Tensor:
         inner = F.linear(self._dropped(hidden), first)

@@ -98,6 +98,8 @@ def read_lora(args: argparse.Namespace, arch: Architecture) -> Lora | None:
             flag = f"--{key.replace('_', '-')}"
             raise ValueError(f"{flag} does not go with adapters (--lora-rank): drop one of them")
     set_lora(args, lora)
+    # No weight has a gradient to add up.
+    args.gradient_accumulation_fusion = False
     return lora
 
 
