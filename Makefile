@@ -28,7 +28,7 @@ help:
 	@echo '  make test-quick  run the tests that are not marked slow (about two minutes)'
 	@echo '  make test-lowest, make test-newest'
 	@echo '                   run tests/unit with the lowest and the newest versions, in environments of their own'
-	@echo '  make bench       measure time and memory next to torch and Megatron (about 12 minutes, idle machine)'
+	@echo '  make bench       measure time and memory next to torch and Megatron (about 35 minutes, idle machine)'
 	@echo '  make gpu         on a machine with a GPU: run what needs one, write benchmarks/GPU.md'
 	@echo '  make docs        build the documentation into site/'
 	@echo '  make lint        check style (ruff) and types (mypy)'

@@ -65,6 +65,7 @@ from qtarget_megatron.megatron.training.arguments import (
     check_trained,
     fill_in,
 )
+from qtarget_megatron.megatron.training.metrics import MetricsFile
 from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_lengths, check_schedule, read_saved
 from qtarget_megatron.megatron.verify.problem import try_evaluate
 from qtarget_megatron.megatron.weights.checkpoint_folder import (
@@ -147,6 +148,8 @@ def fine_tune(argv: list[str], recording: Recording | None = None) -> None:
     if done:
         return
     launch.initialize(args)
+    if args.metrics_jsonl is not None and args.rank == args.world_size - 1:
+        wheel_repairs.replace_tensorboard_writer(partial(MetricsFile, args.metrics_jsonl))
     if args.max_tokens_per_row is not None:
         # Megatron's validation compares it with the positions of a sample, which --seq-length bounds.
         args.seq_length = args.max_tokens_per_row
@@ -455,6 +458,7 @@ def _train(
         model_provider=models,
         forward_step=watchdog.watched(step),
     )
+    launch.flush_writer()
     soundness.finish()
     if recording is not None:
         recording.finish()

@@ -214,17 +214,22 @@ def end_with_parent(parent: int | None = None) -> None:
 def leave_at_once(code: int) -> NoReturn:
     """End this process, and those it has started. The ordinary way may wait for ranks that are gone, and for data
     workers, which do not heed SIGTERM under --exit-signal-handler."""
-    if "megatron.training.global_vars" in sys.modules:
-        from megatron.training.global_vars import get_tensorboard_writer
-
-        with contextlib.suppress(OSError):
-            if writer := get_tensorboard_writer():
-                writer.flush()
+    with contextlib.suppress(OSError):
+        flush_writer()
     kill_children()
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def flush_writer() -> None:
+    """Have what Megatron has logged written, where it logs to files."""
+    if "megatron.training.global_vars" in sys.modules:
+        from megatron.training.global_vars import get_tensorboard_writer
+
+        if writer := get_tensorboard_writer():
+            writer.flush()
 
 
 def kill_children() -> None:

@@ -147,6 +147,13 @@ class GroupStepAdam(torch.optim.Adam):
                 self.state.get(parameter, {}).pop("step", None)
 
 
+def replace_tensorboard_writer(replacement: Callable[[Any], Any]) -> None:
+    """Have Megatron log to what replacement() makes of its TensorBoard writer, None where it has none."""
+    from megatron.training import global_vars
+
+    global_vars._GLOBAL_TENSORBOARD_WRITER = replacement(global_vars._GLOBAL_TENSORBOARD_WRITER)
+
+
 def set_write_results_queue(queue) -> None:
     """Give Megatron the queue that it would make at the first save: the outcome of a write comes through it."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async

@@ -214,6 +214,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--shutdown-timeout). Costs an all-gather of 4 bytes in each step.",
     )
     group.add_argument(
+        "--metrics-jsonl",
+        type=Path,
+        metavar="FILE",
+        help="write every value that is logged, the learning rate and those of evaluations among them, a line of JSON "
+        "for each --tensorboard-log-interval; --tensorboard-dir need not be given. A training that resumes goes on in "
+        "the same file",
+    )
+    group.add_argument(
         "--log-arguments",
         action="store_true",
         help="print all of Megatron's arguments at start, about 800 lines; "

@@ -25,6 +25,7 @@ from qtarget_megatron.huggingface import Architecture, adapter_numbers, copied_f
 from qtarget_megatron.huggingface.adapters.peft_directory import adapter_bytes
 from qtarget_megatron.megatron.faults.resume_point import newest_iteration
 from qtarget_megatron.megatron.runtime.lora_flags import saved_lora
+from qtarget_megatron.megatron.training.metrics import check_metrics_file
 from qtarget_megatron.resumable import ResumableDirectory
 
 _log = logging.getLogger("qtarget_megatron")
@@ -75,7 +76,10 @@ def check_outputs(args: argparse.Namespace, student: Architecture, iteration: in
 
 
 def check_board(args: argparse.Namespace) -> None:
-    """ValueError where --tensorboard-dir or Weights & Biases cannot log. Call it on the last rank, which does."""
+    """ValueError where --tensorboard-dir, --metrics-jsonl or Weights & Biases cannot log. Call it on the last rank,
+    which does."""
+    if args.metrics_jsonl is not None:
+        check_metrics_file(args.metrics_jsonl)
     if args.tensorboard_dir:
         folder = Path(args.tensorboard_dir)
         if os.path.exists(folder) and not folder.is_dir():
