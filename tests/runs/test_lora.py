@@ -23,8 +23,10 @@ from launching import run_ranks
 from layout_runs import DISTRIBUTED_OPTIMIZER, SEQUENCE_PARALLEL, ep, pp, tensors, tp
 from lora_runs import DENSE, TARGETS, by_chain_rule, by_peft, factors, record_all, trained_words, write_adapters
 from noise_floor import TAGS, bound
+from safetensors.torch import save_file
 
 from qtarget_megatron.huggingface import Lora
+from tools.first_hour import families
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -33,6 +35,8 @@ VIRTUAL = [*pp(2), "--num-layers-per-virtual-pipeline-stage", 1]
 GPT, HYBRID = ["--model-class", "gpt"], ["--model-class", "hybrid"]
 PACKED = ["--pack", "--seq-length", 64]
 SELF = ["--objective", "target-sft", "--objective-args", "eta=0.4", "--teacher-self"]
+# Families whose tensors, norms or multipliers differ -> targets.
+FAMILIES = {"mixtral": ("k", "o", "experts"), "granite": DENSE, "glm4": DENSE, "smollm3": ("q", "k", "up", "down")}
 # World size -> name: (model, flags of the layout and others). Those of one process have the same name before " at ".
 LAYOUTS = {
     1: {
@@ -99,6 +103,11 @@ def workspace(tmp_path_factory):
     sizes |= dict(num_key_value_heads=2, pad_token_id=None, max_position_embeddings=64)
     write_model(folder / "fused", "Phi3", sizes, torch.Generator().manual_seed(3))
     write_adapters(folder / "adapters-fused", folder / "fused", Lora(4, 8, targets=DENSE))
+    generator = torch.Generator().manual_seed(4)
+    for name, targets in FAMILIES.items():
+        family, config = families.FAMILIES[name]
+        write_model(folder / name, family, families.SIZES | config | dict(vocab_size=vocabulary()), generator)
+        write_adapters(folder / f"adapters-{name}", folder / name, Lora(3, 6, targets=targets))
     return folder
 
 
@@ -119,7 +128,7 @@ ONE_BATCH = ["--train-iters", 1, "--lr", 0, "--min-lr", 0, "--save-interval", 5]
 @pytest.fixture(scope="module")
 def recorded(workspace):
     few = ["--sft-train", workspace / "few.jsonl"]
-    runs = {model: [*started(workspace, model), *few, *ONE_BATCH] for model in (*TARGETS, "fused")}
+    runs = {model: [*started(workspace, model), *few, *ONE_BATCH] for model in (*TARGETS, *FAMILIES, "fused")}
     (found,) = run_ranks(1, record_all, ({k: [str(w) for w in v] for k, v in runs.items()},), 240, megatron=True)
     return found
 
@@ -146,7 +155,7 @@ def test_loss_and_gradients_are_those_of_peft(workspace, recorded, model):
     )
 
 
-@pytest.mark.parametrize("model", [*TARGETS, "fused"])
+@pytest.mark.parametrize("model", [*TARGETS, *FAMILIES, "fused"])
 def test_loss_and_gradients_are_those_of_the_merged_weights_in_float64(workspace, recorded, model):
     assert_like(
         recorded[model],
@@ -300,21 +309,19 @@ def exported(workspace, saved):
         argv = ["export", "--hf-model", workspace / model, "--load", workspace / "saved", "--save-hf", workspace / name]
         return [*argv, *flags]
 
-    runs = {
-        "again": tools("again", *pp(2)),
-        "merged": tools("merged", "--lora-merge", *tp(2)),
-        "other": tools("other", model="experts-changed"),
-        "foreign": tools("foreign", model="untied"),
-    }
     shutil.copytree(workspace / "experts", workspace / "experts-changed")
     (file,) = (workspace / "experts-changed").glob("*.safetensors")
     changed = tensors(workspace / "experts-changed")
     changed["model.norm.weight"] *= 2
-    from safetensors.torch import save_file
-
     save_file(changed, file, metadata={"format": "pt"})
-    found = run_ranks(2, run_tools, ({k: [str(w) for w in v] for k, v in runs.items()},), 240, megatron=True)
-    return found[0]
+    runs = {"again": tools("again", *pp(2)), "merged": tools("merged", "--lora-merge", *tp(2))}
+    # On one rank: where several are refused, one of them waits.
+    refused = {"other": tools("other", model="experts-changed"), "foreign": tools("foreign", model="untied")}
+    found = {}
+    for size, of_size in ((2, runs), (1, refused)):
+        words = {name: [str(word) for word in argv] for name, argv in of_size.items()}
+        found |= run_ranks(size, run_tools, (words,), 240, megatron=True)[0]
+    return found
 
 
 def run_tools(runs):

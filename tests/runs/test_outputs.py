@@ -58,7 +58,8 @@ def args_of(tmp_path, **changes):
         epochs=None, end=None, bf16=False, fp16=False, no_save_optim=None, optimizer="adam", sgd_momentum=0.9
     )
     values |= dict(use_precision_aware_optimizer=False, tensorboard_dir=None, wandb_project="", wandb_exp_name="")
-    return SimpleNamespace(**values | dict(wandb_save_dir="") | changes)
+    values |= dict(wandb_save_dir="", metrics_jsonl=None, lora_rank=None, lora_merge=False)
+    return SimpleNamespace(**values | changes)
 
 
 # ---- locks
@@ -370,6 +371,7 @@ def test_a_training_that_is_exported_is_done(tmp_path):
     for changes in (
         {"train_iters": 200},
         {"save_hf_dtype": "float32"},
+        {"lora_merge": True},
         {"save_hf": save},
         {"save": str(out)},
         {"skip_train": True},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -142,15 +143,20 @@ def by_chain_rule(model: Path, adapters: Path, data: Path, seq_length: int) -> t
 
 def _weight(model, module: str, arch: Architecture, *, of_gradient: bool = False) -> torch.Tensor:
     """The weight of a Hugging Face module, or its gradient, where it lies in transformers' model."""
-    own, place = module, slice(None)
-    if ".mlp.experts." in module:
-        layer, _, rest = module.partition(".mlp.experts.")
+    layer, in_experts, rest = re.sub(r"\.block_sparse_moe\.", ".mlp.", module).partition(".mlp.experts.")
+    if not in_experts:
+        found, place = model.get_parameter(f"{module}.weight"), slice(None)
+    else:
+        # transformers has all experts of a layer in one tensor, gate and up as well.
         expert, projection = rest.split(".")
         width = arch.experts.ffn_hidden_size
-        rows = {"gate_proj": slice(0, width), "up_proj": slice(width, None), "down_proj": slice(None)}[projection]
-        own = f"{layer}.mlp.experts.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"
-        place = (int(expert), rows)
-    found = model.get_parameter(own if ".mlp.experts." in module else f"{own}.weight")
+        halves = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
+        halves |= {"w1": halves["gate_proj"], "w3": halves["up_proj"]}
+        name = "gate_up_proj" if projection in halves else "down_proj"
+        found, place = (
+            model.get_parameter(f"{layer}.mlp.experts.{name}"),
+            (int(expert), halves.get(projection, slice(None))),
+        )
     return (found.grad if of_gradient else found)[place]
 
 
