@@ -1,6 +1,5 @@
 """Adapters: as peft trains them, at any layout; saved, merged, continued; the model as its own teacher."""
 
-import math
 import re
 import shutil
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import pytest
 import torch
 from finetune_runs import (
-    COMMON,
     SEQ_LENGTH,
     TRAIN_ITERS,
     run_all,
@@ -474,7 +472,3 @@ def test_the_layout_of_a_training_with_adapters_can_be_verified(workspace):
     done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "lora_A" in done.stdout and "one rank" in done.stdout
-
-
-def test_the_common_flags_are_those_of_other_tests():
-    assert "--no-pack" in COMMON and math.isclose(TRAIN_ITERS, 4)

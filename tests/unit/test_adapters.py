@@ -27,7 +27,7 @@ from qtarget_megatron.huggingface import (
     projections,
 )
 from qtarget_megatron.huggingface.adapters import peft_directory as peft
-from tools.first_hour.families import FAMILIES, write_model
+from tools.first_hour.families import write_model
 
 DENSE = ("q", "k", "v", "o", "gate", "up", "down")
 # Family of first_hour -> targets.
@@ -314,7 +314,3 @@ def test_a_directory_that_is_none_is_refused(models, tmp_path):
     other = write_peft(tmp_path / "other", Arch.from_hf(models / "qwen3"), Lora(4))
     with pytest.raises(ValueError, match="those of another model|adapters of another model"):
         peft.PeftDirectory(other, arch)
-
-
-def test_every_family_says_which_linear_layers_it_has():
-    assert set(MODELS) <= set(FAMILIES)

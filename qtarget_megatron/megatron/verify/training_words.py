@@ -50,7 +50,7 @@ _LEFT_OUT = {
     "--decoder-last-pipeline-num-layers", "--account-for-embedding-in-pipeline-split",
     "--account-for-loss-in-pipeline-split", "--pipeline-model-parallel-layout",
     "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank", "--lora-from", "--lora-merge",
-    "--lora-dropout",
+    "--lora-dropout", "--metrics-jsonl",
 }  # fmt: skip
 # Whoever trains gives them: their absence is no news.
 _ALWAYS = {
