@@ -177,6 +177,7 @@ def test_the_first_factors_are_those_of_peft_at_any_layout(models):
 
 
 def test_scale_numbers_and_defaults(models):
+    assert Lora(8, targets=("v", "experts", "q")) == Lora(8, targets=["q", "v", "experts"])
     assert Lora(8, 32).scale == 4 and Lora(16, 32, rslora=True).scale == 8
     arch = Arch.from_hf(models / "llama3")
     lora = Lora(2, targets=("q", "down"))

@@ -66,6 +66,8 @@ class Lora:
             raise ValueError(f"--lora-targets: expected some of {', '.join(TARGETS)}, got {got}")
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"--lora-targets: expected each once, got {' '.join(self.targets)}")
+        # The order in which they are given means nothing.
+        object.__setattr__(self, "targets", tuple(target for target in TARGETS if target in self.targets))
 
     @property
     def scale(self) -> float:
