@@ -169,9 +169,26 @@ def _collect(connections: list[Connection], deadline: float, timeout: float) -> 
             except EOFError:
                 raise RuntimeError(f"rank {rank} ended without a result") from None
             if not succeeded:
-                raise RuntimeError(f"rank {rank} failed:\n{value}")
+                others = {c: other for other, c in enumerate(connections) if other not in (*results, rank)}
+                # A rank that waited for one that is gone may be heard before that one.
+                raise RuntimeError("\n".join([*_heard(others), f"rank {rank} failed:\n{value}"]))
             results[rank] = value
     return [results[rank] for rank in range(len(connections))]
+
+
+def _heard(connections: dict[Connection, int], seconds: float = 1.0) -> list[str]:
+    """How these ranks end that fail within a moment."""
+    end, waiting, found = time.monotonic() + seconds, dict(connections), []
+    while waiting and (ready := wait(list(waiting), max(end - time.monotonic(), 0))):
+        for connection in ready:
+            rank = waiting.pop(connection)
+            try:
+                succeeded, value = connection.recv()
+            except EOFError:
+                found.append(f"rank {rank} ended without a result")
+            else:
+                found += [] if succeeded else [f"rank {rank} failed:\n{value}"]
+    return found
 
 
 def _rank_main(
