@@ -61,15 +61,20 @@ class _AsWeights:
         self, factors: Factors, factor: str, modules: Mapping[str, tuple[int, int]], shapes: Mapping, rank: int
     ):
         self._factors, self._factor, self._modules, self._shapes, self._rank = factors, factor, modules, shapes, rank
+        # A weight of several query groups is read in as many pieces.
+        self._known: dict[str, Tensor] = {}
 
     def shape(self, name: str) -> tuple[int, int]:
         rows, columns = self._shapes[name]
         return (rows, self._rank) if self._factor == "B" else (self._rank, columns)
 
     def read(self, name: str, rows=None, cols=None) -> Tensor:
-        module = name.removesuffix(".weight")
-        values = self._factors.read(module, self._factor) if module in self._modules else torch.zeros(self.shape(name))
-        return values[slice(*rows or (None,)), slice(*cols or (None,))]
+        if name not in self._known:
+            module, is_adapted = name.removesuffix(".weight"), name.removesuffix(".weight") in self._modules
+            self._known[name] = (
+                self._factors.read(module, self._factor) if is_adapted else torch.zeros(self.shape(name))
+            )
+        return self._known[name][slice(*rows or (None,)), slice(*cols or (None,))]
 
 
 def load_factor(

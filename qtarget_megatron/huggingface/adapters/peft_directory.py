@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,15 @@ class PeftDirectory:
     def read(self, module: str, factor: str) -> Tensor:
         """A or B of a module, in the dtype of the file. ValueError where a number is NaN or infinite."""
         name = tensor_name(module, factor)
-        with safe_open(self.directory / WEIGHTS, "pt") as file:
-            values = file.get_tensor(name)
+        values = self._file.get_tensor(name)
         if not is_finite(values):
             raise ValueError(f"{self.directory / WEIGHTS}: expected finite numbers, got NaN or infinity in {name}")
         return values
+
+    @cached_property
+    def _file(self) -> Any:
+        # Opened once: of a model with experts the header has ten thousands of names.
+        return safe_open(self.directory / WEIGHTS, "pt")
 
     def _config(self) -> dict:
         path = self.directory / CONFIG

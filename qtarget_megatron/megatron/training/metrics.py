@@ -35,7 +35,7 @@ class MetricsFile:
         if self._step is None:
             self._begin = _end_of_steps_before(self._path, step)
         elif step != self._step:
-            self.flush()
+            self._write()
             self._begin, self._values = self._path.stat().st_size, {}
         number = float(value)
         self._step, self._values[tag] = step, number if math.isfinite(number) else None
@@ -44,6 +44,9 @@ class MetricsFile:
         """Write what is there of the step; values that come later are added to its line."""
         if self._writer is not None:
             self._writer.flush()
+        self._write()
+
+    def _write(self) -> None:
         if self._step is None:
             return
         line = json.dumps({"step": self._step, **self._values}) + "\n"
