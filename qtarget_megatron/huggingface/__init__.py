@@ -15,7 +15,7 @@ from qtarget_megatron.huggingface.adapters.lora import (
 from qtarget_megatron.huggingface.compare.agreement import Agreement, StateAgreement, TokenAgreement
 from qtarget_megatron.huggingface.compare.agreement_report import report_lines
 from qtarget_megatron.huggingface.compare.hidden_states import Place, recorded
-from qtarget_megatron.huggingface.compare.transformers_model import transformers_logits
+from qtarget_megatron.huggingface.compare.transformers_model import load_transformers_model, transformers_logits
 from qtarget_megatron.huggingface.config.architecture import Architecture
 from qtarget_megatron.huggingface.config.config_file import read_config
 from qtarget_megatron.huggingface.config.experts import Experts, Groups
@@ -23,6 +23,7 @@ from qtarget_megatron.huggingface.config.family import CORRECTION
 from qtarget_megatron.huggingface.config.latent import LatentAttention
 from qtarget_megatron.huggingface.config.multipliers import Multipliers
 from qtarget_megatron.huggingface.config.rope import RopeScaling, yarn_scale
+from qtarget_megatron.huggingface.generation import GeneratedAnswer, Generator, Sampling
 from qtarget_megatron.huggingface.weights.parameter_map import (
     LinearLayer,
     adapter_factor,
@@ -57,6 +58,8 @@ __all__ = [
     "Architecture",
     "Experts",
     "Factors",
+    "GeneratedAnswer",
+    "Generator",
     "Groups",
     "HFExport",
     "HFReader",
@@ -67,6 +70,7 @@ __all__ = [
     "Multipliers",
     "Place",
     "RopeScaling",
+    "Sampling",
     "ShardPlan",
     "StateAgreement",
     "TokenAgreement",
@@ -91,6 +95,7 @@ __all__ = [
     "linear_layers_of_model",
     "load_factor",
     "load_parameter",
+    "load_transformers_model",
     "merge_factor",
     "merge_parameter",
     "merge_rows",

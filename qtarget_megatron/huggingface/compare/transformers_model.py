@@ -24,7 +24,7 @@ def transformers_logits(directory: Path, tokens: list[int], states: dict[Place, 
 
     ValueError where transformers cannot load the directory, or a token is outside of the model's vocabulary.
     """
-    model = _model(directory)
+    model = load_transformers_model(directory)
     if max(tokens) >= model.config.vocab_size:
         raise ValueError(
             f"{directory}: the tokenizer wrote id {max(tokens)}, the model has a vocabulary of "
@@ -37,8 +37,9 @@ def transformers_logits(directory: Path, tokens: list[int], states: dict[Place, 
     return logits
 
 
-def _model(directory: Path) -> Any:
-    # Imported late: seconds, which only those spend who compare with transformers.
+def load_transformers_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a Hugging Face directory, by transformers. ValueError where transformers cannot load it."""
+    # Imported late: seconds, which only those spend who need a model of transformers.
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -55,7 +56,7 @@ def _model(directory: Path) -> Any:
                 options["state_dict"] = {name: reader.read(name) for name in reader.names}
         model, report = (own or transformers.AutoModelForCausalLM).from_pretrained(
             None if is_quantised else str(directory),
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
