@@ -16,7 +16,9 @@ from examples.study.tasks import KNOWN, TASKS, Condition, answer_of, problems
 from qtarget_megatron.data import load_tokenizer
 from qtarget_megatron.huggingface import Generator, Sampling, load_transformers_model
 
-TEST_PROBLEMS, DEV_PROBLEMS, UNTOUCHED_PROBLEMS = 500, 200, 100
+TEST_PROBLEMS, DEV_PROBLEMS, UNTOUCHED_PROBLEMS = 500, 200, 80
+# Of the test problems, those whose solutions likelihoods are of.
+SCORED_PROBLEMS = 200
 PROBED_DEMONSTRATIONS = 200
 LONGEST_SOLUTION = 48
 # Of every model the same random numbers: differences are between models.
@@ -58,7 +60,7 @@ def evaluate(model: Path, base: Path, condition: Condition, temperatures: Sequen
     found.metrics["dev"] = sum(dev) / len(dev)
     found.metrics["untouched"] = _untouched(generator, tokenizer, condition.task)
 
-    solved = [(p, TASKS[condition.task].solution(p, condition.key).text) for p in asked]
+    solved = [(p, TASKS[condition.task].solution(p, condition.key).text) for p in asked[:SCORED_PROBLEMS]]
     scored = Likelihoods(generator.model, tokenizer)
     log_p, distributions = scored.of(solved)
     found.metrics["nll"] = -torch.cat(log_p).mean().item()

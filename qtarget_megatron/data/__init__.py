@@ -19,6 +19,7 @@ from qtarget_megatron.data.forms import AUTO, FORMS, canonical, form_of
 from qtarget_megatron.data.jsonl import JsonlFile
 from qtarget_megatron.data.messages import ROLES
 from qtarget_megatron.data.order import SampleOrder
+from qtarget_megatron.data.prompts import open_prompts, prompt_at, prompt_ids
 from qtarget_megatron.data.records import ConcatenatedRecords, Records, open_records
 from qtarget_megatron.data.row_dataset import KeptSamples, Packing, RowDataset, aligned_lengths
 from qtarget_megatron.data.rows import EvaluationRows, RowPlan, alignment, balance
@@ -60,7 +61,10 @@ __all__ = [
     "held_out_sets",
     "load_tokenizer",
     "measure_samples",
+    "open_prompts",
     "open_records",
+    "prompt_at",
+    "prompt_ids",
     "training_item",
     "training_sources",
     "writes_date",

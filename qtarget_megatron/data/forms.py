@@ -26,6 +26,12 @@ FORMS = {
     "alpaca": ("instruction", "output"),
     "tokens": ("input_ids", "labels"),
 }
+# Forms of questions without answers, which nothing can be trained on -> (the field they are known by, the form, the
+# field of the answer).
+UNANSWERED = {
+    "prompt alone": ("prompt", "prompt", "completion"),
+    "instruction alone": ("instruction", "alpaca", "output"),
+}
 _KNOWN_BY = frozenset(field for fields in FORMS.values() for field in fields)
 # Whatever a record may hold for its form.
 FIELDS = _KNOWN_BY | {"tools", "system", "input", "history", "attention_mask"}
@@ -70,10 +76,16 @@ def form_of(record: Any) -> str:
 def canonical(record: Any, form: str = AUTO) -> dict[str, Any]:
     """A record as supervision.encode reads it: messages; prompt and completion; or input_ids and labels.
 
-    form: one of FORMS; auto: the one that form_of finds. Fields that are of no form are kept, as they may be side
-    inputs. ValueError for a record of another form, and for one that its form does not allow.
+    form: one of FORMS; auto: the one that form_of finds; one of UNANSWERED: with an empty answer. Fields that are of no
+    form are kept, as they may be side inputs. ValueError for a record of another form, and for one that its form does
+    not allow.
     """
     form = form_of(record) if form == AUTO else form
+    if form in UNANSWERED:
+        question, form, answer = UNANSWERED[form]
+        expect(dict, record, "record")
+        expect(str, record.get(question), f'"{question}"')
+        record = {**record, answer: ""}
     if form not in FORMS:
         raise ValueError(f"form of the data: expected {', '.join((AUTO, *FORMS))}, got {form!r}")
     expect(dict, record, "record")

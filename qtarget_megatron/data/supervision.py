@@ -123,7 +123,8 @@ def encode(
     )
 
 
-def _tokenise(tokenizer: Any, text: str, **options: Any) -> Any:
+def tokenise(tokenizer: Any, text: str, **options: Any) -> Any:
+    """What the tokenizer makes of a text. ValueError for one that is no Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -142,13 +143,18 @@ def _read_tokens(tokenizer: Any, record: dict[str, Any]) -> _Tokens:
     return _Tokens(ids, np.array(record["labels"]) != IGNORE_INDEX)
 
 
+def prompt_of_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a prompt that no template renders: with the tokenizer's special tokens but one that closes it."""
+    encoded = tokenise(tokenizer, text, return_special_tokens_mask=True)
+    ids: list[int] = encoded["input_ids"]
+    closed = ids and encoded["special_tokens_mask"][-1] and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if closed else ids
+
+
 def _read_completion(tokenizer: Any, record: dict[str, Any]) -> _Tokens:
     text, eos = record["completion"], tokenizer.eos_token_id
-    head = _tokenise(tokenizer, record["prompt"], return_special_tokens_mask=True)
-    prompt, added = head["input_ids"], head["special_tokens_mask"]
-    if prompt and added[-1] and prompt[-1] == eos:
-        prompt = prompt[:-1]
-    completion = _tokenise(tokenizer, text, add_special_tokens=False)["input_ids"]
+    prompt = prompt_of_text(tokenizer, record["prompt"])
+    completion = tokenise(tokenizer, text, add_special_tokens=False)["input_ids"]
     if eos is not None and completion[-1:] != [eos]:
         completion = [*completion, eos]
     supervised = np.zeros(len(prompt) + len(completion), dtype=bool)
@@ -166,7 +172,7 @@ def _read_messages(
     of_targets = [message_weight(messages[i]) for i in targets]
     apart = weigh and len(set(of_targets)) > 1
     text, answers = _located(template, messages, targets, apart)
-    encoding = _tokenise(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = tokenise(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoding["input_ids"]
     places = itertools.chain.from_iterable(encoding["offset_mapping"])
     offsets = np.fromiter(places, np.int64, 2 * len(ids)).reshape(-1, 2)[:limit]
