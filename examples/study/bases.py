@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from examples.study.jobs import Models, command, flag_words
 from examples.study.study_file import Base, Study
-from examples.study.tasks import KNOWN, TASKS, problems
+from examples.study.tasks import KNOWN, TASKS, is_known, problems
 from examples.study.tokenizer import VOCABULARY_SIZE, character_tokenizer
 
 BATCH_SIZE = 64
@@ -85,14 +85,15 @@ def _train(study: Study, base: Base, start: Path, end: Path, steps: int, *, firs
 
 
 def _write_problems(path: Path, first: int, end: int) -> None:
-    """As many problems of each known task in turn."""
-    drawn = {name: problems(TASKS[name], "train", "base") for name in KNOWN}
+    """Problems of the known tasks in their shares, those from first on."""
+    draw = random.Random("base")
+    drawn = {name: filter(is_known, problems(TASKS[name], "train", "base")) for name in KNOWN}
     with path.open("w", encoding="utf-8") as file:
         for number in range(end):
-            task = TASKS[KNOWN[number % len(KNOWN)]]
-            problem = next(islice(drawn[task.name], 1))
+            (name,) = draw.choices(list(KNOWN), list(KNOWN.values()))
+            problem = next(drawn[name])
             if number >= first:
-                record = {"prompt": problem, "completion": task.solution(problem).text}
+                record = {"prompt": problem, "completion": TASKS[name].solution(problem).text}
                 file.write(json.dumps(record) + "\n")
 
 

@@ -8,7 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from examples.study.evaluate import Evaluation, evaluate, likeliest
+from examples.study.evaluate import Evaluation, evaluate
+from examples.study.lm_eval import Harness
+from examples.study.real import RealProblems
 from examples.study.study_file import Arm, Data
 from examples.study.tasks import Condition
 
@@ -16,8 +18,8 @@ from examples.study.tasks import Condition
 class StudyCondition(Protocol):
     """A kind of data."""
 
-    def write_training(self, path: Path, arm: Arm, base: Path, count: int, seed: int) -> Path:
-        """The training file of a run: ``path``, written now, or one that was there."""
+    def write_training(self, path: Path, arm: Arm, count: int, seed: int) -> Path:
+        """The training file of a run: ``path``, written now, or one that was there. count: of demonstrations."""
 
     def evaluate(self, model: Path, base: Path, temperatures: Sequence[float], folder: Path) -> Evaluation:
         """What a trained model can do; folder: for what is kept."""
@@ -29,12 +31,10 @@ class MadeUp:
     def __init__(self, condition: Condition):
         self.condition = condition
 
-    def write_training(self, path: Path, arm: Arm, base: Path, count: int, seed: int) -> Path:
+    def write_training(self, path: Path, arm: Arm, count: int, seed: int) -> Path:
         records = self.condition.demonstrations(count, seed)
-        if arm.keep < 1:
-            records = likeliest(records, arm.keep, base)
         if arm.objective == "cft":
-            records = [record | {"critical": _critical(record["completion"])} for record in records]
+            records = [record | {"critical": critical(record["completion"])} for record in records]
         path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
         return path
 
@@ -42,22 +42,37 @@ class MadeUp:
         return evaluate(model, base, self.condition, temperatures)
 
 
-def _critical(completion: str) -> list[bool]:
-    """For each token whether it is a step's result, or of the answer: what a step's question follows from is known."""
+def critical(completion: str) -> list[bool]:
+    """For each token, the one that ends the solution included, whether it is of a step's result or of the answer, or a
+    sign behind one of them.
+
+    What a step asks follows from the steps before it."""
     *steps, answer = completion.split(";")
     found = []
     for step in steps:
         begin = max(step.rfind(sign) for sign in "=:>") + 1
-        found += [place >= begin for place in range(len(step))] + [False]
+        found += [place >= begin for place in range(len(step) + 1)]
     return found + [True] * (len(answer) + 1)
+
+
+# The key that a table of a study file is known by -> what reads it.
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "task": (Condition, MadeUp),
+    "source": (RealProblems, lambda problems: problems),
+    "train": (Harness, lambda harness: harness),
+}
 
 
 def condition_of(data: Data) -> StudyCondition:
     """What a study file calls [data.NAME]. ValueError for keys that are none of its kind's."""
     table = dict(data.condition)
-    if "task" in table:
-        return MadeUp(_made("task", data.name, table, Condition))
-    raise ValueError(f"[data.{data.name}]: expected task")
+    for key, (made, kind) in _KINDS.items():
+        if key in table:
+            return kind(_made(key, data.name, table, made))
+    raise ValueError(
+        f"[data.{data.name}]: expected task (a made-up one), source (gsm8k or math), or train with tasks (files of "
+        "your own, evaluated by lm-evaluation-harness)"
+    )
 
 
 def _made(kind: str, name: str, table: Mapping[str, Any], made: Any) -> Any:
@@ -67,6 +82,6 @@ def _made(kind: str, name: str, table: Mapping[str, Any], made: Any) -> Any:
             f"[data.{name}]: unknown key {strange[0]!r} beside {kind}: expected {', '.join(sorted(known))}"
         )
     try:
-        return made(**table)
+        return made(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
     except (TypeError, ValueError) as error:
         raise ValueError(f"[data.{name}]: {error}") from error

@@ -150,13 +150,3 @@ class Likelihoods:
             rows.gather(1, torch.tensor(tail)[:, None])[:, 0] for rows, tail in zip(chosen, tails, strict=True)
         ]
         return of_labels, torch.cat(chosen)
-
-
-def likeliest(records: list[dict[str, Any]], keep: float, base: Path) -> list[dict[str, Any]]:
-    """The share of the records whose completions the base model finds likeliest, by the mean log p of a token, in their
-    order."""
-    scored = Likelihoods(load_transformers_model(base), load_tokenizer(base))
-    log_p, _ = scored.of([(record["prompt"], record["completion"]) for record in records])
-    means = torch.tensor([values.mean() for values in log_p])
-    kept = set(means.argsort(descending=True, stable=True)[: max(1, round(keep * len(records)))].tolist())
-    return [record for number, record in enumerate(records) if number in kept]

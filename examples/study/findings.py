@@ -90,7 +90,7 @@ class Findings:
 def _of_problems(result: Mapping[str, Any], metric: str) -> np.ndarray:
     """A metric as [problems]; [1] of one that is no share of right answers."""
     outcome = result["outcomes"].get(metric)
-    return unpack(outcome).astype(float) if outcome is not None else np.array([result["metrics"][metric]])
+    return unpack(outcome) if outcome is not None else np.array([result["metrics"][metric]])
 
 
 def _dev(result: Mapping[str, Any]) -> float:

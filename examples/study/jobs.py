@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -38,8 +40,7 @@ class Models:
 
 def do(study: Study, run: Run, models: Models, folder: Path) -> None:
     """Train and evaluate: result.json appears in the folder when both are done. ValueError where it cannot be."""
-    arm, base, data = study.arms[run.arm], study.bases[run.base], study.data[run.data]
-    condition = condition_of(data)
+    arm, condition = study.arms[run.arm], condition_of(study.data[run.data])
     if "save-interval" not in study.flags:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,10 @@ def do(study: Study, run: Run, models: Models, folder: Path) -> None:
     # Of no steps: the base as it is.
     model = folder / "model" if run.steps else models.base
     if not model.is_dir():
-        train = condition.write_training(folder / "train.jsonl", arm, models.base, study.demonstrations, run.seed)
+        train = condition.write_training(folder / "train.jsonl", arm, study.demonstrations, run.seed)
+        if arm.keep < 1:
+            scored = _scored(study, models.base, None, train, folder / "likelihoods.jsonl")
+            train = keep_likeliest(scored, folder / "kept.jsonl", arm.keep)
         train = _with_side_inputs(study, run, models, train, folder)
         finetune(study, training_words(study, run, models, train, folder), folder / LOG)
     trained = time.monotonic()
@@ -138,17 +142,11 @@ def _be_command(name: str, words: list[str], log: Path) -> None:
     end_with_parent()
     to_file(log)
     module = {"finetune": "qtarget_megatron.finetune", "score": "qtarget_megatron.commands.score"}[name]
-    code = sys.modules[module].main(words) if module in sys.modules else _imported(module).main(words)
+    code = importlib.import_module(module).main(words)
     sys.stdout.flush()
     sys.stderr.flush()
     # Without the exit handlers of the process that it was forked from.
     os._exit(code)
-
-
-def _imported(module: str) -> Any:
-    import importlib
-
-    return importlib.import_module(module)
 
 
 def _with_side_inputs(study: Study, run: Run, models: Models, train: Path, folder: Path) -> Path:
@@ -159,14 +157,38 @@ def _with_side_inputs(study: Study, run: Run, models: Models, train: Path, folde
     asked = set(objectives.from_arguments(arm.objective, list(arm.args)).token_inputs)
     if not asked & {"old_log_prob", "weight"}:
         return train
-    words = {"hf-model": models.base, "data": train, "out": folder / "scored.jsonl", "overwrite": True}
     if "weight" in asked:
-        # Of the better model against the base: samples count more where the better one finds them likelier.
-        words |= {"hf-model": models.strong, "reference-hf": models.base}
-    kept = ("seq-length", "micro-batch-size", "bf16", "cpu")
-    words |= {name: study.flags[name] for name in kept if name in study.flags}
-    command(study.launcher, "score", flag_words(words), folder / "score.log")
-    return folder / "scored.jsonl"
+        # Samples count more where the better model finds them likelier than the base does.
+        return _scored(study, models.strong, models.base, train, folder / "scored.jsonl")
+    return _scored(study, models.base, None, train, folder / "scored.jsonl")
+
+
+# Flags of the training that its scoring takes as well.
+_SCORING = {
+    "cpu", "bf16", "fp16", "data-format", "seq-length", "micro-batch-size", "sequence-parallel",
+    "tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size", "expert-model-parallel-size",
+    "expert-tensor-parallel-size",
+}  # fmt: skip
+
+
+def _scored(study: Study, model: Path, reference: Path | None, data: Path, out: Path) -> Path:
+    """The data with each token's log p under a model, and weights against a reference; by qtarget score."""
+    if not out.exists():
+        words = {"hf-model": model, "data": data, "out": out, "overwrite": True}
+        words |= {} if reference is None else {"reference-hf": reference}
+        words |= {name: value for name, value in study.flags.items() if name in _SCORING}
+        command(study.launcher, "score", flag_words(words), out.with_suffix(".log"))
+    return out
+
+
+def keep_likeliest(scored: Path, out: Path, keep: float) -> Path:
+    """Write the share of scored records with the highest mean log p of a token, in their order."""
+    records = [json.loads(line) for line in scored.read_text("utf-8").splitlines()]
+    means = [statistics.fmean(record.pop("old_log_prob") or [-math.inf]) for record in records]
+    order = sorted(range(len(records)), key=lambda number: -means[number])
+    kept = sorted(order[: max(1, round(keep * len(records)))])
+    out.write_text("".join(json.dumps(records[number]) + "\n" for number in kept), "utf-8")
+    return out
 
 
 def read_log(path: Path) -> dict[str, float]:

@@ -68,13 +68,16 @@ def _wrong_rule(findings: Findings, path: Path) -> str | None:
                     points.append((share, values))
                 label = f"{arm}, by the {'known rule' if key == 'a' else 'new rule'}"
                 _line(axis, points, arm, line, label)
-        axis.set(title=title, xlabel="demonstrations that follow the new rule, %")
-    axes[0].legend(fontsize=7, loc="center left", bbox_to_anchor=(0.0, 0.5))
-    _save(figure, path)
+        for result in findings.runs(base, shares[-1][1], "sft", 0).values():
+            own = findings.study.data[shares[-1][1]].condition.get("key", "a")
+            known = result["metrics"][metric if own == "a" else f"other {metric}"]
+            axis.axhline(100 * known, color="black", linestyle=":", linewidth=1, label="before, by the known rule")
+        axis.set(title=title, xlabel="demonstrations that follow the new rule, %", ylim=(-3, 103))
+    _save(figure, path, legend=True)
     return (
-        f"Answers of {base} by the rule that the base model knows (solid) and by the new one (dashed), against the share "
-        "of demonstrations that follow the new rule: the same trainings, whichever rule is called right. Bars: standard "
-        "deviation over seeds."
+        f"Answers of {base} by the rule that the base model knows (solid) and by the new one (dashed), against the "
+        "share of demonstrations that follow the new rule: the same trainings, whichever rule is called right. Bars: "
+        "standard deviation over seeds."
     )
 
 
@@ -92,9 +95,11 @@ def _noise(findings: Findings, path: Path) -> str | None:
                 points = [(share, findings.values(base, data, arm, metric)) for share, data in points_of]
                 _line(axis, points, arm, line, f"{arm}, {'likeliest' if metric == 'greedy' else 'T = 1'}")
         axis.set(title=base, xlabel="demonstrations with a wrong step, %")
-    axes[0].legend(fontsize=7)
-    _save(figure, path)
-    return "Right answers, the likeliest (solid) and sampled at T = 1 (dashed), against the share of demonstrations with one random wrong step."
+    _save(figure, path, legend=True)
+    return (
+        "Right answers, the likeliest (solid) and sampled at T = 1 (dashed), against the share of demonstrations with "
+        "one random wrong step."
+    )
 
 
 def _is_clean_of(condition: Any, shares: list[tuple[float, str]], findings: Findings) -> bool:
@@ -136,10 +141,16 @@ def _forgetting(findings: Findings, path: Path) -> str | None:
     for axis in grid[:, 0]:
         axis.set_ylabel("right at T = 1, %", fontsize=8)
     handles = dict(zip(*reversed(grid.flat[0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.16 / rows + 0.02, 1, 1))
+    places = max(2, 2 * columns)
+    lines = -(-len(handles) // places)
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=places, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, (0.25 * lines + 0.1) / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=110)
-    return "Right answers sampled at T = 1 against what is left of the tasks that were not trained (greedy), for each arm; the star is the base before."
+    plt.close(figure)
+    return (
+        "Right answers sampled at T = 1 against what is left of the tasks that were not trained (greedy), for each "
+        "arm; the star is the base before."
+    )
 
 
 def _trust(findings: Findings, path: Path) -> str | None:
@@ -159,9 +170,11 @@ def _trust(findings: Findings, path: Path) -> str | None:
                 points = [(steps, findings.values(base, data, arm, metric, steps)) for steps in lengths]
                 _line(axis, points, arm, line, f"{arm}, {'right' if metric == 'p right' else 'wrong'}", scale=(1, 1))
         axis.set(title=data, xlabel="step")
-    axes[0].legend(fontsize=7)
-    _save(figure, path)
-    return f"What a designed target trusts: mean p(y) of right (solid) and wrong (dashed) characters of demonstrations over training, {base}."
+    _save(figure, path, legend=True)
+    return (
+        "What a designed target trusts: mean p(y) of right (solid) and wrong (dashed) characters of demonstrations "
+        f"over training, {base}."
+    )
 
 
 def _axes(count: int, label: str) -> tuple[Any, list[Any]]:
@@ -189,9 +202,14 @@ def _line(
     )  # fmt: skip
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path, *, legend: bool = False) -> None:
+    """legend: one for all, below."""
     import matplotlib.pyplot as plt
 
-    figure.tight_layout()
+    if legend:
+        figure.set_figheight(figure.get_figheight() + 0.7)
+        lines, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="lower center", ncols=-(-len(labels) // 2), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.6 / figure.get_figheight() if legend else 0, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)

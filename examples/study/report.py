@@ -1,7 +1,7 @@
 """REPORT.md of a study, and its pictures, from results.jsonl.
 
-    python -m examples.study.report OUT                   # of the study that was run into OUT, whole or not
-    python -m examples.study.report OUT --study FILE      # by another file of the same study
+python -m examples.study.report OUT                   # of the study that was run into OUT, whole or not
+python -m examples.study.report OUT --study FILE      # by another file of the same study
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def _compared(findings: Findings, base: str, data: str) -> list[str]:
 
 def _counts(findings: Findings) -> str:
     """Wins, ties and losses of each arm over the settings that all main arms share."""
-    arms = [*findings.study.grids[0].arms, *_extra(findings)]
     main = findings.study.grids[0]
+    arms = list(dict.fromkeys([*main.arms, *_extra(findings)]))
     settings = [(base, data) for data in main.data for base in main.bases if findings.runs(base, data, SFT)]
     rows = []
     for arm in arms:
@@ -123,8 +123,8 @@ def _counts(findings: Findings) -> str:
         rows.append(row)
     return (
         f"## Wins / ties / losses against sft, {len(settings)} settings\n\n"
-        f"The last {len(_extra(findings))} are no losses: sft on the half of the data that the base finds likeliest; sft "
-        "stopped where dev is best; sft's answers drawn at a lower temperature.\n\n"
+        f"The last {len(_extra(findings))} are no losses: sft on the half of the data that the base finds likeliest; "
+        "sft stopped where dev is best; sft's answers drawn at a lower temperature.\n\n"
         + _table(["", *(SAID[metric] for metric in (*METRICS, "nll"))], rows)
     )
 
@@ -160,7 +160,12 @@ def _others(findings: Findings) -> str:
         pairs = [(base, data) for data in grid.data for base in grid.bases]
         if grid.steps or all(findings.study.data[data].learning_rates_from for _, data in pairs):
             continue
-        rows = [_row(findings, base, data, arm) for base, data in pairs for arm in [SFT, *grid.arms] if findings.runs(base, data, arm)]
+        rows = [
+            _row(findings, base, data, arm)
+            for base, data in pairs
+            for arm in [SFT, *grid.arms]
+            if findings.runs(base, data, arm)
+        ]
         if rows:
             parts.append(f"## {grid.name.capitalize()}\n\n" + _table(_COLUMNS, rows))
     return "\n".join(parts)
@@ -192,7 +197,7 @@ def _row(findings: Findings, base: str, data: str, arm: str) -> list[str]:
 def _settings(findings: Findings) -> str:
     """Every arm of every setting of the first grid, and the arms that are no losses."""
     main = findings.study.grids[0]
-    arms = [*main.arms, *_extra(findings)]
+    arms = list(dict.fromkeys([*main.arms, *_extra(findings)]))
     rows = [
         _row(findings, base, data, arm)
         for data in main.data
@@ -201,9 +206,9 @@ def _settings(findings: Findings) -> str:
         if findings.runs(base, data, arm)
     ]
     explained = (
-        "lr: chosen by dev. -log p: of a token of right solutions, in nats. KL: from the base, of those tokens, in nats. "
-        "other tasks: greedy, of those that the base knew. M: mean total mass of the target in training, trust its "
-        "label's share; both change the step's effective size.\n"
+        "lr: chosen by dev. -log p: of a token of right solutions, in nats. KL: from the base, of those tokens, in "
+        "nats. other tasks: greedy, of those that the base knew. M: mean total mass of the target in training, trust "
+        "its label's share; both change the step's effective size.\n"
     )
     return f"## Every setting\n\n{explained}\n" + _table(_COLUMNS, rows)
 
@@ -224,21 +229,27 @@ def _rates(findings: Findings) -> str:
                     ends[rate].append(f"{arm} ({data}, {base})")
     lines = [f"- {rate:g}: {', '.join(names) or 'none'}\n" for rate, names in ends.items()]
     return (
-        f"## Learning rates\n\nEach is chosen of {', '.join(f'{rate:g}' for rate in rates)} by dev problems, of the first "
-        f"seed. Of {count}, those at an end of the sweep, where one beyond it might be better:\n\n" + "".join(lines)
+        f"## Learning rates\n\nEach is chosen of {', '.join(f'{rate:g}' for rate in rates)} by dev problems, of the "
+        f"first seed. Of {count}, those at an end of the sweep, where one beyond it might be better:\n\n"
+        + "".join(lines)
     )
 
 
 def _reading(study: Study) -> str:
-    return (
-        "## What this does not show\n\n"
-        "- Models of less than a million parameters and made-up tasks: how the losses work, not how much they bring.\n"
-        f"- {max(grid.seeds for grid in study.grids)} seeds of the data and their order, one of each base model. With so few an interval over seeds is "
-        "rather too narrow.\n"
-        "- Many intervals: of twenty ties that are none, one is a win or a loss by chance.\n"
-        "- Which demonstrations are called wrong is the study's choice: see the data rule-... and convention, which are "
-        "the same but for the key.\n"
-    )
+    lines = [
+        f"- {max(grid.seeds for grid in study.grids)} seeds of the data and their order, one of each base model: an "
+        "interval over so few seeds is rather too narrow.",
+        "- Many intervals: of twenty differences that are none, one comes out as a win or a loss by chance.",
+    ]
+    if any("task" in data.condition for data in study.data.values()):
+        lines += [
+            "- Models of less than a million parameters, made-up tasks: how the losses work, not how much they bring.",
+            "- Which demonstrations are called wrong is the study's choice: the data rule-... and convention are the "
+            "same but for the key.",
+        ]
+    if any("source" in data.condition for data in study.data.values()):
+        lines.append("- Problems are split by the study itself, and few: no figure here is a benchmark score.")
+    return "## What this does not show\n\n" + "".join(f"{line}\n" for line in lines)
 
 
 def _share(values: np.ndarray) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,17 @@ class ResultsFile:
                 ) from None
 
 
-def pack(right: list[bool]) -> str:
-    """Outcomes as hexadecimal digits, the number of problems before them: "5:a8" is right, wrong, right, wrong, right."""
-    return f"{len(right)}:{np.packbits(np.array(right, dtype=bool)).tobytes().hex()}"
+def pack(right: Sequence[bool] | Sequence[float]) -> str | list[float]:
+    """Outcomes of problems: right and wrong as hexadecimal digits behind their number, "5:a8" is right, wrong, right,
+    wrong, right; shares, of several answers to a problem, as they are."""
+    if all(value in (0, 1) for value in right):
+        return f"{len(right)}:{np.packbits(np.array(right, dtype=bool)).tobytes().hex()}"
+    return [round(float(value), 4) for value in right]
 
 
-def unpack(text: str) -> np.ndarray:
-    """The bool [problems] that pack() wrote."""
-    count, _, digits = text.partition(":")
-    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8))[: int(count)].astype(bool)
+def unpack(outcomes: str | list[float]) -> np.ndarray:
+    """The float64 [problems] that pack() wrote."""
+    if isinstance(outcomes, list):
+        return np.array(outcomes, dtype=float)
+    count, _, digits = outcomes.partition(":")
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), dtype=np.uint8))[: int(count)].astype(float)

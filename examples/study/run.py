@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -169,10 +169,14 @@ def run_study(study_path: Path, out: Path, workers: int | None, keep_models: boo
 
 def prepare(study: Any, out: Path, pool: Pool) -> None:
     """Train the bases that are not there."""
+    from examples.demo.prepare import MODEL_FOLDER
+    from examples.demo.prepare import prepare as prepare_demo
     from examples.study.bases import missing, models_of, train_base
 
     for name in study.base_names():
         base = study.bases[name]
+        if base.model is not None and base.model.name == MODEL_FOLDER and not base.model.is_dir():
+            prepare_demo()
         if base.model is not None and not base.model.is_dir():
             raise ValueError(f"[bases.{name}]: there is no directory {base.model}")
     for name in missing(study, out):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from examples.study.study_file import Arm, Study
+from examples.study.study_file import Study
 
 # Results by the run that they are of.
 Results = Mapping["Run", Mapping[str, Any]]
@@ -44,8 +44,9 @@ def digest(study: Study, run: Run) -> str:
 
 
 def possible_runs(study: Study, results: Results) -> list[Run]:
-    """All runs that are known by now, in the order in which they are wanted: those at a chosen learning rate follow once
-    its sweep is done. Those with results are among them."""
+    """All runs that are known by now, in the order in which they are wanted; those with results are among them.
+
+    Those at a chosen learning rate follow once its sweep is done."""
     found: dict[Run, None] = {}
     for grid in study.grids:
         for data in grid.data:
@@ -95,8 +96,3 @@ def learning_rate(study: Study, results: Results, base: str, data: str, arm: str
     if any(run not in results for run in sweep):
         return None
     return max(sorted(sweep), key=lambda run: results[run]["metrics"]["dev"]).learning_rate
-
-
-def needs(study: Study, arms: Iterable[Arm]) -> set[str]:
-    """The models that arms read besides the base: strong, or nothing."""
-    return {arm.teacher for arm in arms} - {"base"}

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from examples.demo.prepare import MODEL_FOLDER, cache_directory
+
 SFT = "sft"
 # What a grid's outcome is called where no arm wins.
 TIE = "tie"
+# A base's model: the one that the demo fetches.
+DEMO_MODEL = "demo:smollm2"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Arm:
 class Base:
     """A model that trainings begin with: a Hugging Face directory, or sizes of one that the study trains itself.
 
-    model, strong: directories; strong: a better model with the same tokenizer.
+    model, strong: directories, or DEMO_MODEL; strong: a better model with the same tokenizer.
     config:        of transformers' LlamaConfig.
     steps:         of its own training.
     strong_steps:  for how many more the better one is trained.
@@ -55,7 +59,7 @@ class Data:
 
     condition:           what they are, as their kind reads it: tasks.Condition, real.RealData or lm_eval.Files.
     learning_rates_from: the data whose learning rates are taken, where none are swept.
-    expected:            metric -> the arm that was expected to win against sft, sft, or tie, written before the runs.
+    expected:            metric -> the arm that was expected to win against sft, or sft, or tie; written before.
     """
 
     name: str
@@ -69,8 +73,8 @@ class Grid:
     """Every combination of data, bases and arms.
 
     seeds: at the learning rate that the dev split has chosen.
-    steps: shorter trainings on the same schedule, at the learning rate of the whole one, 0 the base as it is; empty: the
-           whole one.
+    steps: shorter trainings on the same schedule, at the learning rate of the whole one, 0 the base as it is; empty:
+           the whole one.
     """
 
     name: str
@@ -158,7 +162,8 @@ def _table(table: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
 def _base(name: str, table: dict[str, Any], folder: Path) -> Base:
     for key in ("model", "strong"):
         if key in table:
-            table[key] = folder / Path(table[key]).expanduser()
+            demo = table[key] == DEMO_MODEL
+            table[key] = cache_directory() / MODEL_FOLDER if demo else folder / Path(table[key]).expanduser()
     _check_keys(f"[bases.{name}]", table, Base)
     base = Base(name, **table)
     if (base.model is None) == (not base.config):
@@ -170,9 +175,8 @@ def _base(name: str, table: dict[str, Any], folder: Path) -> Base:
 
 def _data(name: str, table: dict[str, Any], folder: Path) -> Data:
     own = {key: table.pop(key) for key in ("learning_rates_from", "expected") if key in table}
-    for key in ("train", "dev", "test"):
-        if key in table:
-            table[key] = str(folder / Path(table[key]).expanduser())
+    if isinstance(table.get("train"), str):
+        table["train"] = str(folder / Path(table["train"]).expanduser())
     return Data(name, condition=table, **own)
 
 

@@ -1,7 +1,7 @@
-"""The study's problems: generators, worked solutions and the checker of answers, one character a token.
+"""The study's problems: generators, worked solutions and the checker of answers; a character is a token.
 
-A solution is a line of steps and the answer, "7+6=13;4+8+1=13;0+3+1=4;433". Each problem belongs to one split, by a hash
-of its text, whichever seed draws it: what is tested was never trained on, by a base model neither.
+A solution is a line of steps and the answer, "7+6=13;4+8+1=13;0+3+1=4;433". Each problem belongs to one split, by a
+hash of its text, whichever seed draws it: what is tested was never trained on, by a base model neither.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import random
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 END = "<end>"
 ALPHABET = string.digits + string.ascii_letters + "+=;#?>,|&^@:"
 # Tenths of all problems.
 SPLITS = {"train": 8, "dev": 1, "test": 1}
-# The table of "#" that the base models know, and another one: they differ in all of their 100 cases.
+# The table of "#" that the base models know, and another one: they differ in all of their 100 cases, and in the answers
+# of all problems.
 RULES: dict[str, Callable[[int, int], int]] = {
-    "a": lambda left, right: (left + 3 * right + 1) % 7,
-    "b": lambda left, right: (left + 3 * right + 4) % 7,
+    "a": lambda left, right: (left + 3 * right + 1) % 10,
+    "b": lambda left, right: (left + 3 * right + 4) % 10,
 }
 
 
@@ -121,7 +123,7 @@ def _solve_sum(problem: str, rule: str, spoil: Spoil) -> Solution:
 
 
 def _draw_table(draw: random.Random) -> str:
-    return "#".join(str(draw.randrange(7)) for _ in range(draw.randint(4, 6))) + "?"
+    return "#".join(str(draw.randrange(10)) for _ in range(draw.randint(4, 6))) + "?"
 
 
 def _solve_table(problem: str, rule: str, spoil: Spoil) -> Solution:
@@ -191,8 +193,21 @@ TASKS = {
         Task("sort", _draw_sort, _solve_sort),
     )
 }
-# Those that the base models are trained on.
-KNOWN = ("sum", "table", "walk", "logic")
+# Those that the base models are trained on, each with its share.
+KNOWN = {"sum": 0.35, "table": 0.25, "walk": 0.2, "logic": 0.2}
+
+
+def is_new(left: int, right: int) -> bool:
+    """Whether a case of the table is one of the ten that the base models have never seen."""
+    return (3 * left + 7 * right) % 10 == 0
+
+
+def is_known(problem: str) -> bool:
+    """Whether base models are trained on problems like this one: on those of the table without a new case."""
+    if "#" not in problem:
+        return True
+    steps = TASKS["table"].solution(problem).steps
+    return not any(is_new(*map(int, step.question[:-1].split("#"))) for step in steps)
 
 
 def split_of(problem: str) -> str:
@@ -237,6 +252,8 @@ class Condition:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task {self.task!r}: expected one of {', '.join(TASKS)}")
+        if self.task == "walk" and self.wrong_steps:
+            raise ValueError("task 'walk': its steps cannot be spoilt, as an arrow may lead nowhere")
         if self.key not in RULES:
             raise ValueError(f"key {self.key!r}: expected one of {', '.join(RULES)}")
         for name in ("wrong_steps", "wrong_rule"):
@@ -250,9 +267,8 @@ class Condition:
         wrong:              (begin, end) of the completion's characters that are wrong by the rule that the bases know.
         """
         task, draw = TASKS[self.task], random.Random(f"demonstrations {seed}")
-        return [
-            self._demonstration(task, problem, draw) for problem, _ in zip(problems(task, "train", seed), range(count))
-        ]
+        drawn = islice(problems(task, "train", seed), count)
+        return [self._demonstration(task, problem, draw) for problem in drawn]
 
     def _demonstration(self, task: Task, problem: str, draw: random.Random) -> dict[str, Any]:
         rule = "b" if draw.random() < self.wrong_rule else "a"

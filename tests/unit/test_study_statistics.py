@@ -71,7 +71,7 @@ def test_spread_by_hand():
     assert np.isnan(spread(np.array([1.0]))[1])
 
 
-@pytest.mark.parametrize("right", [[], [True], [True, False, True, False, True], [False] * 17])
+@pytest.mark.parametrize("right", [[], [True], [True, False, True, False, True], [False] * 17, [0.25, 1.0, 0.5]])
 def test_outcomes_survive_packing(right):
     assert unpack(pack(right)).tolist() == right
 
