@@ -29,6 +29,9 @@ help:
 	@echo '  make test-lowest, make test-newest'
 	@echo '                   run tests/unit with the lowest and the newest versions, in environments of their own'
 	@echo '  make bench       measure time and memory next to torch and Megatron (about 35 minutes, idle machine)'
+	@echo '  make study       train and compare every objective on small models (about 2 hours, goes on where it ended)'
+	@echo '  make study-quick the same with four of them on three kinds of data (about 10 minutes)'
+	@echo '  make study-real  the same with a real model (a night)'
 	@echo '  make gpu         on a machine with a GPU: run what needs one, write benchmarks/GPU.md'
 	@echo '  make docs        build the documentation into site/'
 	@echo '  make lint        check style (ruff) and types (mypy)'
@@ -42,6 +45,7 @@ help:
 	@echo '  PYTEST_ARGS="-k trust -x"    more arguments for pytest'
 	@echo '  DEMO_ARGS="--help"           arguments for the demo'
 	@echo '  BENCH_ARGS="kernels --quick" what to measure (--help lists it; default: all)'
+	@echo '  STUDY_ARGS="--help"          arguments for the studies'
 	@echo '  GPU_ARGS="--only kernels"    which steps of make gpu (--help lists all options)'
 	@echo 'By hand: $(PY) -m qtarget_megatron.finetune --help'
 
@@ -119,6 +123,14 @@ test-quick: $(BUILD)
 bench: $(BUILD)
 	@$(PY) tools/benchmark.py $(or $(BENCH_ARGS),all)
 
+# Ended at any point, the same command goes on. A folder of results each: study-output, quick-output, real-output.
+.PHONY: study study-quick study-real
+study: STUDY := study
+study-quick: STUDY := quick
+study-real: STUDY := real
+study study-quick study-real: $(BUILD)
+	@$(PY) -m examples.study.run --study examples/study/$(STUDY).toml $(STUDY_ARGS)
+
 # The variable: without the theme's advertisement of its successor.
 .PHONY: docs
 docs: $(BUILD)
@@ -143,5 +155,6 @@ format: $(BUILD)
 .PHONY: clean
 clean:
 	@rm -rf $(VENV) .venv-uv .venv-lowest .venv-newest build dist site *.egg-info qtarget_megatron/_C*.so demo-output .demo-output.* demo-output-failed.log \
+	    study-output quick-output real-output \
 	    .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

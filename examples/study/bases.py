@@ -14,7 +14,7 @@ from examples.study.tasks import KNOWN, TASKS, is_known, problems
 from examples.study.tokenizer import VOCABULARY_SIZE, character_tokenizer
 
 BATCH_SIZE = 64
-# Of the base's own training; what is trained further begins where this ended.
+# The base's own training decays to the latter; its further training begins anew.
 LEARNING_RATE, LEAST_LEARNING_RATE = 2e-3, 2e-4
 SEED = 1
 

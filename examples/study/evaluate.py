@@ -17,11 +17,11 @@ from qtarget_megatron.data import load_tokenizer
 from qtarget_megatron.huggingface import Generator, Sampling, load_transformers_model
 
 TEST_PROBLEMS, DEV_PROBLEMS, UNTOUCHED_PROBLEMS = 500, 200, 80
-# Of the test problems, those whose solutions likelihoods are of.
+# As many test problems' solutions are scored.
 SCORED_PROBLEMS = 200
 PROBED_DEMONSTRATIONS = 200
 LONGEST_SOLUTION = 48
-# Of every model the same random numbers: differences are between models.
+# Every model is asked with the same random numbers: differences are between models.
 SEED = 20261130
 
 

@@ -26,7 +26,7 @@ from examples.study.study_file import Study
 
 RESULT = "result.json"
 LOG = "train.log"
-# Of the log, as means over the steps: (name in a result, name in the log).
+# Values whose means over the steps are kept: (name in a result, name in the log).
 _LOGGED = (("total mass", "total mass"), ("trust", "trust"), ("p(y)", "p(y)"))
 
 
@@ -45,7 +45,7 @@ def do(study: Study, run: Run, models: Models, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    # Of no steps: the base as it is.
+    # A training of no steps is the base as it is.
     model = folder / "model" if run.steps else models.base
     if not model.is_dir():
         train = condition.write_training(folder / "train.jsonl", arm, study.demonstrations, run.seed)
@@ -86,12 +86,16 @@ def training_words(study: Study, run: Run, models: Models, train: Path, folder: 
         "metrics-jsonl": folder / "metrics.jsonl",
         "save-hf": folder / "model",
     }
-    objective = objectives.from_arguments(arm.objective, list(arm.args))
-    if objective.needs_teacher:
-        words["teacher-hf"] = models.strong if arm.teacher == "strong" else models.base
+    flags = dict(study.flags)
+    itself = flags.pop("teacher-self", False)
+    if objectives.from_arguments(arm.objective, list(arm.args)).needs_teacher:
+        if itself and arm.teacher == "base":
+            words["teacher-self"] = True
+        else:
+            words["teacher-hf"] = models.strong if arm.teacher == "strong" else models.base
     if "save-interval" in study.flags:
         words |= {"save": folder / "checkpoint", "load": folder / "checkpoint"}
-    return [*flag_words(words | dict(study.flags)), *(["--objective-args", *arm.args] if arm.args else [])]
+    return [*flag_words(words | flags), *(["--objective-args", *arm.args] if arm.args else [])]
 
 
 def flag_words(flags: dict[str, Any]) -> list[str]:

@@ -122,8 +122,9 @@ class RealProblems:
 
 
 def corrupt(solution: str, draw: random.Random) -> str | None:
-    """A solution in which one result, a number behind "=" or in \\boxed, is another one from there on; None where it has
-    none."""
+    """A solution in which one result is another number from there on; None where it has no result.
+
+    A result is a number behind "=" or in \\boxed."""
     results = list(_RESULT.finditer(solution))
     if not results:
         return None

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qtarget_megatron import finetune
-from qtarget_megatron.commands import cache_teacher, convert_hf, inspect_targets, plan, score, verify_parallel
+from qtarget_megatron.commands import cache_teacher, convert_hf, generate, inspect_targets, plan, score, verify_parallel
 
 _PARSERS = {
     "finetune": finetune.command_line,
+    "generate": generate.command_line,
     "score": score.command_line,
     "cache-teacher": cache_teacher.command_line,
     "plan": plan.command_line,

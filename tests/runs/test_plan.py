@@ -101,6 +101,25 @@ LORA_16 = ["--lora-rank", 16]
 LAYOUT_EXPERTS = ["--tensor-model-parallel-size", 4, SP, "--pipeline-model-parallel-size", 2, "--bf16", DO]
 LAYOUT_EXPERTS += ["--expert-model-parallel-size", 8, "--expert-tensor-parallel-size", 1]
 BATCH = ["--seq-length", 4096, "--micro-batch-size", 1, "--global-batch-size", 128]
+# What docs/study.md speaks of, and what its rows have in common.
+QWEN3 = {
+    "Qwen3-1.7B": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16)
+    | dict(tie_word_embeddings=True),
+    "Qwen3-8B": dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32),
+    "Qwen3-32B": dict(hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64),
+}
+STUDIED = [DO, SP, "--bf16", "--seq-length", 4096, "--micro-batch-size", 1, "--global-batch-size", 64]
+STUDIED += ["--objective", "target-sft"]
+
+
+def study_layouts():
+    """(model, GPUs, flags, GiB) of the table in docs/study.md."""
+    page = (REPOSITORY / "docs" / "study.md").read_text()
+    rows = [
+        [cell.strip(" `") for cell in row.split("|")] for row in re.findall(r"^\| (Qwen3.+) \|$", page, re.MULTILINE)
+    ]
+    assert rows and all(len(row) == 4 for row in rows)
+    return rows
 
 
 def write_config(folder, **changes):
@@ -127,6 +146,11 @@ def workspace(tmp_path_factory):
     experts |= dict(moe_intermediate_size=768, intermediate_size=6144, vocab_size=151936, norm_topk_prob=True)
     write_config(folder / "30b-a3b", **experts)
     write_config(folder / "odd", **LARGE["8b"] | odd)
+    for name, sizes in QWEN3.items():
+        family = dict(
+            architectures=["Qwen3ForCausalLM"], vocab_size=151936, head_dim=128, max_position_embeddings=40960
+        )
+        write_config(folder / name, **family | sizes)
     return folder
 
 
@@ -140,6 +164,10 @@ def commands(folder):
     return {
         "70b": large,
         "70b-text": large[:-1],
+        **{
+            name: words(name, *STUDIED, *layout.split(), "--teacher-hf", folder / name, "--json", world_size=int(gpus))
+            for name, gpus, layout, _ in study_layouts()
+        },
         "lora full": words("70b", *LORA_70B, "--teacher-hf", folder / "70b", "--json", world_size=8),
         "lora live": words("70b", *LORA_70B, "--teacher-hf", folder / "70b", *LORA_16, "--json", world_size=8),
         "lora self": words("70b", *LORA_70B, "--teacher-self", *LORA_16, "--json", world_size=8),
@@ -294,6 +322,16 @@ def test_interleaved_stages_hold_as_many_micro_batches_as_megatron_says(plans):
     plain, interleaved = (json.loads(plans[name][1])["stages"][0]["items"] for name in ("70b", "70b-vpp"))
     # 1 + (PP - 1) / (PP VPP), of which the text of Megatron's formula speaks.
     assert interleaved["activations"] == pytest.approx(plain["activations"] * (1 + 3 / 8))
+
+
+def test_the_page_on_studies_shows_what_is_planned(plans):
+    layouts = study_layouts()
+    assert [name for name, *_ in layouts] == list(QWEN3)
+    for name, _, _, shown in layouts:
+        code, printed = plans[name]
+        plan = json.loads(printed)
+        assert code == 0 and shown == f"{max(stage['total'] for stage in plan['stages']) / GIB:.2f}"
+        assert float(shown) < 60
 
 
 def test_the_page_on_adapters_shows_what_is_planned(plans):

@@ -522,8 +522,9 @@ def test_the_harness_s_command_line():
     lines = harness.command_lines(Path("OUT"), (1.0, 0.5), Path("F"))
     assert list(lines) == ["greedy", "sampled-1", "sampled-2", "sampled 0.5-1", "sampled 0.5-2"]
     assert " ".join(lines["sampled-2"]) == (
-        "lm_eval --model vllm --model_args pretrained=OUT,tensor_parallel_size=8,seed=2 --tasks ours,gsm8k --gen_kwargs "
-        "temperature=1,do_sample=True --seed 2 --output_path F/sampled-2 --log_samples --apply_chat_template"
+        "lm_eval --model vllm --model_args pretrained=OUT,tensor_parallel_size=8,seed=2 --tasks ours,gsm8k "
+        "--gen_kwargs temperature=1,do_sample=True --seed 2 --output_path F/sampled-2 --log_samples "
+        "--apply_chat_template"
     )
     assert "temperature=0,do_sample=False" in lines["greedy"]
 

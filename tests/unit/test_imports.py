@@ -100,7 +100,7 @@ ALLOWED = {
     "commands.main": {"_version", "commands.completion"},
     "commands.completion": {"commands", "finetune"},
     **dict.fromkeys(
-        ("__main__", "import", "export", "check", "score", "cache_teacher", "plan", "verify", "inspect"),
+        ("__main__", "import", "export", "check", "score", "generate", "cache_teacher", "plan", "verify", "inspect"),
         {"commands.main"},
     ),
     "finetune": {
