@@ -1,6 +1,7 @@
 """The commands that README.md and docs/ show: each is parsed, and run on tiny models where one process does it."""
 
 import argparse
+import importlib.util
 import json
 import re
 import shlex
@@ -106,6 +107,8 @@ def test_other_programs_are_given_what_exists():
                 assert words[1:] and set(words[1:]) <= set(targets), words
             elif words[0] == "pip":
                 assert words[1:3] == ["install", "."] and words[3:] in ([], ["-c", "constraints.txt"]), words
+            elif words[:2] == ["python", "-m"]:
+                assert importlib.util.find_spec(words[2]) is not None, words
             else:
                 name = (of_the_package(words) or [words[0]])[0]
                 assert name in {*COMMANDS, "completion", "--help", "--version"}, words

@@ -299,9 +299,9 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
                 losses, _ = loss.of_hidden(head, labels, inputs)
             losses.sum().backward()
 
-        # oneDNN multiplies 16 bits in scratch memory on processors that have no instructions for them. Chunks that make
-        # the weight's gradient as well have more than that.
-        is_plain = scratch and (chunk_size is None or args.lora_rank is not None)
+        # oneDNN multiplies 16 bits in scratch memory, more of it on processors that have no instructions for them. Chunks
+        # that make the weight's gradient as well have more than that.
+        is_plain = args.lora_rank is not None or (scratch and chunk_size is None)
         plain = torch.backends.mkldnn.flags(enabled=False) if is_plain else nullcontext()
         with plain, _sent() as sent:
             run()  # makes Megatron's communication buffers, which the layers use as well
