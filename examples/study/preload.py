@@ -12,7 +12,7 @@ import torch
 
 from qtarget_megatron.megatron.runtime import cpu_platform
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 # Once for each import, of what is not installed here.
 warnings.simplefilter("ignore")
 cpu_platform.activate()

@@ -45,8 +45,8 @@ class RealProblems:
     train: int = 480
     dev: int = 40
     test: int = 100
-    max_new_tokens: int = 320
-    batch_size: int = 20
+    max_new_tokens: int = 256
+    batch_size: int = 50
 
     def __post_init__(self) -> None:
         if self.source not in _READERS:

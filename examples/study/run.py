@@ -145,6 +145,8 @@ def run_study(study_path: Path, out: Path, workers: int | None, keep_models: boo
     for data in study.data.values():
         condition_of(data)
     workers = workers or study.workers
+    # Before the processes that share the cores begin.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     total = number_of_runs(study)
     file = ResultsFile(out / "results.jsonl")
     if dry_run:
@@ -283,7 +285,6 @@ def main(argv: list[str] | None = None) -> int:
     from examples.demo.launch import sigterm_as_interrupt
 
     args = command_line().parse_args(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("qtarget_megatron").addHandler(_said())
     out = (args.out or Path(f"{args.study.stem}-output")).absolute()
     if args.workers is not None and args.workers < 1:

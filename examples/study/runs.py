@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from examples.study.study_file import Study
@@ -33,7 +34,11 @@ def digest(study: Study, run: Run) -> str:
     """What a run depends on besides its own names, as a short hexadecimal number: another one is another run."""
     known = {
         "run": asdict(run),
-        "base": {key: str(value) for key, value in asdict(study.bases[run.base]).items()},
+        # A directory by its name: the same model may lie elsewhere.
+        "base": {
+            key: value.name if isinstance(value, Path) else value
+            for key, value in asdict(study.bases[run.base]).items()
+        },
         "data": dict(study.data[run.data].condition),
         "arm": asdict(study.arms[run.arm]),
         "steps": study.steps,

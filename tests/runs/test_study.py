@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -456,6 +457,17 @@ def test_the_cluster_s_commands_are_torchrun_s_with_the_layout(tmp_path):
         for flag in ("--save", "--load"):
             assert words[words.index(flag) + 1].endswith("checkpoint")
     assert "--teacher-hf " + str(CLUSTER.parent / "Qwen3-8B") in lines[-1]
+
+
+def test_a_model_that_lies_elsewhere_is_the_same(tmp_path):
+    found = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        study = read_study(Path(shutil.copy(CLUSTER, tmp_path / folder)))
+        found.append([digest(study, one) for one in possible_runs(study, {})])
+        study.data["ours"].condition["train"] = "train.jsonl"
+        found.append([digest(study, one) for one in possible_runs(study, {})])
+    assert found[1] == found[3]
 
 
 @pytest.mark.parametrize("name", ["study", "quick", "real", "cluster"])

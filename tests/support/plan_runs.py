@@ -299,8 +299,8 @@ def _loss_bytes(model, args: argparse.Namespace, student, objective) -> dict:
                 losses, _ = loss.of_hidden(head, labels, inputs)
             losses.sum().backward()
 
-        # oneDNN multiplies 16 bits in scratch memory, more of it on processors that have no instructions for them. Chunks
-        # that make the weight's gradient as well have more than that.
+        # oneDNN multiplies 16 bits in scratch memory, more of it on processors that have no instructions for them.
+        # Chunks that make the weight's gradient as well have more than that.
         is_plain = args.lora_rank is not None or (scratch and chunk_size is None)
         plain = torch.backends.mkldnn.flags(enabled=False) if is_plain else nullcontext()
         with plain, _sent() as sent:
