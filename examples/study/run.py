@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -54,12 +53,15 @@ class Failed(ValueError):
 
 
 class Pool:
-    """Runs jobs, so many at a time, each in a process that is forked from one with everything imported."""
+    """Runs jobs, so many at a time, each in a process that is forked from one with everything imported.
 
-    def __init__(self, workers: int):
+    preload: import what a training imports; not needed where a launcher starts it.
+    """
+
+    def __init__(self, workers: int, *, preload: bool = True):
         self._workers, self._jobs = workers, []
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([PRELOAD])
+        self._context.set_forkserver_preload([PRELOAD] if preload else [])
 
     @property
     def is_full(self) -> bool:
@@ -140,6 +142,7 @@ def run_study(study_path: Path, out: Path, workers: int | None, keep_models: boo
     from examples.study.runs import number_of_runs
     from examples.study.study_file import read_study
     from qtarget_megatron import output_lock
+    from qtarget_megatron.megatron.runtime import logs
 
     study = read_study(study_path)
     for data in study.data.values():
@@ -147,18 +150,22 @@ def run_study(study_path: Path, out: Path, workers: int | None, keep_models: boo
     workers = workers or study.workers
     # Before the processes that share the cores begin.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    if study.flags.get("cpu"):
+        # The same with and without a GPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     total = number_of_runs(study)
     file = ResultsFile(out / "results.jsonl")
     if dry_run:
         tell_plan(study, file.read(study), out)
         return total
-    output_lock.claim(out / LOCK, str(out))
+    with logs.shown():
+        output_lock.claim(out / LOCK, str(out))
     try:
         if not (out / study_path.name).exists():
             shutil.copyfile(study_path, out / study_path.name)
         results = file.read(study)
         say(f"{study.title}: {total} runs, {len(results)} of them done; results go to {file.path}")
-        pool = Pool(workers)
+        pool = Pool(workers, preload=not study.launcher)
         try:
             prepare(study, out, pool)
             train_all(study, out, pool, file, results, keep_models, Progress(total, len(results), workers))
@@ -285,7 +292,6 @@ def main(argv: list[str] | None = None) -> int:
     from examples.demo.launch import sigterm_as_interrupt
 
     args = command_line().parse_args(argv)
-    logging.getLogger("qtarget_megatron").addHandler(_said())
     out = (args.out or Path(f"{args.study.stem}-output")).absolute()
     if args.workers is not None and args.workers < 1:
         print(f"study: error: --workers: expected 1 or more, got {args.workers}", file=sys.stderr)
@@ -307,14 +313,6 @@ def main(argv: list[str] | None = None) -> int:
         print("study: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
-
-
-def _said() -> logging.Handler:
-    """Lines of the package's logger, which tell of a lock that was left, as this command's own."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("study: %(message)s"))
-    logging.getLogger("qtarget_megatron").setLevel(logging.INFO)
-    return handler
 
 
 if __name__ == "__main__":

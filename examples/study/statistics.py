@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -37,15 +38,23 @@ def paired_difference(
         raise ValueError(f"expected two [seeds, problems] of one shape, got {one.shape} and {other.shape}")
     differences = one.astype(float) - other.astype(float)
     seeds, problems = differences.shape
-    draw = np.random.default_rng(seed)
-    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
-    of_problems = draw.multinomial(problems, np.full(problems, 1 / problems), size=draws) / problems
+    of_seeds, of_problems = _weights(seeds, problems, draws, seed)
     means = ((of_seeds @ differences) * of_problems).sum(1)
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     # A sum of products is no exact 0 where every difference is.
     low, high = (0.0 if abs(bound) < 1e-12 else float(bound) for bound in (low, high))
     return Interval(float(differences.mean()), low, high)
+
+
+@lru_cache(maxsize=4)
+def _weights(seeds: int, problems: int, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The share of each seed [draws, seeds], and of each problem [draws, problems], in each draw."""
+    draw = np.random.default_rng(seed)
+    return (
+        draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds,
+        draw.multinomial(problems, np.full(problems, 1 / problems), size=draws) / problems,
+    )
 
 
 def spread(values: np.ndarray) -> tuple[float, float]:

@@ -208,13 +208,19 @@ def _check_names(study: Study) -> None:
     """ValueError for names that are not defined, and for arms without sft to compare with."""
     from qtarget_megatron import objectives
 
-    for arm in study.arms.values():
-        objectives.from_arguments(arm.objective, list(arm.args))
+    asked = {}
+    for name, arm in study.arms.items():
+        asked[name] = set(objectives.from_arguments(arm.objective, list(arm.args)).token_inputs)
+        if "weight" in asked[name] and arm.teacher != "strong":
+            raise ValueError(f'[arms.{name}]: its weights are of a better model: give teacher = "strong"')
     for grid in study.grids:
         for kind in ("data", "bases", "arms"):
             for name in getattr(grid, kind):
                 if name not in getattr(study, kind):
                     raise ValueError(f"grid {grid.name}: there is no [{kind}.{name}]")
+        for data in grid.data:
+            if "task" not in study.data[data].condition and any("critical" in asked[name] for name in grid.arms):
+                raise ValueError(f"grid {grid.name}: which tokens of [data.{data}] are critical is not known")
         if any(study.arms[name].teacher == "strong" for name in grid.arms):
             for name in grid.bases:
                 base = study.bases[name]

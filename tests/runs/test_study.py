@@ -356,6 +356,8 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
         ({'task = "table"': 'task = "table"\nwrong_steps = 2'}, "[data.clean]: wrong_steps: expected a share"),
         ({'task = "table"': 'task = "table"\nwrong = 2'}, "[data.clean]: unknown key 'wrong' beside task"),
         ({'task = "table"': "wrong_steps = 0.5"}, "[data.clean]: expected task (a made-up one), source"),
+        ({'objective = "sft"': 'objective = "iw-sft"'}, '[arms.sft]: its weights are of a better model'),
+        ({'objective = "sft"': 'objective = "cft"', 'task = "table"': 'source = "math"'}, "are critical is not known"),
         ({"title =": "title"}, "s.toml: Expected '=' after a key"),
     ],
 )  # fmt: skip
