@@ -82,7 +82,7 @@ def _answers(
     keys = [condition.answers(problem) for problem in dev + test]
     other = next(rule for rule in keys[0] if rule != condition.key)
     prompts = [tokenizer(problem)["input_ids"] for problem in dev + test]
-    for name, temperature in [("greedy", 0.0), *((_sampled(value), value) for value in temperatures)]:
+    for name, temperature in [("greedy", 0.0), *((sampled_name(value), value) for value in temperatures)]:
         sampling = Sampling(temperature=temperature, max_new_tokens=LONGEST_SOLUTION)
         given = [answers[0] for answers in generator.answers(prompts, sampling, SEED)]
         answers = [answer_of(answer.text) if answer.ended else "" for answer in given]
@@ -95,7 +95,8 @@ def _answers(
                 found.outcomes[name] = pack(right[len(dev) :])
 
 
-def _sampled(temperature: float) -> str:
+def sampled_name(temperature: float) -> str:
+    """What answers that are drawn at a temperature are called in metrics and outcomes."""
     return "sampled" if temperature == 1 else f"sampled {temperature:g}"
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.study.evaluate import Evaluation
+from examples.study.evaluate import Evaluation, sampled_name
 from examples.study.results import pack
 from examples.study.study_file import Arm
 
@@ -66,7 +66,7 @@ class Harness:
         found = {GREEDY: self._words(model, "temperature=0,do_sample=False", folder / GREEDY, 0)}
         for temperature in temperatures:
             for repeat in range(1, self.repeats + 1):
-                name = f"{_sampled(temperature)}-{repeat}"
+                name = f"{sampled_name(temperature)}-{repeat}"
                 drawn = f"temperature={temperature:g},do_sample=True"
                 found[name] = self._words(model, drawn, folder / name, repeat)
         return found
@@ -102,7 +102,7 @@ class Harness:
         result = Evaluation()
         names = {GREEDY: [GREEDY]}
         for temperature in temperatures:
-            kind = _sampled(temperature)
+            kind = sampled_name(temperature)
             names[kind] = [f"{kind}-{repeat}" for repeat in range(1, self.repeats + 1)]
         for kind, runs in names.items():
             by_task = {}
@@ -138,10 +138,6 @@ def read_samples(folder: Path, task: str, metric: str, chosen: str | None) -> li
     if not kept or metric not in kept[0]:
         raise ValueError(f"{files[-1]}: expected the metric {metric} of the filter {chosen or filters[0]}, found none")
     return [float(record[metric]) for record in sorted(kept, key=lambda record: record["doc_id"])]
-
-
-def _sampled(temperature: float) -> str:
-    return SAMPLED if temperature == 1 else f"{SAMPLED} {temperature:g}"
 
 
 def _mean(values: Sequence[float]) -> float:

