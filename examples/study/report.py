@@ -61,7 +61,7 @@ def _head(study: Study, results: dict) -> str:
         f"# {study.title}\n\n"
         f"{done} of {study.steps} steps, through `qtarget finetune`; {hours:.2f} hours of one core, bases apart; "
         f"{machines or 'no machine yet'}; commit {commits or 'none yet'}. Written by `python -m examples.study.report` "
-        "from `results.jsonl`; [README.md](README.md) says what the data are.\n\n"
+        "from `results.jsonl`; `examples/study/README.md` says what the data are.\n\n"
         "Figures are percentages of test problems, mean ± standard deviation over seeds; in brackets the difference to "
         f"sft of the same seeds and problems with its {LEVEL:.0%} bootstrap interval over seeds and problems "
         f"({DRAWS:,} draws). A **win** or **loss** is an interval without 0, a tie one that holds it.\n"

@@ -53,12 +53,12 @@ class Solution:
         return ";".join([*map(str, self.steps), self.answer])
 
     def wrong_characters(self) -> list[tuple[int, int]]:
-        """(begin, end) in the text of each wrong result."""
+        """(begin, end) in the text of what is wrong of each wrong result: its last character."""
         found, begin = [], 0
         for number, step in enumerate(self.steps):
             end = begin + len(str(step))
             if number in self.wrong:
-                found.append((begin + len(step.question), end))
+                found.append((end - 1, end))
             begin = end + 1
         return found
 
