@@ -16,9 +16,8 @@ from examples.study.tasks import KNOWN, TASKS, Condition, answer_of, problems
 from qtarget_megatron.data import load_tokenizer
 from qtarget_megatron.huggingface import Generator, Sampling, load_transformers_model
 
-TEST_PROBLEMS, DEV_PROBLEMS, UNTOUCHED_PROBLEMS = 500, 200, 80
-# As many test problems' solutions are scored.
-SCORED_PROBLEMS = 200
+# At most as many test problems' solutions are scored, and problems of each other task asked.
+SCORED_PROBLEMS, UNTOUCHED_PROBLEMS = 200, 80
 PROBED_DEMONSTRATIONS = 200
 LONGEST_SOLUTION = 48
 # Every model is asked with the same random numbers: differences are between models.
@@ -53,12 +52,12 @@ def evaluate(model: Path, base: Path, condition: Condition, temperatures: Sequen
     found = Evaluation()
     dev_problems, asked = (
         list(islice(problems(TASKS[condition.task], split, "evaluation"), count))
-        for split, count in (("dev", DEV_PROBLEMS), ("test", TEST_PROBLEMS))
+        for split, count in (("dev", condition.dev), ("test", condition.test))
     )
     _answers(found, generator, tokenizer, condition, dev_problems, asked, temperatures)
     dev = found.metrics["dev greedy"], found.metrics["dev sampled"]
     found.metrics["dev"] = sum(dev) / len(dev)
-    found.metrics["untouched"] = _untouched(generator, tokenizer, condition.task)
+    found.metrics["untouched"] = _untouched(generator, tokenizer, condition)
 
     solved = [(p, TASKS[condition.task].solution(p, condition.key).text) for p in asked[:SCORED_PROBLEMS]]
     scored = Likelihoods(generator.model, tokenizer)
@@ -100,12 +99,13 @@ def sampled_name(temperature: float) -> str:
     return "sampled" if temperature == 1 else f"sampled {temperature:g}"
 
 
-def _untouched(generator: Generator, tokenizer: Any, trained: str) -> float:
+def _untouched(generator: Generator, tokenizer: Any, condition: Condition) -> float:
+    count = min(UNTOUCHED_PROBLEMS, condition.test)
     pairs = [
         (problem, TASKS[name].solution(problem).answer)
         for name in KNOWN
-        if name != trained
-        for problem in islice(problems(TASKS[name], "test", "evaluation"), UNTOUCHED_PROBLEMS)
+        if name != condition.task
+        for problem in islice(problems(TASKS[name], "test", "evaluation"), count)
     ]
     prompts = [tokenizer(problem)["input_ids"] for problem, _ in pairs]
     given = generator.answers(prompts, Sampling(max_new_tokens=LONGEST_SOLUTION), SEED)

@@ -242,12 +242,15 @@ class Condition:
     wrong_steps: the share of demonstrations with one wrong step, at random.
     wrong_rule:  the share of demonstrations that follow rule b throughout.
     key:         the rule by which answers are right.
+    dev, test:   numbers of problems that are asked afterwards.
     """
 
     task: str
     wrong_steps: float = 0.0
     wrong_rule: float = 0.0
     key: str = "a"
+    dev: int = 200
+    test: int = 500
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -256,6 +259,9 @@ class Condition:
             raise ValueError("task 'walk': its steps cannot be spoilt, as an arrow may lead nowhere")
         if self.key not in RULES:
             raise ValueError(f"key {self.key!r}: expected one of {', '.join(RULES)}")
+        for name in ("dev", "test"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 problem or more, got {getattr(self, name)}")
         for name in ("wrong_steps", "wrong_rule"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")

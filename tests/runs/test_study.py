@@ -47,6 +47,8 @@ steps = 3
 
 [data.clean]
 task = "table"
+dev = 20
+test = 60
 expected = { greedy = "tie" }
 
 [arms.sft]
@@ -109,7 +111,7 @@ def test_a_study_runs_through_and_reports(whole):
     assert [line["arm"] for line in lines] in (["sft", "target-sft 0.5"], ["target-sft 0.5", "sft"])
     for line in lines:
         assert {"dev", "greedy", "sampled", "nll", "kl", "untouched", "p right"} <= line["metrics"].keys()
-        assert {name: len(unpack(bits)) for name, bits in line["outcomes"].items()} == {"greedy": 500, "sampled": 500}
+        assert {name: len(unpack(bits)) for name, bits in line["outcomes"].items()} == {"greedy": 60, "sampled": 60}
         assert line["training"]["total mass"] == pytest.approx(1, abs=1e-5) and line["seconds"]["train"] > 0
         assert line["training"]["loss first"] > 0
     assert "study: Tiny: 2 runs, 0 of them done" in printed and "study: 2/2 clean tiny" in printed
@@ -355,6 +357,7 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
         ({"steps = 3\n\n[data": "\n[data"}, "[bases.tiny]: expected steps, of its own training"),
         ({'task = "table"': 'task = "table"\nwrong_steps = 2'}, "[data.clean]: wrong_steps: expected a share"),
         ({'task = "table"': 'task = "table"\nwrong = 2'}, "[data.clean]: unknown key 'wrong' beside task"),
+        ({"dev = 20": "dev = 0"}, "[data.clean]: dev: expected 1 problem or more, got 0"),
         ({'task = "table"': "wrong_steps = 0.5"}, "[data.clean]: expected task (a made-up one), source"),
         ({'objective = "sft"': 'objective = "iw-sft"'}, '[arms.sft]: its weights are of a better model'),
         ({'objective = "sft"': 'objective = "cft"', 'task = "table"': 'source = "math"'}, "are critical is not known"),
