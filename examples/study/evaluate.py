@@ -14,7 +14,7 @@ from torch import Tensor
 from examples.study.results import pack
 from examples.study.tasks import KNOWN, TASKS, Condition, answer_of, problems
 from qtarget_megatron.data import load_tokenizer
-from qtarget_megatron.huggingface import Generator, Sampling, load_transformers_model
+from qtarget_megatron.huggingface import GeneratedAnswer, Generator, Sampling, load_transformers_model
 
 # At most as many test problems' solutions are scored, and problems of each other task asked.
 SCORED_PROBLEMS, UNTOUCHED_PROBLEMS = 200, 80
@@ -42,7 +42,7 @@ def evaluate(model: Path, base: Path, condition: Condition, temperatures: Sequen
     dev greedy, dev sampled:   the share of right answers to dev problems, the likeliest and at temperature 1
     greedy, sampled:           to test problems; of other temperatures "sampled 0.5"
     other greedy, other sampled: the same by the other rule
-    nll:                       -log p of a token of the test problems' solutions by the key, in nats
+    nll:                       -log p of a token of the first test problems' solutions by the key, in nats
     kl:                        KL(base || model) of their tokens' distributions, in nats
     untouched:                 greedy, the mean over the tasks that the bases know and this is not
     p right, p wrong:          mean p(y) of the demonstrations' right and wrong characters
@@ -83,8 +83,7 @@ def _answers(
     prompts = [tokenizer(problem)["input_ids"] for problem in dev + test]
     for name, temperature in [("greedy", 0.0), *((sampled_name(value), value) for value in temperatures)]:
         sampling = Sampling(temperature=temperature, max_new_tokens=LONGEST_SOLUTION)
-        given = [answers[0] for answers in generator.answers(prompts, sampling, SEED)]
-        answers = [answer_of(answer.text) if answer.ended else "" for answer in given]
+        answers = [_answer(given[0]) for given in generator.answers(prompts, sampling, SEED)]
         for rule in (condition.key, other):
             right = [answer == key[rule] for answer, key in zip(answers, keys, strict=True)]
             prefix = "" if rule == condition.key else "other "
@@ -109,7 +108,13 @@ def _untouched(generator: Generator, tokenizer: Any, condition: Condition) -> fl
     ]
     prompts = [tokenizer(problem)["input_ids"] for problem, _ in pairs]
     given = generator.answers(prompts, Sampling(max_new_tokens=LONGEST_SOLUTION), SEED)
-    return sum(answer_of(g[0].text) == key for g, (_, key) in zip(given, pairs, strict=True)) / len(pairs)
+    right = [_answer(answers[0]) == key for answers, (_, key) in zip(given, pairs, strict=True)]
+    return sum(right) / len(right)
+
+
+def _answer(given: GeneratedAnswer) -> str:
+    """The answer; none where the solution was not ended."""
+    return answer_of(given.text) if given.ended else ""
 
 
 def _probe(scored: Likelihoods, condition: Condition) -> Mapping[str, float]:

@@ -26,8 +26,8 @@ from examples.study.study_file import Study
 
 RESULT = "result.json"
 LOG = "train.log"
-# Values whose means over the steps are kept: (name in a result, name in the log).
-_LOGGED = (("total mass", "total mass"), ("trust", "trust"), ("p(y)", "p(y)"))
+# Values of the log whose means over the steps are kept.
+_LOGGED = ("total mass", "trust", "p(y)")
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ def read_log(path: Path) -> dict[str, float]:
     """Means over the steps of --metrics-jsonl; loss first and loss last besides."""
     steps = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     found = {}
-    for name, key in _LOGGED:
-        values = [step[key] for step in steps if step.get(key) is not None]
+    for name in _LOGGED:
+        values = [step[name] for step in steps if step.get(name) is not None]
         if values:
             found[name] = statistics.fmean(values)
     losses = [step["lm loss"] for step in steps if step.get("lm loss") is not None]

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,8 @@ from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+from tools.benchmarking.machine import cores, processor, repository
 
 HERE = Path(__file__).parent
 LOCK = ".study.lock"
@@ -148,20 +149,20 @@ def run_study(study_path: Path, out: Path, workers: int | None, keep_models: boo
     for data in study.data.values():
         condition_of(data)
     workers = workers or study.workers
-    # Before the processes that share the cores begin.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
-    if study.flags.get("cpu"):
-        # The same with and without a GPU.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     total = number_of_runs(study)
     file = ResultsFile(out / "results.jsonl")
     if dry_run:
         tell_plan(study, file.read(study), out)
         return total
+    # Before the processes that share the cores begin.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // workers))
+    if study.flags.get("cpu"):
+        # The same with and without a GPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with logs.shown():
         output_lock.claim(out / LOCK, str(out))
     try:
-        if not (out / study_path.name).exists():
+        if study_path.absolute() != out / study_path.name:
             shutil.copyfile(study_path, out / study_path.name)
         results = file.read(study)
         say(f"{study.title}: {total} runs, {len(results)} of them done; results go to {file.path}")
@@ -210,7 +211,7 @@ def train_all(
     from examples.study.jobs import RESULT, do
     from examples.study.runs import digest, possible_runs
 
-    about = {"commit": commit(), "machine": machine()}
+    about = {"commit": commit(), "machine": processor()}
     begun: set = set()
 
     def finished(run: Any, folder: Path, seconds: float) -> None:
@@ -256,21 +257,9 @@ def tell_plan(study: Any, results: dict, out: Path) -> None:
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether files differ from it; "unknown" outside of a repository."""
-    words = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def machine() -> str:
-    """Processor and number of cores."""
-    import platform
-
-    name = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+    """The commit that is checked out, in short, with -dirty where files differ from it."""
+    found = repository()
+    return str(found["commit"])[:7] + ("-dirty" if found["dirty"] else "")
 
 
 def command_line() -> argparse.ArgumentParser:

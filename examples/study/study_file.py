@@ -57,7 +57,7 @@ class Base:
 class Data:
     """Demonstrations, and what is asked afterwards.
 
-    condition:           what they are, as their kind reads it: tasks.Condition, real.RealData or lm_eval.Files.
+    condition:           what they are, as their kind reads it: tasks.Condition, real.RealProblems or lm_eval.Harness.
     learning_rates_from: the data whose learning rates are taken, where none are swept.
     expected:            metric -> the arm that was expected to win against sft, or sft, or tie; written before.
     """
@@ -205,7 +205,7 @@ def _check_keys(what: str, table: Mapping[str, Any], kind: type) -> None:
 
 
 def _check_names(study: Study) -> None:
-    """ValueError for names that are not defined, and for arms without sft to compare with."""
+    """ValueError for names that are not defined, and for arms that lack what their objective reads."""
     from qtarget_megatron import objectives
 
     asked = {}

@@ -27,7 +27,7 @@ def describe() -> dict[str, str]:
     extension = native.extension()
     build = extension.build_info()
     found = {
-        "CPU": f"{_cpu_model()}, {cores()} cores",
+        "CPU": processor(),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -61,6 +61,11 @@ def _git(*words: str) -> str:
     return subprocess.run(
         ["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
     ).stdout.strip()
+
+
+def processor() -> str:
+    """The processor's name, and how many cores of it this process may use."""
+    return f"{_cpu_model()}, {cores()} cores"
 
 
 def _cpu_model() -> str:

@@ -56,6 +56,10 @@ class GenerateOptions:
     cpu: bool = False
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size: expected 1 or more, got {self.batch_size}")
+
 
 def generate(options: GenerateOptions) -> tuple[int, int]:
     """Answer a data set. Returns the number of answers, and how many of them were cut.
@@ -103,8 +107,6 @@ def generate(options: GenerateOptions) -> tuple[int, int]:
 
 def _device(options: GenerateOptions) -> tuple[str, str]:
     """(device, dtype)"""
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size: expected 1 or more, got {options.batch_size}")
     on_cpu = options.cpu or cpu_platform.is_active() or not torch.cuda.is_available()
     device = "cpu" if on_cpu else "cuda"
     return device, options.dtype or ("bfloat16" if device == "cuda" else "float32")
