@@ -24,7 +24,9 @@ namespace {
 
 using Address = uintptr_t;
 using MatrixTuple = std::tuple<Address, int, int64_t>;      // data, dtype, row stride in elements
-using LayoutTuple = std::tuple<bool, int64_t, bool, bool>;  // in the order of qtarget::Layout
+// In the order of qtarget::Layout; a divergence's kind, share and two weights.
+using LayoutTuple = std::tuple<bool, int64_t, bool, bool, bool, bool>;
+using DivergenceTuple = std::tuple<int, double, double, double>;
 
 template <class T>
 T* pointer(Address address) {
@@ -40,7 +42,19 @@ qtarget::MatrixView matrix(const MatrixTuple& tuple) {
 }
 
 qtarget::Layout layout_of(const LayoutTuple& layout) {
-    return {std::get<0>(layout), std::get<1>(layout), std::get<2>(layout), std::get<3>(layout)};
+    return {std::get<0>(layout), std::get<1>(layout), std::get<2>(layout),
+            std::get<3>(layout), std::get<4>(layout), std::get<5>(layout)};
+}
+
+qtarget::Divergence divergence_of(const DivergenceTuple& divergence) {
+    const int kind = std::get<0>(divergence);
+    if (kind < 0 || kind > 3)
+        throw std::invalid_argument("a divergence is 0 to 3, got " + std::to_string(kind));
+    return {static_cast<qtarget::DivergenceKind>(kind),
+            static_cast<float>(std::get<1>(divergence)),
+            static_cast<float>(1.0 - std::get<1>(divergence)),
+            static_cast<float>(std::get<2>(divergence)),
+            static_cast<float>(std::get<3>(divergence))};
 }
 
 void check_residuals(size_t count) {
@@ -90,9 +104,10 @@ qtarget::GradientArgs gradient_args(const MatrixTuple& logits, const MatrixTuple
                                     int64_t vocab_start, int64_t ignore_index,
                                     const std::vector<std::pair<double, double>>& residuals,
                                     int64_t columns, Address maxima, Address scales,
-                                    const MatrixTuple& out) {
+                                    const DivergenceTuple& divergence, const MatrixTuple& out) {
     const float* const max = pointer<const float>(maxima);
     const float* const scale = pointer<const float>(scales);
+    const int64_t count = static_cast<int64_t>(residuals.size());
     return {shard_args(logits, teacher, labels, rows, valid_columns, vocab_start, ignore_index,
                        residuals),
             columns,
@@ -101,7 +116,28 @@ qtarget::GradientArgs gradient_args(const MatrixTuple& logits, const MatrixTuple
             scale + rows,
             max + rows,
             scale + 2 * rows,
+            {divergence_of(divergence), max + (1 + count) * rows, max + (2 + count) * rows,
+             scale + (2 + count) * rows},
             matrix(out)};
+}
+
+qtarget::DivergenceArgs divergence_args(const MatrixTuple& logits, const MatrixTuple& teacher,
+                                        Address labels, int64_t rows, int64_t valid_columns,
+                                        int64_t vocab_start, int64_t ignore_index,
+                                        const std::vector<std::pair<double, double>>& residuals,
+                                        Address maxima, Address scales,
+                                        const DivergenceTuple& divergence, Address out) {
+    if (residuals.empty()) throw std::invalid_argument("a divergence is from the first residual");
+    const float* const max = pointer<const float>(maxima);
+    const float* const scale = pointer<const float>(scales);
+    return {shard_args(logits, teacher, labels, rows, valid_columns, vocab_start, ignore_index,
+                       residuals),
+            max,
+            scale,
+            max + rows,
+            scale + rows,
+            {divergence_of(divergence), max + 2 * rows, nullptr, nullptr},
+            pointer<float>(out)};
 }
 
 qtarget::MergeArgs merge_args(Address partials, Address supervised, Address out, bool wide,
@@ -127,8 +163,11 @@ qtarget::WeighArgs weigh_args(Address merged, Address supervised, Address loss, 
                               const LayoutTuple& layout,
                               const std::vector<std::pair<Address, double>>& masses,
                               const std::vector<Address>& guards) {
-    if (masses.empty()) throw std::invalid_argument("masses must begin with the label's");
-    check_residuals(masses.size() - 1);
+    const size_t of_divergence = layout_of(layout).divergence ? 1 : 0;
+    if (masses.size() < 1 + of_divergence)
+        throw std::invalid_argument("masses must begin with the label's");
+    const size_t num_residuals = masses.size() - 1 - of_divergence;
+    check_residuals(num_residuals);
     if (guards.size() > static_cast<size_t>(qtarget::kMaxGuards)) {
         throw std::invalid_argument("at most " + std::to_string(qtarget::kMaxGuards) +
                                     " guards, got " + std::to_string(guards.size()));
@@ -138,13 +177,14 @@ qtarget::WeighArgs weigh_args(Address merged, Address supervised, Address loss, 
     args.supervised = pointer<const bool>(supervised);
     args.rows = rows;
     args.layout = layout_of(layout);
-    args.num_residuals = static_cast<int>(masses.size()) - 1;
+    args.num_residuals = static_cast<int>(num_residuals);
     args.loss = pointer<const double>(loss);
     const auto mass = [&](size_t index) {
         return qtarget::Mass{pointer<const double>(masses[index].first), masses[index].second};
     };
     args.label_mass = mass(0);
     for (int r = 0; r < args.num_residuals; ++r) args.residual_masses[r] = mass(1 + r);
+    if (of_divergence == 1) args.divergence_mass = mass(masses.size() - 1);
     for (const Address guard : guards)
         args.guards[args.num_guards++] = pointer<const double>(guard);
     args.wide = wide;
@@ -198,6 +238,7 @@ PYBIND11_MODULE(_C, module) {
                "Force 'scalar', 'avx2' or 'avx512'; 'auto' takes it back.");
 
     define(module, "cpu_partial_statistics", statistics_args, qtarget::cpu_partial_statistics);
+    define(module, "cpu_divergence_sums", divergence_args, qtarget::cpu_divergence_sums);
     define(module, "cpu_logit_gradient", gradient_args, qtarget::cpu_logit_gradient);
     define(module, "cpu_merge", merge_args, qtarget::cpu_merge);
     define(module, "cpu_weigh", weigh_args, qtarget::cpu_weigh);
@@ -209,6 +250,7 @@ PYBIND11_MODULE(_C, module) {
     });
 #if defined(QTARGET_WITH_CUDA)
     define(module, "cuda_partial_statistics", statistics_args, qtarget::cuda_partial_statistics);
+    define(module, "cuda_divergence_sums", divergence_args, qtarget::cuda_divergence_sums);
     define(module, "cuda_logit_gradient", gradient_args, qtarget::cuda_logit_gradient);
     define(module, "cuda_merge", merge_args, qtarget::cuda_merge);
     define(module, "cuda_weigh", weigh_args, qtarget::cuda_weigh);

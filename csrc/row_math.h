@@ -6,11 +6,13 @@
 //   m = max z    s = sum exp(z - m)    e = sum exp(z - m) (z - m)            c = sum exp(2 (z - m))
 //   per residual u = a z + b t:
 //   m = max u    s = sum exp(u - m)    x = sum exp(u - m) (z - max z)    h = sum exp(u - m) (u - m)
+//   of the first residual:             y = sum exp(z - max z) (u - m)
 //
 // u itself is never rounded: far from 0 that would cost more than u - m may lose. The maximum may
 // be, the sums are centred on just the float that travels.
 //
-// c (Collision) and h (Entropy) are there on request: without it they stay 0 and cost nothing.
+// c (Collision), h (Entropy) and y (Reverse) are there on request: without it they stay 0 and cost
+// nothing.
 //
 // Maxima never hold NaN (comparisons with NaN are false); a NaN or +inf shows in s instead.
 #pragma once
@@ -45,6 +47,8 @@ struct Layout {
     int64_t top_k;          // this many of the largest z
     bool residual_entropy;  // h of each residual
     bool residual_label;    // t of the label, of each residual
+    bool reverse_cross;     // y
+    bool divergence;        // of the merged statistics: a divergence, and the mean of its h
 };
 
 template <class Real, bool Entropy>
@@ -52,9 +56,9 @@ struct ResidualSums {
     Real m, s, x, h;
 };
 
-template <class Real, int R, bool Collision, bool Entropy>
+template <class Real, int R, bool Collision, bool Entropy, bool Reverse>
 struct RowSums {
-    Real m, s, e, c;
+    Real m, s, e, c, y;
     ResidualSums<Real, Entropy> residual[R > 0 ? R : 1];
 };
 
@@ -70,8 +74,12 @@ QTARGET_FN int64_t residual_column(const Layout& layout, int residual) {
     return top_k_column(layout) + layout.top_k + residual_width(layout) * residual;
 }
 
-QTARGET_FN int64_t partial_width(const Layout& layout, int num_residuals) {
+QTARGET_FN int64_t reverse_column(const Layout& layout, int num_residuals) {
     return residual_column(layout, num_residuals);
+}
+
+QTARGET_FN int64_t partial_width(const Layout& layout, int num_residuals) {
+    return reverse_column(layout, num_residuals) + layout.reverse_cross;
 }
 
 template <class Real>
@@ -143,10 +151,10 @@ QTARGET_FN float residual_exponent(float a, float b, float centre, float z, floa
     return plain_sum(fmaf(b, t, sum), plain_sum(lost, fmaf(a, z, -az)));
 }
 
-template <class Real, int R, bool Collision, bool Entropy>
-QTARGET_FN void clear(RowSums<Real, R, Collision, Entropy>& sums) {
+template <class Real, int R, bool Collision, bool Entropy, bool Reverse>
+QTARGET_FN void clear(RowSums<Real, R, Collision, Entropy, Reverse>& sums) {
     sums.m = lowest<Real>();
-    sums.s = sums.e = sums.c = Real(0);
+    sums.s = sums.e = sums.c = sums.y = Real(0);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         sums.residual[r].m = lowest<Real>();
@@ -156,14 +164,15 @@ QTARGET_FN void clear(RowSums<Real, R, Collision, Entropy>& sums) {
 
 // Moves the base sums, and the cross sums that share their centre, to a maximum that is not below
 // the present one.
-template <class Real, int R, bool Collision, bool Entropy>
-QTARGET_FN void raise_base(RowSums<Real, R, Collision, Entropy>& sums, Real maximum) {
+template <class Real, int R, bool Collision, bool Entropy, bool Reverse>
+QTARGET_FN void raise_base(RowSums<Real, R, Collision, Entropy, Reverse>& sums, Real maximum) {
     if (!(maximum > sums.m)) return;
     const Real offset = centre(sums.m) - maximum;
     const Real factor = exp(sums.m - maximum);
     sums.e = weighted(factor, sums.e + sums.s * offset);
     sums.s = factor * sums.s;
     if (Collision) sums.c = factor * factor * sums.c;
+    if (Reverse) sums.y = weighted(factor, sums.y);
     sums.m = maximum;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -171,43 +180,46 @@ QTARGET_FN void raise_base(RowSums<Real, R, Collision, Entropy>& sums, Real maxi
     }
 }
 
-template <class Real, bool Entropy>
-QTARGET_FN void raise_residual(ResidualSums<Real, Entropy>& sums, Real maximum) {
-    if (!(maximum > sums.m)) return;
-    const Real factor = exp(sums.m - maximum);
-    if (Entropy) {
-        const Real offset = centre(sums.m) - maximum;
-        sums.h = weighted(factor, sums.h + sums.s * offset);
-    }
-    sums.x = weighted(factor, sums.x);
-    sums.s = factor * sums.s;
-    sums.m = maximum;
+// Moves a residual's sums, and y where it is the first. covered: s of the columns that y has seen.
+template <class Real, int R, bool Collision, bool Entropy, bool Reverse>
+QTARGET_FN void raise_residual(RowSums<Real, R, Collision, Entropy, Reverse>& sums, int r,
+                               Real maximum, Real covered) {
+    ResidualSums<Real, Entropy>& residual = sums.residual[r];
+    if (!(maximum > residual.m)) return;
+    const Real offset = centre(residual.m) - maximum;
+    const Real factor = exp(residual.m - maximum);
+    if (Entropy) residual.h = weighted(factor, residual.h + residual.s * offset);
+    if (Reverse && r == 0) sums.y += weighted(covered, offset);
+    residual.x = weighted(factor, residual.x);
+    residual.s = factor * residual.s;
+    residual.m = maximum;
 }
 
 // Adds two parts of one row, each with its own maxima.
-template <class Real, int R, bool Collision, bool Entropy>
-QTARGET_FN void add(RowSums<Real, R, Collision, Entropy>& sums,
-                    RowSums<Real, R, Collision, Entropy> other) {
+template <class Real, int R, bool Collision, bool Entropy, bool Reverse>
+QTARGET_FN void add(RowSums<Real, R, Collision, Entropy, Reverse>& sums,
+                    RowSums<Real, R, Collision, Entropy, Reverse> other) {
     raise_base(sums, other.m);
     raise_base(other, sums.m);
-    sums.s += other.s;
-    sums.e += other.e;
-    if (Collision) sums.c += other.c;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-        raise_residual(sums.residual[r], other.residual[r].m);
-        raise_residual(other.residual[r], sums.residual[r].m);
+        raise_residual(sums, r, other.residual[r].m, sums.s);
+        raise_residual(other, r, sums.residual[r].m, other.s);
         sums.residual[r].s += other.residual[r].s;
         sums.residual[r].x += other.residual[r].x;
         if (Entropy) sums.residual[r].h += other.residual[r].h;
     }
+    sums.s += other.s;
+    sums.e += other.e;
+    if (Collision) sums.c += other.c;
+    if (Reverse) sums.y += other.y;
 }
 
 // Writes a row of the partial, all but its largest logits: m, s, e, z_y, [c], then m, s, x, [h],
-// [t_y] of each residual, 0 where it reads no teacher.
-template <class Real, int R, bool Collision, bool Entropy>
-QTARGET_FN void write_partial(const RowSums<Real, R, Collision, Entropy>& sums, float label_logit,
-                              float label_teacher, const Residual* residuals,
+// [t_y] of each residual, 0 where it reads no teacher, then [y].
+template <class Real, int R, bool Collision, bool Entropy, bool Reverse>
+QTARGET_FN void write_partial(const RowSums<Real, R, Collision, Entropy, Reverse>& sums,
+                              float label_logit, float label_teacher, const Residual* residuals,
                               const Layout& layout, float* out) {
     out[0] = static_cast<float>(sums.m);
     out[1] = static_cast<float>(sums.s);
@@ -226,6 +238,7 @@ QTARGET_FN void write_partial(const RowSums<Real, R, Collision, Entropy>& sums, 
         if (layout.residual_entropy) *part++ = static_cast<float>(sums.residual[r].h);
         if (layout.residual_label) *part = residuals[r].b != 0.0f ? label_teacher : 0.0f;
     }
+    if (layout.reverse_cross) out[reverse_column(layout, R)] = static_cast<float>(sums.y);
 }
 
 // One term of the gradient: the softmax probability times its mass, from the exponent.

@@ -12,13 +12,22 @@
 namespace qtarget {
 
 // Rows of the merged statistics: max, sum_exp, log_p, p, entropy, [collision], then of each
-// residual max, sum_exp, lse, mean_logit, [entropy], [log_p].
+// residual max, sum_exp, lse, mean_logit, [entropy], [log_p], then [divergence, mean of its h].
 constexpr int kMergedBase = 5;
 constexpr int kMergedResidual = 4;
 
 QTARGET_FN int64_t merged_residual_row(const Layout& layout, int residual) {
     return kMergedBase + layout.collision +
            (kMergedResidual + layout.residual_entropy + layout.residual_label) * residual;
+}
+
+QTARGET_FN int64_t merged_divergence_row(const Layout& layout, int num_residuals) {
+    return merged_residual_row(layout, num_residuals);
+}
+
+// Where the statistics end and what an objective makes of them begins.
+QTARGET_FN int64_t merged_rows(const Layout& layout, int num_residuals) {
+    return merged_divergence_row(layout, num_residuals) + (layout.divergence ? 2 : 0);
 }
 
 // A residual's coefficients as the kernels have rounded them, and what turns the maximum of its u
@@ -36,7 +45,7 @@ struct MergeArgs {
     Layout layout;
     int num_residuals;
     MergedResidual residuals[kMaxResiduals];
-    double* out;  // [merged_residual_row(layout, num_residuals), rows], contiguous
+    double* out;  // [merged_rows(layout, num_residuals), rows], contiguous
 };
 
 // One column of a token's partials, over the ranks.
@@ -101,7 +110,7 @@ QTARGET_FN void merge_token(const MergeArgs& args, int64_t row) {
     const auto put = [&](int64_t index, double value) { args.out[index * args.rows + row] = value; };
 
     if (!args.supervised[row]) {
-        const int64_t count = merged_residual_row(layout, args.num_residuals);
+        const int64_t count = merged_rows(layout, args.num_residuals);
         for (int64_t index = 0; index < count; ++index) put(index, 0.0);
         put(1, 1.0);
         for (int r = 0; r < args.num_residuals; ++r)
@@ -164,6 +173,28 @@ QTARGET_FN void merge_token(const MergeArgs& args, int64_t row) {
             put(index, (u - maximum_u) - log_sum_u);
         }
     }
+    if (!layout.divergence) return;
+    // KL(p || r) of the first residual, which is its own mean of h. Others come from a second pass.
+    double divergence = 0.0;
+    if (layout.reverse_cross) {
+        const RankColumn<T> y = column(reverse_column(layout, args.num_residuals));
+        const RankColumn<T> m_u = column(residual_column(layout, 0));
+        const int64_t first = merged_residual_row(layout, 0);
+        const double maximum_u = args.out[first * args.rows + row];
+        double reverse = 0.0;
+        for (int64_t rank = 0; rank < ranks; ++rank) {
+            const RankShift shift = RankShift::to(maximum, m.at(rank), ranks);
+            const double s_of_rank = s.at(rank);
+            // Where a shard of p's mass has no finite u, the divergence is infinite, as it should.
+            const bool stays = ranks == 1 || s_of_rank == 0.0 || m_u.at(rank) == maximum_u;
+            const double offset = stays ? 0.0 : (m_u.at(rank) - maximum_u) * s_of_rank;
+            reverse += shift.moved(y.at(rank) + offset);
+        }
+        const double log_sum_u = log(args.out[(first + 1) * args.rows + row]);
+        divergence = (log_sum_u - reverse / sum) - (log_sum - centred / sum);
+    }
+    put(merged_divergence_row(layout, args.num_residuals), divergence);
+    put(merged_divergence_row(layout, args.num_residuals) + 1, divergence);
 }
 
 // A mass per token, or one for all tokens.
@@ -187,12 +218,13 @@ struct WeighArgs {
     const double* loss;  // [rows], of the objective; null: the cross-entropy of its target
     Mass label_mass;
     Mass residual_masses[kMaxResiduals];
+    Mass divergence_mass;  // read where the layout has a divergence
     int num_guards;
     const double* guards[kMaxGuards];  // a NaN in one of these reaches the loss
     bool wide;       // out_loss and maxima are float64, otherwise float32
     void* out_loss;  // [rows]
-    void* maxima;    // [1 + R, rows]
-    double* scales;  // [2 + R, rows]
+    void* maxima;    // [1 + R, rows], then [offset, mean of h] of a divergence
+    double* scales;  // [2 + R, rows], then [scale of exp(z - max)] of a divergence
 };
 
 template <class T>
@@ -206,12 +238,17 @@ QTARGET_FN void weigh_token(const WeighArgs& args, int64_t row) {
         masses[r] = supervised ? args.residual_masses[r].at(row) : 0.0;
         residual_mass = r == 0 ? masses[0] : residual_mass + masses[r];
     }
+    // The divergence's gradient has a mean of its own: it adds nothing to what p is multiplied with.
     const double total = label_mass + residual_mass;
+    const bool diverges = args.layout.divergence;
+    const double divergence_mass = diverges && supervised ? args.divergence_mass.at(row) : 0.0;
+    const double other_mass = residual_mass + divergence_mass;
     double* const totals =
-        args.merged + merged_residual_row(args.layout, args.num_residuals) * args.rows + row;
+        args.merged + merged_rows(args.layout, args.num_residuals) * args.rows + row;
     totals[0] = label_mass;
-    totals[args.rows] = residual_mass;
-    totals[2 * args.rows] = supervised ? label_mass / total : 0.0;
+    totals[args.rows] = other_mass;
+    totals[2 * args.rows] = supervised ? label_mass / (label_mass + other_mass) : 0.0;
+    const int64_t divergence_row = merged_divergence_row(args.layout, args.num_residuals);
 
     double loss = 0.0;
     if (args.loss != nullptr) {
@@ -224,6 +261,7 @@ QTARGET_FN void weigh_token(const WeighArgs& args, int64_t row) {
             const double cross_entropy = lse - merged(merged_residual_row(args.layout, r) + 3);
             if (masses[r] != 0.0) loss += masses[r] * cross_entropy;
         }
+        if (divergence_mass != 0.0) loss += divergence_mass * merged(divergence_row);
     }
     // A NaN statistic must reach the loss even where an objective's own guards would hide it.
     const auto guard = [&](double statistic) {
@@ -232,6 +270,7 @@ QTARGET_FN void weigh_token(const WeighArgs& args, int64_t row) {
     guard(merged(2));
     for (int r = 0; r < args.num_residuals; ++r)
         guard(merged(merged_residual_row(args.layout, r) + 3));
+    if (diverges) guard(merged(divergence_row));
     for (int index = 0; index < args.num_guards; ++index) guard(args.guards[index][row]);
     static_cast<T*>(args.out_loss)[row] = static_cast<T>(supervised ? loss : 0.0);
 
@@ -245,6 +284,12 @@ QTARGET_FN void weigh_token(const WeighArgs& args, int64_t row) {
         maxima[(1 + r) * args.rows] = static_cast<T>(merged(index));
         scales[(2 + r) * args.rows] = masses[r] / merged(index + 1);
     }
+    if (!diverges) return;
+    T* const of_divergence = maxima + (1 + args.num_residuals) * args.rows;
+    const double sum_exp_u = merged(merged_residual_row(args.layout, 0) + 1);
+    of_divergence[0] = static_cast<T>(log(merged(1)) - log(sum_exp_u));
+    of_divergence[args.rows] = static_cast<T>(merged(divergence_row + 1));
+    scales[(2 + args.num_residuals) * args.rows] = divergence_mass / merged(1);
 }
 
 struct ChainArgs {

@@ -312,7 +312,7 @@ def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Ob
     if len(live) + bool(caches) > 1:
         raise ValueError(f"expected one second model: drop {given[0]} or {given[1]}")
     if caches:
-        check_residuals(objective.residuals, args.teacher_tail)
+        check_residuals(objective.request, args.teacher_tail)
     for data, cache in (("sft_train", "teacher_cache"), ("sft_valid", "teacher_cache_valid")):
         if caches and (getattr(args, data) is None) != (getattr(args, cache) is None):
             missing, present = (cache, data) if getattr(args, cache) is None else (data, cache)

@@ -16,9 +16,13 @@ Layout of a partial, float32 ``[N, request.width]``::
                                  x_u  sum exp(u - m_u) (z - m)
         residual_entropy         h_u  sum exp(u - m_u) (u - m_u)
         residual_label           t_y  label's t, 0 where the label is on another shard or b is 0
+    reverse KL                   y    sum exp(z - m) (u - m_u), u of the first residual
 
 The weighted sums are centred on the local maximum: uncentred float32 sums lose the entropy at large logit offsets. So
 are a residual's, on just the m_u that travels; u itself is never rounded, and a, b are kernel_coefficients().
+
+A divergence other than the reverse KL asks for sums over the log ratio of two probabilities, which is known with the
+merged sums only: a second pass over the shard, and a second collective of two numbers per token.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from torch import Tensor
 # Label of a token without supervision, unless a caller says otherwise.
 IGNORE_INDEX = -100
 MAX_RESIDUALS = 2
-_MERGED_BASE, _MERGED_RESIDUAL = 5, 4
+_MERGED_BASE, _MERGED_RESIDUAL, _MERGED_DIVERGENCE = 5, 4, 2
 _TOTALS = 3
 
 Residuals = tuple[tuple[float, float], ...]
@@ -74,6 +78,55 @@ def kernel_coefficients(residuals: Residuals, dtype: torch.dtype) -> Residuals:
     return tuple((ctypes.c_float(a).value, ctypes.c_float(b).value) for a, b in residuals)
 
 
+# In the order of the kernels' numbers, from 1.
+DIVERGENCES = ("reverse-kl", "mixture", "total-variation")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence of the model's distribution p from the first residual r, whose target depends on p at each token of
+    the vocabulary by itself; everything of it is a function of l = log p - log r.
+
+        D(p, r) = sum_k p_k A(l_k) + r_k B(l_k)        dD / dz_k = p_k (h(l_k) - sum_j p_j h(l_j))
+
+    kind:                  "reverse-kl"       KL(p || r):  A = h = l, B = 0
+                           "mixture"          of_residual KL(r || m) + of_model KL(p || m), m = share r + (1 - share) p
+                           "total-variation"  1/2 sum_k |p_k - r_k|:  A = h = sign(l) / 2, B = -A
+    share:                 of a mixture, in (0, 1).
+    of_residual, of_model: of a mixture, the weights of its two terms, 0 or more.
+
+    Build one with the class methods. ValueError for a value out of range.
+    """
+
+    kind: str
+    share: float = 0.0
+    of_residual: float = 0.0
+    of_model: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in DIVERGENCES:
+            raise ValueError(f"a divergence is one of {', '.join(DIVERGENCES)}, got {self.kind!r}")
+        if self.kind == "mixture" and not (
+            0 < self.share < 1 and 0 <= self.of_residual < math.inf and 0 <= self.of_model < math.inf
+        ):
+            raise ValueError(
+                "a mixture has a share in (0, 1) and weights of 0 or more, got "
+                f"{self.share!r}, {self.of_residual!r} and {self.of_model!r}"
+            )
+
+    @classmethod
+    def reverse_kl(cls) -> Self:
+        return cls("reverse-kl")
+
+    @classmethod
+    def mixture(cls, share: float, *, of_residual: float = 0.0, of_model: float = 0.0) -> Self:
+        return cls("mixture", share, of_residual, of_model)
+
+    @classmethod
+    def total_variation(cls) -> Self:
+        return cls("total-variation")
+
+
 @dataclass(frozen=True)
 class ResidualColumns:
     """Where a residual's numbers stand in a partial: m_u, s_u, x_u, and h_u and t_y where they are requested.
@@ -103,7 +156,7 @@ class ResidualColumns:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where each number stands in a partial: m, s, e, z_y, c and the largest logits, then each residual's.
+    """Where each number stands in a partial: m, s, e, z_y, c and the largest logits, then each residual's, then y.
 
     base: s, e, z_y and c: what is of the logits but their maximum and the largest ones.
     """
@@ -116,6 +169,7 @@ class Columns:
     base: slice
     top: slice
     residuals: tuple[ResidualColumns, ...]
+    reverse_cross: int | None
     width: int
 
 
@@ -128,6 +182,7 @@ class StatisticsRequest:
     top_k:            this many of the largest logits (0: none).
     residual_entropy: the entropy of each residual, which KL(r || p) needs.
     residual_label:   log r(y) of each residual.
+    divergence:       of the model from the first residual, and its derivative's mean.
     """
 
     residuals: Residuals = ()
@@ -135,6 +190,7 @@ class StatisticsRequest:
     top_k: int = 0
     residual_entropy: bool = False
     residual_label: bool = False
+    divergence: Divergence | None = None
 
     def __post_init__(self) -> None:
         if len(self.residuals) > MAX_RESIDUALS:
@@ -144,6 +200,18 @@ class StatisticsRequest:
                 raise ValueError(f"a residual is a pair of finite numbers (a, b), got {coefficients!r}")
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
             raise ValueError(f"top_k must be a whole number of logits, 0 or more, got {self.top_k!r}")
+        if self.divergence is not None and not self.residuals:
+            raise ValueError("a divergence is taken from the first residual, got no residuals")
+
+    @property
+    def reverse_cross(self) -> bool:
+        """Whether y is among what travels."""
+        return self.divergence is not None and self.divergence.kind == "reverse-kl"
+
+    @property
+    def second_pass(self) -> bool:
+        """Whether the divergence needs the merged sums before its own."""
+        return self.divergence is not None and not self.reverse_cross
 
     @functools.cached_property
     def columns(self) -> Columns:
@@ -155,17 +223,19 @@ class StatisticsRequest:
         count = itertools.count(largest + self.top_k)
         residuals = tuple(ResidualColumns.next(count, self) for _ in self.residuals)
         base, top = slice(sum_exp, largest), slice(largest, largest + self.top_k)
-        return Columns(maximum, sum_exp, centred, label_logit, collision, base, top, residuals, next(count))
+        reverse = next(count) if self.reverse_cross else None
+        return Columns(maximum, sum_exp, centred, label_logit, collision, base, top, residuals, reverse, next(count))
 
     @property
     def width(self) -> int:
-        """Numbers per token and rank that travel in the one collective (float32 each)."""
+        """Numbers per token and rank that travel in the first collective (float32 each)."""
         return self.columns.width
 
     @functools.cached_property
     def merged_rows(self) -> int:
         """Statistics of a token over the whole vocabulary, besides its largest logits; see TokenStatistics."""
-        return _MERGED_BASE + self.collision + self.merged_residual * len(self.residuals)
+        of_divergence = 0 if self.divergence is None else _MERGED_DIVERGENCE
+        return _MERGED_BASE + self.collision + self.merged_residual * len(self.residuals) + of_divergence
 
     @functools.cached_property
     def merged_sums(self) -> list[int]:
@@ -245,11 +315,13 @@ class TokenStatistics:
     top_logits:    the k largest logits, [N, k], descending, -inf where the vocabulary is smaller; None unless
                    requested.
     residuals:     one ResidualStatistics for each residual of the objective.
+    divergence:    D(p, r) from the first residual, in nats but for total variation; None unless requested.
+    slope:         sum_k p_k h_k of its derivative h, see Divergence; None unless requested.
 
     None until the objective has been evaluated:
 
     label_mass:     c_y.
-    residual_mass:  sum of c_r over the residuals.
+    residual_mass:  sum of c_r over the residuals, and the divergence's mass.
     trust:          c_y / (c_y + c_r), NaN where the total mass is 0.
 
     All but top_logits are views of rows, float64 ``[request.evaluated_rows, N]``::
@@ -259,6 +331,7 @@ class TokenStatistics:
         for each residual       max, sum_exp, lse, mean_logit
             residual_entropy    entropy
             residual_label      log_p
+        divergence              divergence, slope
         where evaluated         label_mass, residual_mass, trust
     """
 
@@ -285,6 +358,14 @@ class TokenStatistics:
         first, count = _MERGED_BASE + self.request.collision, self.request.merged_residual
         starts = (first + count * index for index in range(len(self.request.residuals)))
         return tuple(ResidualStatistics(self.rows[start : start + count], self.request) for start in starts)
+
+    @property
+    def divergence(self) -> Tensor | None:
+        return None if self.request.divergence is None else self.rows[self.request.merged_rows - 2]
+
+    @property
+    def slope(self) -> Tensor | None:
+        return None if self.request.divergence is None else self.rows[self.request.merged_rows - 1]
 
     @property
     def label_mass(self) -> Tensor | None:

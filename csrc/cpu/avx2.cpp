@@ -141,6 +141,19 @@ struct Avx2 {
         }
     }
 
+    static Vec exponential(Vec x) { return exponential_of<Avx2>(x); }
+
+    static Vec logarithm(Vec x) {
+        const __m256i bits = _mm256_castps_si256(x);
+        const __m256i exponent =
+            _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127));
+        const __m256i mantissa = _mm256_or_si256(
+            _mm256_and_si256(bits, _mm256_set1_epi32(0x007fffff)), _mm256_set1_epi32(0x3f800000));
+        const Vec log = logarithm_of<Avx2>(_mm256_cvtepi32_ps(exponent),
+                                           _mm256_castsi256_ps(mantissa));
+        return x == x ? log : x;
+    }
+
     static int64_t above(const float* values, int64_t count, float threshold, float* hits) {
         const Vec limit = _mm256_set1_ps(threshold);
         int64_t found = 0;
@@ -169,6 +182,7 @@ struct Avx2 {
 
 const RowFunctions kAvx2Rows = {
     {statistics_row<Avx2, 0>, statistics_row<Avx2, 1>, statistics_row<Avx2, 2>},
+    divergence_row<Avx2>,
     gradient_row<Avx2>,
 };
 

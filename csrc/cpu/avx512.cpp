@@ -118,6 +118,13 @@ struct Avx512 {
         for (int i = 0; i < U; ++i) weight[i] = _mm512_scalef_ps(weight[i], t[i]);
     }
 
+    static Vec exponential(Vec x) { return exponential_of<Avx512>(x); }
+
+    static Vec logarithm(Vec x) {
+        const Vec mantissa = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+        return logarithm_of<Avx512>(_mm512_getexp_ps(x), mantissa);
+    }
+
     static int64_t above(const float* values, int64_t count, float threshold, float* hits) {
         const Vec limit = _mm512_set1_ps(threshold);
         int64_t found = 0;
@@ -137,6 +144,7 @@ struct Avx512 {
 
 const RowFunctions kAvx512Rows = {
     {statistics_row<Avx512, 0>, statistics_row<Avx512, 1>, statistics_row<Avx512, 2>},
+    divergence_row<Avx512>,
     gradient_row<Avx512>,
 };
 

@@ -7,6 +7,7 @@
 //   exp                   of U vectors, up to e^80; 0 at -inf, NaN at NaN. Raises x where its
 //                         exponential is 0: x times that is then 0
 //   exp_alone             the same, of an x that does not matter afterwards
+//   exponential, logarithm   of one vector: see divergence_math.h
 //   Mode                  lives while a row is worked on
 //
 // Columns are read in their own dtype and widened in registers, U vectors at a time: an exponential
@@ -36,6 +37,17 @@ struct ResidualBlockSums {
     double s, x, h;
 };
 
+struct DivergenceSums {
+    double slope, of_model, of_residual;  // of exp(z - max) h and A, of exp(u - max) B
+};
+
+// A row's numbers of a divergence from u = a z + b t.
+struct DivergenceRow {
+    Divergence divergence;
+    float a, b, max, residual_max, offset;
+    float mean, scale;  // the gradient's alone
+};
+
 // One residual's part of a row's gradient.
 struct GradientTerm {
     float a, b, max, scale;
@@ -46,6 +58,7 @@ struct GradientRow {
     float constant;  // sum of the uniform residuals' terms
     int num_terms;
     GradientTerm terms[kMaxResiduals];
+    DivergenceRow divergence;
 };
 
 // residual_exponent (row_math.h) of vectors.
@@ -175,18 +188,90 @@ struct Blocks {
         return x.total();
     }
 
+    // y of a block: sum exp(z - z_centre) (u - u_centre).
+    template <Dtype Z, Dtype T>
+    QTARGET_BLOCK_FN double reverse_cross(float a, float b, const char* z, const char* t,
+                                          int64_t count, float u_centre, float z_centre) {
+        const Vec origin = V::set(z_centre);
+        Sum y;
+        const auto step = [&](const char* z_at, const char* t_at, int64_t) {
+            Vec x[U], u[U], w[U];
+            load<Z>(z_at, x);
+            load<T>(t_at, u);
+            for (int i = 0; i < U; ++i) u[i] = residual_vector<V>(a, b, u_centre, x[i], u[i]);
+            for (int i = 0; i < U; ++i) x[i] = x[i] - origin;
+            V::exp_alone(x, w);
+            for (int i = 0; i < U; ++i) y.add_weighted(w[i], u[i]);
+        };
+        visit<Z, T>(z, t, count, lowest<float>(), 0.0f, step);
+        return y.total();
+    }
+
+    // log p - log r of kStep columns, x = z - max and u - its max.
+    template <Dtype Z, Dtype T>
+    QTARGET_FN void log_ratios(const DivergenceRow& row, const char* z, const char* t,
+                               Vec (&ratio)[U], Vec (&x)[U], Vec (&u)[U]) {
+        load<Z>(z, x);
+        load<T>(t, u);
+        for (int i = 0; i < U; ++i)
+            u[i] = residual_vector<V>(row.a, row.b, row.residual_max, x[i], u[i]);
+        for (int i = 0; i < U; ++i) x[i] = x[i] - V::set(row.max);
+        for (int i = 0; i < U; ++i) ratio[i] = x[i] - u[i] - V::set(row.offset);
+    }
+
+    template <Dtype Z, Dtype T>
+    QTARGET_BLOCK_FN DivergenceSums divergence_sums(const DivergenceRow& given, const char* z,
+                                                    const char* t, int64_t count) {
+        const DivergenceRow row = given;
+        Sum slope, of_model, of_residual;
+        const auto step = [&](const char* z_at, const char* t_at, int64_t k) {
+            Vec ratio[U], x[U], u[U], p[U], r[U];
+            log_ratios<Z, T>(row, z_at, t_at, ratio, x, u);
+            V::exp_alone(x, p);
+            V::exp_alone(u, r);
+            if (k + kStep > count) {
+                // The columns beyond have no logit; a residual may have weight in any.
+                alignas(64) float weights[kStep];
+                char* const at = reinterpret_cast<char*>(weights);
+                V::template store<Dtype::kFloat32, false>(at, r);
+                for (int64_t beyond = count - k; beyond < kStep; ++beyond) weights[beyond] = 0.0f;
+                load<Dtype::kFloat32>(at, r);
+            }
+            for (int i = 0; i < U; ++i) {
+                const auto terms = divergence_terms<V>(row.divergence, ratio[i]);
+                slope.add(weighted_value<V>(p[i], terms.slope));
+                of_model.add(weighted_value<V>(p[i], terms.of_model));
+                of_residual.add(weighted_value<V>(r[i], terms.of_residual));
+            }
+        };
+        visit<Z, T>(z, t, count, lowest<float>(), 0.0f, step);
+        return {slope.total(), of_model.total(), of_residual.total()};
+    }
+
     // The gradient of kStep columns, without the label's term.
-    template <Dtype Z, Dtype T, int Terms>
+    template <Dtype Z, Dtype T, int Terms, bool Diverges>
     QTARGET_FN void gradient_step(const GradientRow& row, const char* z, const char* t,
                                   Vec (&value)[U]) {
         const Vec origin = V::set(row.max);
         const Vec mass = V::set(row.scale);
         const Vec flat = V::set(row.constant);
-        Vec logit[U], x[U];
+        Vec logit[U], x[U], of_divergence[U];
         load<Z>(z, logit);
         for (int i = 0; i < U; ++i) x[i] = logit[i] - origin;
         V::exp_alone(x, value);
+        if constexpr (Diverges) {
+            const DivergenceRow& divergence = row.divergence;
+            const Vec weight = V::set(divergence.scale), mean = V::set(divergence.mean);
+            Vec ratio[U], u[U];
+            log_ratios<Z, T>(divergence, z, t, ratio, x, u);
+            for (int i = 0; i < U; ++i) {
+                const auto terms = divergence_terms<V>(divergence.divergence, ratio[i]);
+                of_divergence[i] = weighted_value<V>(value[i] * weight, terms.slope - mean);
+            }
+        }
         for (int i = 0; i < U; ++i) value[i] = value[i] * mass - flat;
+        if constexpr (Diverges)
+            for (int i = 0; i < U; ++i) value[i] = value[i] + of_divergence[i];
         for (int n = 0; n < Terms; ++n) {
             const GradientTerm& term = row.terms[n];
             const Vec u_mass = V::set(term.scale);
@@ -201,33 +286,33 @@ struct Blocks {
     }
 
     // Stream: past the caches; `out` is then a multiple of 64.
-    template <Dtype Z, Dtype T, int Terms, bool Stream>
+    template <Dtype Z, Dtype T, int Terms, bool Diverges, bool Stream>
     QTARGET_BLOCK_FN void gradient(const GradientRow& terms, const char* z, const char* t,
                                    int64_t count, char* out) {
         const GradientRow row = terms;  // a copy, which no store to `out` can change
         Vec value[U];
         int64_t k = 0;
         for (; k + kStep <= count; k += kStep) {
-            gradient_step<Z, T, Terms>(row, z + k * size_of(Z), t + k * size_of(T), value);
+            gradient_step<Z, T, Terms, Diverges>(row, z + k * size_of(Z), t + k * size_of(T), value);
             V::template store<Z, Stream>(out + k * size_of(Z), value);
         }
         if (k < count) {
             alignas(64) char result[kStep * size_of(Z)];
             const Padded<Z> z_rest(z + k * size_of(Z), count - k, 0.0f);
             const Padded<T> t_rest(t + k * size_of(T), count - k, 0.0f);
-            gradient_step<Z, T, Terms>(row, z_rest.bytes, t_rest.bytes, value);
+            gradient_step<Z, T, Terms, Diverges>(row, z_rest.bytes, t_rest.bytes, value);
             V::template store<Z, false>(result, value);
             std::memcpy(out + k * size_of(Z), result, (count - k) * size_of(Z));
         }
     }
 
     // One column's gradient in float32, as gradient() has it before rounding.
-    template <Dtype Z, Dtype T, int Terms>
+    template <Dtype Z, Dtype T, int Terms, bool Diverges>
     QTARGET_BLOCK_FN float gradient_of(const GradientRow& row, const char* z, const char* t) {
         const Padded<Z> z_one(z, 1, 0.0f);
         const Padded<T> t_one(t, 1, 0.0f);
         Vec value[U];
-        gradient_step<Z, T, Terms>(row, z_one.bytes, t_one.bytes, value);
+        gradient_step<Z, T, Terms, Diverges>(row, z_one.bytes, t_one.bytes, value);
         float values[kStep];
         V::template store<Dtype::kFloat32, false>(reinterpret_cast<char*>(values), value);
         return values[0];

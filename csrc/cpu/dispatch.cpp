@@ -137,6 +137,11 @@ void cpu_partial_statistics(const StatisticsArgs& args, int num_threads) {
     });
 }
 
+void cpu_divergence_sums(const DivergenceArgs& args, int num_threads) {
+    const auto row_divergence = current_isa().rows->divergence;
+    for_rows(args.shard, num_threads, [&](int64_t row, int) { row_divergence(args, row); });
+}
+
 void cpu_logit_gradient(const GradientArgs& args, int num_threads) {
     const auto row_gradient = current_isa().rows->gradient;
     for_rows(args.shard, num_threads, [&](int64_t row, int) { row_gradient(args, row); });

@@ -19,6 +19,7 @@ std::string cpu_isa();
 void set_cpu_isa(const std::string& name);
 
 void cpu_partial_statistics(const StatisticsArgs& args, int num_threads);
+void cpu_divergence_sums(const DivergenceArgs& args, int num_threads);
 void cpu_logit_gradient(const GradientArgs& args, int num_threads);
 
 }  // namespace qtarget

@@ -55,18 +55,21 @@ QTARGET_FN auto with_dtypes(const ShardArgs& shard, bool with_teacher, const Fun
     });
 }
 
-// function(tag): the number of a gradient's terms as a constant.
+// function(tag, tag): the number of a gradient's terms, and whether it has a divergence's, as constants.
 template <class Function>
-QTARGET_FN void with_number(int terms, const Function& function) {
+QTARGET_FN void with_terms(int terms, bool diverges, const Function& function) {
     static_assert(kMaxResiduals == 2, "one case for each number");
-    switch (terms) {
-        case 0:
-            return function(std::integral_constant<int, 0>());
-        case 1:
-            return function(std::integral_constant<int, 1>());
-        default:
-            return function(std::integral_constant<int, 2>());
-    }
+    const auto with_number = [&](auto tag) {
+        switch (terms) {
+            case 0:
+                return function(std::integral_constant<int, 0>(), tag);
+            case 1:
+                return function(std::integral_constant<int, 1>(), tag);
+            default:
+                return function(std::integral_constant<int, 2>(), tag);
+        }
+    };
+    diverges ? with_number(std::true_type()) : with_number(std::false_type());
 }
 
 QTARGET_FN char* element(const MatrixView& matrix, int64_t row, int64_t column) {
@@ -104,7 +107,7 @@ QTARGET_FN bool reads_teacher(const ShardArgs& shard) {
 // One visit of the row: its sums, centred on its maxima, and its largest logits.
 template <class V, int R, Dtype Z, Dtype T>
 static void row_sums(const StatisticsArgs& args, int64_t row, TopValues& top,
-                     RowSums<double, R, true, true>& sums) {
+                     RowSums<double, R, true, true, true>& sums) {
     using Ops = Blocks<V, V::kSumsInFlight>;
     static_assert(kBlock % Ops::kStep == 0, "only a row's last block has columns beyond");
     const ShardArgs& shard = args.shard;
@@ -131,6 +134,7 @@ static void row_sums(const StatisticsArgs& args, int64_t row, TopValues& top,
             base = base_block();
         }
         z_max = larger(base.m, z_max);
+        [[maybe_unused]] const double covered = sums.s;
         // What the layout leaves out is 0 in the block's sums; moving a 0 costs nothing.
         sums.s += base.s;
         sums.e += base.e;
@@ -146,6 +150,7 @@ static void row_sums(const StatisticsArgs& args, int64_t row, TopValues& top,
         for (int r = 0; r < R; ++r) {
             const float a = shard.residuals[r].a, b = shard.residuals[r].b;
             ResidualSums<double, true>& acc = sums.residual[r];
+            // y of a uniform residual is 0: u is its own maximum everywhere.
             if (is_uniform(shard.residuals[r])) {
                 // u = 0 in every valid column: weight 1, no exponential.
                 acc.m = u_max[r] = 0.0f;
@@ -162,17 +167,22 @@ static void row_sums(const StatisticsArgs& args, int64_t row, TopValues& top,
             };
             ResidualBlockSums part = residual_block();
             if (part.m > acc.m + kSlack) {
-                raise_residual(acc, static_cast<double>(part.m));
+                raise_residual(sums, r, static_cast<double>(part.m), covered);
                 part = residual_block();
             }
             u_max[r] = larger(part.m, u_max[r]);
             acc.s += part.s;
             acc.x += part.x;
             acc.h += part.h;
+            if (layout.reverse_cross && r == 0) {
+                const float u_centre = static_cast<float>(centre(acc.m));
+                sums.y += Ops::template reverse_cross<Z, T>(a, b, z, t, count, u_centre, z_centre);
+            }
         }
     }
     raise_base(sums, static_cast<double>(z_max));
-    for (int r = 0; r < R; ++r) raise_residual(sums.residual[r], static_cast<double>(u_max[r]));
+    for (int r = 0; r < R; ++r)
+        raise_residual(sums, r, static_cast<double>(u_max[r]), sums.s);
 }
 
 // workspace: room for top_room(top_count(args)) where the layout asks for the largest logits.
@@ -189,7 +199,7 @@ static void statistics_row(const StatisticsArgs& args, int64_t row, float* works
     }
     const bool with_teacher = reads_teacher(shard);
     TopValues top = {workspace, top_count(args), 0, lowest<float>()};
-    RowSums<double, R, true, true> sums;
+    RowSums<double, R, true, true, true> sums;
     clear(sums);
     with_dtypes(shard, with_teacher,
                 [&](auto z, auto t) { row_sums<V, R, z.value, t.value>(args, row, top, sums); });
@@ -207,7 +217,43 @@ static void statistics_row(const StatisticsArgs& args, int64_t row, float* works
     }
 }
 
-template <class V, Dtype Z, Dtype T, int Terms, bool Stream>
+// A row's part of the mean of h, and of the divergence.
+template <class V>
+static void divergence_row(const DivergenceArgs& args, int64_t row) {
+    using Ops = Blocks<V, V::kSumsInFlight>;
+    [[maybe_unused]] const typename V::Mode mode;
+    const ShardArgs& shard = args.shard;
+    float* const out = args.out + 2 * row;
+    out[0] = out[1] = 0.0f;
+    if (shard.labels[row] == shard.ignore_index) return;
+    const Residual residual = shard.residuals[0];
+    const DivergenceRow terms = {args.divergence.divergence, residual.a, residual.b,
+                                 args.max[row],  args.residual_max[row],
+                                 args.divergence.offset[row], 0.0f, 0.0f};
+    const bool with_teacher = residual.b != 0.0f;
+    double slope = 0.0, of_model = 0.0, of_residual = 0.0;
+    with_dtypes(shard, with_teacher, [&](auto z_tag, auto t_tag) {
+        constexpr Dtype Z = z_tag.value, T = t_tag.value;
+        Block t_buffer;
+        for (int64_t start = 0; start < shard.valid_columns; start += kBlock) {
+            const int64_t left = shard.valid_columns - start;
+            const int64_t count = left < kBlock ? left : kBlock;
+            const char* const z = element(shard.logits, row, start);
+            const char* const t =
+                with_teacher ? teacher_block<V, T>(shard.teacher, row, start, count, t_buffer) : z;
+            const DivergenceSums part = Ops::template divergence_sums<Z, T>(terms, z, t, count);
+            slope += part.slope;
+            of_model += part.of_model;
+            of_residual += part.of_residual;
+        }
+    });
+    const double scale = args.scale[row], residual_scale = args.residual_scale[row];
+    out[0] = static_cast<float>(weighted(scale, slope));
+    out[1] =
+        static_cast<float>(weighted(scale, of_model) + weighted(residual_scale, of_residual));
+}
+
+template <class V, Dtype Z, Dtype T, int Terms, bool Diverges, bool Stream>
 static void gradient_columns(const GradientArgs& args, int64_t row, const GradientRow& terms,
                              bool with_teacher) {
     using Ops = Blocks<V, V::kGradientInFlight>;
@@ -223,7 +269,7 @@ static void gradient_columns(const GradientArgs& args, int64_t row, const Gradie
     if (has_label) {
         const char* const z = element(shard.logits, row, label_column);
         const char* const t = teacher(label_column, 1, z);
-        at_label = Ops::template gradient_of<Z, T, Terms>(terms, z, t) - args.label_scale[row];
+        at_label = Ops::template gradient_of<Z, T, Terms, Diverges>(terms, z, t) - args.label_scale[row];
     }
     int64_t count = kBlock;
     if (Stream) {
@@ -236,8 +282,8 @@ static void gradient_columns(const GradientArgs& args, int64_t row, const Gradie
         const int64_t left = shard.valid_columns - start;
         if (left < count) count = left;
         const char* const z = element(shard.logits, row, start);
-        Ops::template gradient<Z, T, Terms, Stream>(terms, z, teacher(start, count, z), count,
-                                                    element(args.out, row, start));
+        Ops::template gradient<Z, T, Terms, Diverges, Stream>(
+            terms, z, teacher(start, count, z), count, element(args.out, row, start));
     }
     if (has_label) write<Z>(element(args.out, row, label_column), at_label);
     if constexpr (Stream) V::fence();
@@ -250,7 +296,7 @@ static void gradient_row(const GradientArgs& args, int64_t row) {
     const int64_t size = size_of(args.out.dtype);
 
     // A uniform residual is one constant per row; one of scale 0 is left out; the others are terms.
-    GradientRow terms = {args.max[row], args.scale[row], 0.0f, 0, {}};
+    GradientRow terms = {args.max[row], args.scale[row], 0.0f, 0, {}, {}};
     bool with_teacher = false;
     bool active = terms.scale != 0.0f || args.label_scale[row] != 0.0f;
     for (int r = 0; r < shard.num_residuals; ++r) {
@@ -266,6 +312,18 @@ static void gradient_row(const GradientArgs& args, int64_t row) {
                                           residual_scale};
         with_teacher |= shard.residuals[r].b != 0.0f;
     }
+    const DivergenceRows& divergence = args.divergence;
+    const bool diverges =
+        divergence.divergence.kind != DivergenceKind::kNone && divergence.scale[row] != 0.0f;
+    if (diverges) {
+        const Residual first = shard.residuals[0];
+        terms.divergence = {divergence.divergence,   first.a,
+                            first.b,                 args.max[row],
+                            args.residual_max[row],  divergence.offset[row],
+                            divergence.mean[row],    divergence.scale[row]};
+        active = true;
+        with_teacher |= first.b != 0.0f;
+    }
     if (shard.labels[row] == shard.ignore_index || !active) {
         std::memset(element(args.out, row, 0), 0, args.columns * size);
         return;
@@ -273,13 +331,13 @@ static void gradient_row(const GradientArgs& args, int64_t row) {
     const bool stream = V::kStreams && args.out.data != shard.logits.data &&
                         shard.rows * args.columns * size >= kStreamBytes;
     with_dtypes(shard, with_teacher, [&](auto z, auto t) {
-        with_number(terms.num_terms, [&](auto count) {
+        with_terms(terms.num_terms, diverges, [&](auto count, auto with_divergence) {
             if (V::kStreams && stream) {
-                gradient_columns<V, z.value, t.value, count.value, V::kStreams>(args, row, terms,
-                                                                                with_teacher);
+                gradient_columns<V, z.value, t.value, count.value, with_divergence.value,
+                                 V::kStreams>(args, row, terms, with_teacher);
             } else {
-                gradient_columns<V, z.value, t.value, count.value, false>(args, row, terms,
-                                                                          with_teacher);
+                gradient_columns<V, z.value, t.value, count.value, with_divergence.value, false>(
+                    args, row, terms, with_teacher);
             }
         });
     });

@@ -52,6 +52,9 @@ struct Scalar {
         weight[0] = expf(x[0]);
     }
 
+    static Vec exponential(Vec x) { return expf(x); }
+    static Vec logarithm(Vec x) { return logf(x); }
+
     static int64_t above(const float* values, int64_t count, float threshold, float* hits) {
         int64_t found = 0;
         for (int64_t k = 0; k < count; ++k) {
@@ -69,6 +72,7 @@ void sort_descending(float* values, int64_t count) {
 
 const RowFunctions kScalarRows = {
     {statistics_row<Scalar, 0>, statistics_row<Scalar, 1>, statistics_row<Scalar, 2>},
+    divergence_row<Scalar>,
     gradient_row<Scalar>,
 };
 

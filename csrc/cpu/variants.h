@@ -9,6 +9,7 @@ namespace qtarget {
 struct RowFunctions {
     // Index: number of residuals.
     void (*statistics[kMaxResiduals + 1])(const StatisticsArgs&, int64_t row, float* workspace);
+    void (*divergence)(const DivergenceArgs&, int64_t row);
     void (*gradient)(const GradientArgs&, int64_t row);
 };
 

@@ -28,6 +28,29 @@ QTARGET_FN void evaluate(const float (&coefficients)[Degree], const Vec (&r)[U],
     for (int i = 0; i < U; ++i) value[i] = V::fma(value[i], r[i], V::set(1.0f));
 }
 
+template <class V, class Vec>
+QTARGET_FN Vec exponential_of(Vec x) {
+    Vec in[1] = {x}, out[1];
+    V::exp_alone(in, out);
+    return out[0];
+}
+
+// log(2^exponent mantissa), mantissa in [1, 2): 2 artanh((m - 1) / (m + 1)) with m in
+// [1 / sqrt 2, sqrt 2], whose series is cut where a term is below 1e-9.
+template <class V, class Vec>
+QTARGET_FN Vec logarithm_of(Vec exponent, Vec mantissa) {
+    const Vec one = V::set(1.0f), root = V::set(1.41421354f);
+    exponent = mantissa > root ? exponent + one : exponent;
+    mantissa = mantissa > root ? mantissa * V::set(0.5f) : mantissa;
+    const Vec s = (mantissa - one) / (mantissa + one);
+    const Vec square = s * s;
+    Vec series = V::fma(V::set(2.0f / 9.0f), square, V::set(2.0f / 7.0f));
+    series = V::fma(series, square, V::set(2.0f / 5.0f));
+    series = V::fma(series, square, V::set(2.0f / 3.0f));
+    series = V::fma(series, square, V::set(2.0f));
+    return V::fma(exponent, V::set(kLn2), s * series);
+}
+
 // While one lives, this thread's float arithmetic makes 0 in place of subnormal numbers: they are
 // not worth their cost, which is a hundredfold on some processors. It still takes those that it is
 // given.

@@ -70,6 +70,12 @@ void cuda_partial_statistics(const StatisticsArgs& args, int device, uintptr_t s
     launch(by_dtype, args, args.shard.valid_columns, device, stream);
 }
 
+void cuda_divergence_sums(const DivergenceArgs& args, int device, uintptr_t stream) {
+    const Launcher<DivergenceArgs> by_dtype[] = {launch_divergence_fp32, launch_divergence_bf16,
+                                                 launch_divergence_fp16};
+    launch(by_dtype, args, args.shard.valid_columns, device, stream);
+}
+
 void cuda_logit_gradient(const GradientArgs& args, int device, uintptr_t stream) {
     const Launcher<GradientArgs> by_dtype[] = {launch_gradient_fp32, launch_gradient_bf16,
                                                launch_gradient_fp16};

@@ -12,6 +12,7 @@ namespace qtarget {
 // Asynchronous: nothing is allocated and nothing waits. Throws std::runtime_error where the launch
 // is refused.
 void cuda_partial_statistics(const StatisticsArgs& args, int device, uintptr_t stream);
+void cuda_divergence_sums(const DivergenceArgs& args, int device, uintptr_t stream);
 void cuda_logit_gradient(const GradientArgs& args, int device, uintptr_t stream);
 void cuda_merge(const MergeArgs& args, int device, uintptr_t stream);
 void cuda_weigh(const WeighArgs& args, int device, uintptr_t stream);

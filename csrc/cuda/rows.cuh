@@ -162,14 +162,15 @@ __device__ __forceinline__ float max_of(const float (&values)[K]) {
     return top;
 }
 
-template <int R, bool Collision, bool Entropy>
-__device__ __forceinline__ RowSums<float, R, Collision, Entropy> from_lane(
-    const RowSums<float, R, Collision, Entropy>& sums, int distance) {
-    RowSums<float, R, Collision, Entropy> other;
+template <int R, bool Collision, bool Entropy, bool Reverse>
+__device__ __forceinline__ RowSums<float, R, Collision, Entropy, Reverse> from_lane(
+    const RowSums<float, R, Collision, Entropy, Reverse>& sums, int distance) {
+    RowSums<float, R, Collision, Entropy, Reverse> other;
     other.m = __shfl_down_sync(0xffffffffu, sums.m, distance);
     other.s = __shfl_down_sync(0xffffffffu, sums.s, distance);
     other.e = __shfl_down_sync(0xffffffffu, sums.e, distance);
     other.c = Collision ? __shfl_down_sync(0xffffffffu, sums.c, distance) : 0.0f;
+    other.y = Reverse ? __shfl_down_sync(0xffffffffu, sums.y, distance) : 0.0f;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
         other.residual[r].m = __shfl_down_sync(0xffffffffu, sums.residual[r].m, distance);
@@ -182,17 +183,18 @@ __device__ __forceinline__ RowSums<float, R, Collision, Entropy> from_lane(
 }
 
 // Lane 0 ends with the sums of the first `lanes` lanes (a power of two).
-template <int R, bool Collision, bool Entropy>
-__device__ __forceinline__ void add_lanes(RowSums<float, R, Collision, Entropy>& sums, int lanes) {
+template <int R, bool Collision, bool Entropy, bool Reverse>
+__device__ __forceinline__ void add_lanes(RowSums<float, R, Collision, Entropy, Reverse>& sums,
+                                          int lanes) {
 #pragma unroll 1
     for (int distance = lanes / 2; distance > 0; distance /= 2)
         add(sums, from_lane(sums, distance));
 }
 
 // Thread 0 ends with the sums of the block.
-template <int R, bool Collision, bool Entropy>
-__device__ __forceinline__ void add_block(RowSums<float, R, Collision, Entropy>& sums) {
-    __shared__ RowSums<float, R, Collision, Entropy> of_warp[kWarps];
+template <int R, bool Collision, bool Entropy, bool Reverse>
+__device__ __forceinline__ void add_block(RowSums<float, R, Collision, Entropy, Reverse>& sums) {
+    __shared__ RowSums<float, R, Collision, Entropy, Reverse> of_warp[kWarps];
     add_lanes(sums, 32);
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sums;
     __syncthreads();  // warp 0 reads what the lanes 0 wrote
@@ -203,7 +205,7 @@ __device__ __forceinline__ void add_block(RowSums<float, R, Collision, Entropy>&
 }
 
 // All of a row's partial but its largest logits, which the caller adds.
-template <class T, int R, bool Teacher, bool Collision, bool Entropy>
+template <class T, int R, bool Teacher, bool Collision, bool Entropy, bool Reverse>
 __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsArgs args) {
     constexpr int K = kPack<T>;
     const int64_t row = blockIdx.x;
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
     if (Teacher) teacher.open<K>(args.shard.teacher, row, packs.shift);
 
     // sums.m is the centre, at most kSlack below the maximum seen so far.
-    RowSums<float, R, Collision, Entropy> sums;
+    RowSums<float, R, Collision, Entropy, Reverse> sums;
     clear(sums);
     float z_max = -INFINITY;
     float u_max[R > 0 ? R : 1];
@@ -238,6 +240,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
         z_max = fmaxf(z_max, z_top);
         if (z_top > sums.m + kSlack) raise_base(sums, z_top);
         const float z_centre = centre(sums.m);
+        const float covered = sums.s;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             const float shifted = z[k] - z_centre;
@@ -267,8 +270,14 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
             const float u_top = centre(acc.m) + max_of(exponents);
             u_max[r] = fmaxf(u_max[r], u_top);
             if (u_top > acc.m + kSlack) {
-                raise_residual(acc, u_top);
+                raise_residual(sums, r, u_top, covered);
                 exponents_from(centre(acc.m));
+            }
+            if (Reverse && r == 0) {
+                // Columns beyond have no weight, whatever stands in their exponent.
+#pragma unroll
+                for (int k = 0; k < K; ++k)
+                    sums.y += weighted(exp_float(z[k] - z_centre), exponents[k]);
             }
 #pragma unroll
             for (int k = 0; k < K; ++k) {
@@ -282,7 +291,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
 
     raise_base(sums, z_max);
 #pragma unroll
-    for (int r = 0; r < R; ++r) raise_residual(sums.residual[r], u_max[r]);
+    for (int r = 0; r < R; ++r) raise_residual(sums, r, u_max[r], sums.s);
     add_block(sums);
     if (threadIdx.x == 0) {
         const int64_t column = label - args.shard.vocab_start;
@@ -294,6 +303,79 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const StatisticsAr
         }
         write_partial(sums, label_logit, label_teacher, args.shard.residuals, args.layout, out);
     }
+}
+
+// The operations that the formulas of a divergence are written over.
+struct DeviceNumber {
+    __device__ __forceinline__ static float set(float value) {
+        return value;
+    }
+    __device__ __forceinline__ static float exponential(float x) {
+        return exp_float(x);
+    }
+    __device__ __forceinline__ static float logarithm(float x) {
+        return logf(x);
+    }
+};
+
+// A row's part of the mean of h, and of the divergence.
+template <class T, bool Teacher>
+__global__ void __launch_bounds__(kThreads) divergence_kernel(const DivergenceArgs args) {
+    constexpr int K = kPack<T>;
+    const ShardArgs& shard = args.shard;
+    const int64_t row = blockIdx.x;
+    float* const out = args.out + 2 * row;
+    if (shard.labels[row] == shard.ignore_index) {
+        if (threadIdx.x == 0) out[0] = out[1] = 0.0f;
+        return;
+    }
+    const int columns = static_cast<int>(shard.valid_columns);
+    const T* const logits = row_of<const T>(shard.logits, row);
+    const Packs packs = packs_of(logits, columns);
+    TeacherRow teacher;
+    if (Teacher) teacher.open<K>(shard.teacher, row, packs.shift);
+    const float a = shard.residuals[0].a;
+    const float b = Teacher ? shard.residuals[0].b : 0.0f;
+    const float maximum = args.max[row], residual_max = args.residual_max[row];
+    const float offset = args.divergence.offset[row];
+
+    float slope = 0.0f, of_model = 0.0f, of_residual = 0.0f;
+    for (int pack = threadIdx.x; pack < packs.count; pack += kThreads) {
+        const int start = pack * K - packs.shift;
+        float z[K], t[K];
+        load_values<T, K>(logits, start, columns, true, z);
+        if (Teacher) teacher.load<K>(start, columns, t);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            if (start + k < 0 || start + k >= columns) continue;
+            const float x = z[k] - maximum;
+            const float u = residual_exponent(a, b, residual_max, z[k], Teacher ? t[k] : 0.0f);
+            const auto terms =
+                divergence_terms<DeviceNumber>(args.divergence.divergence, x - u - offset);
+            const float p = exp_float(x), r = exp_float(u);
+            slope += weighted(p, terms.slope);
+            of_model += weighted(p, terms.of_model);
+            of_residual += weighted(r, terms.of_residual);
+        }
+    }
+    __shared__ float of_warp[3][kWarps];
+    float* const sums[3] = {&slope, &of_model, &of_residual};
+#pragma unroll
+    for (int s = 0; s < 3; ++s) {
+        float sum = *sums[s];
+#pragma unroll 1
+        for (int distance = 16; distance > 0; distance /= 2)
+            sum += __shfl_down_sync(0xffffffffu, sum, distance);
+        if (threadIdx.x % 32 == 0) of_warp[s][threadIdx.x / 32] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    float total[3] = {0.0f, 0.0f, 0.0f};
+    for (int s = 0; s < 3; ++s)
+        for (int warp = 0; warp < kWarps; ++warp) total[s] += of_warp[s][warp];
+    const float scale = args.scale[row], residual_scale = args.residual_scale[row];
+    out[0] = weighted(scale, total[0]);
+    out[1] = weighted(scale, total[1]) + weighted(residual_scale, total[2]);
 }
 
 // Exact zeros in columns [begin, end) of a row.
@@ -316,7 +398,7 @@ __device__ __forceinline__ void clear_columns(T* row, int begin, int end) {
 
 // The logits are not const __restrict__ here: out may be the same memory. Every column is read and
 // written by one thread, in that order.
-template <class T, int R, bool Teacher>
+template <class T, int R, bool Teacher, bool Diverges>
 __global__ void __launch_bounds__(kThreads) gradient_kernel(const GradientArgs args) {
     constexpr int K = kPack<T>;
     const ShardArgs& shard = args.shard;
@@ -337,6 +419,12 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const GradientArgs a
         active |= residual_scale[r] != 0.0f;
         needs_teacher |= residual_scale[r] != 0.0f && shard.residuals[r].b != 0.0f;
     }
+    const DivergenceRows& divergence = args.divergence;
+    const float divergence_scale = Diverges ? divergence.scale[row] : 0.0f;
+    const float divergence_offset = Diverges ? divergence.offset[row] : 0.0f;
+    const float divergence_mean = Diverges ? divergence.mean[row] : 0.0f;
+    active |= divergence_scale != 0.0f;
+    needs_teacher |= divergence_scale != 0.0f && shard.residuals[0].b != 0.0f;
     T* const out = row_of<T>(args.out, row);
     if (label == shard.ignore_index || !active) {
         clear_columns(out, 0, static_cast<int>(args.columns));
@@ -361,6 +449,20 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const GradientArgs a
         }
 #pragma unroll
         for (int k = 0; k < K; ++k) gradient[k] = softmax_term(z[k] - maximum, scale);
+        if (Diverges && divergence_scale != 0.0f) {
+            const float a = shard.residuals[0].a;
+            const float b = Teacher ? shard.residuals[0].b : 0.0f;
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                const float x = z[k] - maximum;
+                const float u =
+                    residual_exponent(a, b, residual_max[0], z[k], Teacher ? t[k] : 0.0f);
+                const auto terms =
+                    divergence_terms<DeviceNumber>(divergence.divergence, x - u - divergence_offset);
+                gradient[k] +=
+                    weighted(softmax_term(x, divergence_scale), terms.slope - divergence_mean);
+            }
+        }
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             if (residual_scale[r] == 0.0f) continue;
@@ -400,15 +502,19 @@ bool any_teacher(const ShardArgs& shard) {
 template <class T, int R, bool Teacher>
 void launch_statistics(const StatisticsArgs& args, cudaStream_t stream) {
     const unsigned rows = static_cast<unsigned>(args.shard.rows);
-    const bool entropy = R > 0 && args.layout.residual_entropy;
-    if (args.layout.collision && entropy) {
-        statistics_kernel<T, R, Teacher, true, R != 0><<<rows, kThreads, 0, stream>>>(args);
+    constexpr bool any = R != 0;
+    const bool entropy = any && args.layout.residual_entropy;
+    if (any && args.layout.reverse_cross) {
+        // What the layout leaves out of all sums is not written.
+        statistics_kernel<T, R, Teacher, true, any, any><<<rows, kThreads, 0, stream>>>(args);
+    } else if (args.layout.collision && entropy) {
+        statistics_kernel<T, R, Teacher, true, any, false><<<rows, kThreads, 0, stream>>>(args);
     } else if (args.layout.collision) {
-        statistics_kernel<T, R, Teacher, true, false><<<rows, kThreads, 0, stream>>>(args);
+        statistics_kernel<T, R, Teacher, true, false, false><<<rows, kThreads, 0, stream>>>(args);
     } else if (entropy) {
-        statistics_kernel<T, R, Teacher, false, R != 0><<<rows, kThreads, 0, stream>>>(args);
+        statistics_kernel<T, R, Teacher, false, any, false><<<rows, kThreads, 0, stream>>>(args);
     } else {
-        statistics_kernel<T, R, Teacher, false, false><<<rows, kThreads, 0, stream>>>(args);
+        statistics_kernel<T, R, Teacher, false, false, false><<<rows, kThreads, 0, stream>>>(args);
     }
 }
 
@@ -436,25 +542,45 @@ void launch_statistics(const StatisticsArgs& args, cudaStream_t stream) {
 }
 
 template <class T>
+void launch_divergence(const DivergenceArgs& args, cudaStream_t stream) {
+    const unsigned rows = static_cast<unsigned>(args.shard.rows);
+    if (args.shard.residuals[0].b != 0.0f) {
+        divergence_kernel<T, true><<<rows, kThreads, 0, stream>>>(args);
+    } else {
+        divergence_kernel<T, false><<<rows, kThreads, 0, stream>>>(args);
+    }
+}
+
+template <class T, int R, bool Teacher>
 void launch_gradient(const GradientArgs& args, cudaStream_t stream) {
     const unsigned rows = static_cast<unsigned>(args.shard.rows);
+    constexpr bool any = R != 0;
+    if (any && args.divergence.divergence.kind != DivergenceKind::kNone) {
+        gradient_kernel<T, R, Teacher, any><<<rows, kThreads, 0, stream>>>(args);
+    } else {
+        gradient_kernel<T, R, Teacher, false><<<rows, kThreads, 0, stream>>>(args);
+    }
+}
+
+template <class T>
+void launch_gradient(const GradientArgs& args, cudaStream_t stream) {
     const bool teacher = any_teacher(args.shard);
     switch (args.shard.num_residuals) {
         case 0:
-            gradient_kernel<T, 0, false><<<rows, kThreads, 0, stream>>>(args);
+            launch_gradient<T, 0, false>(args, stream);
             break;
         case 1:
             if (teacher) {
-                gradient_kernel<T, 1, true><<<rows, kThreads, 0, stream>>>(args);
+                launch_gradient<T, 1, true>(args, stream);
             } else {
-                gradient_kernel<T, 1, false><<<rows, kThreads, 0, stream>>>(args);
+                launch_gradient<T, 1, false>(args, stream);
             }
             break;
         default:
             if (teacher) {
-                gradient_kernel<T, 2, true><<<rows, kThreads, 0, stream>>>(args);
+                launch_gradient<T, 2, true>(args, stream);
             } else {
-                gradient_kernel<T, 2, false><<<rows, kThreads, 0, stream>>>(args);
+                launch_gradient<T, 2, false>(args, stream);
             }
     }
 }

@@ -19,10 +19,18 @@ import torch  # before the extension: both must share one OpenMP runtime
 from torch import Tensor
 
 from qtarget_megatron import _source_tree
-from qtarget_megatron.statistics import MAX_RESIDUALS, Residuals, StatisticsRequest, VocabularyShard
+from qtarget_megatron.statistics import (
+    DIVERGENCES,
+    MAX_RESIDUALS,
+    Divergence,
+    Residuals,
+    StatisticsRequest,
+    VocabularyShard,
+)
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MATRIX = (0, 0, 0)
+_NO_DIVERGENCE = (0, 0.0, 0.0, 0.0)
 _MAX_GUARDS = 8  # token_math.h
 
 
@@ -116,6 +124,7 @@ def logit_gradient(
     maxima: Tensor,
     scales: Tensor,
     out: Tensor,
+    divergence: Divergence | None = None,
 ) -> None:
     """As of Backend. The logits of rows that become zeros are not read."""
     inputs = _inputs(logits, teacher_logits, labels, residuals, shard)
@@ -130,10 +139,41 @@ def logit_gradient(
             f"out shares memory with logits but has row stride {out.stride(0)}, "
             f"not {logits.stride(0)}: pass logits itself or a separate tensor"
         )
-    _check_per_token("maxima", maxima, torch.float32, (1 + len(residuals), rows), logits.device)
-    _check_per_token("scales", scales, torch.float32, (2 + len(residuals), rows), logits.device)
-    function = _function("logit_gradient", logits)
-    function(*inputs, columns, maxima.data_ptr(), scales.data_ptr(), _matrix(out), *_execution(logits))
+    further = (0, 0) if divergence is None else (2, 1)
+    _check_per_token("maxima", maxima, torch.float32, (1 + len(residuals) + further[0], rows), logits.device)
+    _check_per_token("scales", scales, torch.float32, (2 + len(residuals) + further[1], rows), logits.device)
+    if divergence is not None and not residuals:
+        raise ValueError("a divergence is taken from the first residual, got no residuals")
+    _function("logit_gradient", logits)(
+        *(*inputs, columns, maxima.data_ptr(), scales.data_ptr()),
+        *(_divergence(divergence), _matrix(out), *_execution(logits)),
+    )
+
+
+def divergence_sums(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    residuals: Residuals,
+    divergence: Divergence,
+    shard: VocabularyShard,
+    maxima: Tensor,
+    scales: Tensor,
+) -> Tensor:
+    """As of Backend. The logits of rows that are not supervised are not read."""
+    inputs = _inputs(logits, teacher_logits, labels, residuals, shard)
+    rows = len(logits)
+    if len(residuals) != 1:
+        raise ValueError(f"a divergence is taken from one residual, got {len(residuals)}")
+    _check_per_token("maxima", maxima, torch.float32, (3, rows), logits.device)
+    _check_per_token("scales", scales, torch.float32, (2, rows), logits.device)
+    out = torch.empty(rows, 2, dtype=torch.float32, device=logits.device)
+    _function("divergence_sums", logits)(
+        *(*inputs, maxima.data_ptr(), scales.data_ptr()),
+        *(_divergence(divergence), out.data_ptr(), *_execution(logits)),
+    )
+    return out
 
 
 def supervised(labels: Tensor, *, vocab_size: int, ignore_index: int) -> tuple[Tensor, int]:
@@ -184,6 +224,9 @@ def weigh(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As of Backend."""
     tokens, residuals = rows.shape[1], len(request.residuals)
+    further = (0, 0) if request.divergence is None else (2, 1)
+    if len(residual_masses) != residuals + further[1]:
+        raise ValueError(f"expected {residuals + further[1]} masses besides the label's, got {len(residual_masses)}")
     if len(guards) > _MAX_GUARDS:
         rest = torch.stack(tuple(guards[_MAX_GUARDS - 1 :]))
         guards = [*guards[: _MAX_GUARDS - 1], torch.zeros_like(rest[0]).masked_fill_(rest.isnan().any(0), torch.nan)]
@@ -199,8 +242,8 @@ def weigh(
         if isinstance(mass, Tensor):
             _check_per_token("masses", mass, torch.float64, shape, device)
     out_loss = torch.empty(tokens, dtype=dtype, device=device)
-    maxima = torch.empty(1 + residuals, tokens, dtype=dtype, device=device)
-    scales = torch.empty(2 + residuals, tokens, dtype=torch.float64, device=device)
+    maxima = torch.empty(1 + residuals + further[0], tokens, dtype=dtype, device=device)
+    scales = torch.empty(2 + residuals + further[1], tokens, dtype=torch.float64, device=device)
     _function("weigh", rows)(
         *(rows.data_ptr(), supervised.data_ptr(), 0 if loss is None else loss.data_ptr()),
         *(out_loss.data_ptr(), maxima.data_ptr(), scales.data_ptr()),
@@ -240,8 +283,18 @@ def _is_wide(dtype: torch.dtype) -> bool:
     return True
 
 
-def _layout(request: StatisticsRequest) -> tuple[bool, int, bool, bool]:
-    return request.collision, request.top_k, request.residual_entropy, request.residual_label
+def _layout(request: StatisticsRequest) -> tuple[bool, int, bool, bool, bool, bool]:
+    return (
+        *(request.collision, request.top_k, request.residual_entropy, request.residual_label),
+        *(request.reverse_cross, request.divergence is not None),
+    )
+
+
+def _divergence(divergence: Divergence | None) -> tuple[int, float, float, float]:
+    if divergence is None:
+        return _NO_DIVERGENCE
+    kind = 1 + DIVERGENCES.index(divergence.kind)
+    return kind, divergence.share, divergence.of_residual, divergence.of_model
 
 
 def _check_per_token(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron.statistics import (
+    Divergence,
     Residuals,
     StatisticsRequest,
     TokenStatistics,
@@ -51,6 +52,7 @@ def partial_statistics(
         largest = z.topk(min(request.top_k, valid_columns), dim=-1).values
         largest = torch.nn.functional.pad(largest, (0, request.top_k - largest.shape[1]), value=-torch.inf)
         columns += largest.unbind(-1)
+    residual_exponents: list[Tensor] = []
     for a, b in kernel_coefficients(request.residuals, z.dtype):
         t = _valid_teacher(teacher_logits, valid_columns) if b != 0 else torch.zeros_like(z)
         u = residual_logits(z, t, a, b)
@@ -64,6 +66,10 @@ def partial_statistics(
             columns.append(_weighted_sum(weight_u, shifted_u))
         if request.residual_label:
             columns.append(at_label(t))
+        if len(residual_exponents) == 0:
+            residual_exponents.append(shifted_u)
+    if request.reverse_cross:
+        columns.append(_weighted_sum(weight, residual_exponents[0]))
     out = torch.stack(columns, dim=-1)
     return torch.where(supervised[:, None], out, torch.zeros_like(out))
 
@@ -78,12 +84,16 @@ def logit_gradient(
     maxima: Tensor,
     scales: Tensor,
     out: Tensor,
+    divergence: Divergence | None = None,
 ) -> None:
     """As of Backend."""
     valid_columns = shard.valid_columns
     z = _valid(logits, valid_columns)
     active = (labels != shard.ignore_index) & (scales != 0).any(0)
     gradient = (z - maxima[0, :, None]).exp() * scales[0, :, None]
+    if divergence is not None:
+        t = _valid_teacher(teacher_logits, valid_columns) if residuals[0][1] != 0 else None
+        gradient += divergence_gradient(z, t, residuals=residuals, divergence=divergence, maxima=maxima, scales=scales)
     for index, (a, b) in enumerate(kernel_coefficients(residuals, z.dtype)):
         u = residual_logits(z, _valid_teacher(teacher_logits, valid_columns) if b != 0 else None, a, b)
         maximum, scale = maxima[1 + index, :, None], scales[2 + index, :, None]
@@ -95,6 +105,75 @@ def logit_gradient(
     gradient[rows, local[rows]] -= scales[1, rows]
     out[:, :valid_columns] = torch.where(active[:, None], gradient, torch.zeros_like(gradient)).to(out.dtype)
     out[:, valid_columns:] = 0
+
+
+def divergence_sums(
+    logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    residuals: Residuals,
+    divergence: Divergence,
+    shard: VocabularyShard,
+    maxima: Tensor,
+    scales: Tensor,
+) -> Tensor:
+    """As of Backend."""
+    valid_columns = shard.valid_columns
+    t = _valid_teacher(teacher_logits, valid_columns) if residuals[0][1] != 0 else None
+    parts = divergence_elements(
+        _valid(logits, valid_columns), t, residuals=residuals, divergence=divergence, maxima=maxima, scales=scales
+    )
+    out = torch.stack([part.sum(-1) for part in parts], dim=-1)
+    return torch.where((labels != shard.ignore_index)[:, None], out, torch.zeros_like(out))
+
+
+def divergence_elements(
+    z: Tensor, t: Tensor | None, *, residuals: Residuals, divergence: Divergence, maxima: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """p_k h(l_k), and p_k A(l_k) + r_k B(l_k), of every column; arguments as of divergence_sums."""
+    log_ratio, exponents = _log_ratio(z, t, residuals, maxima)
+    p = (z - maxima[0, :, None]).exp() * scales[0, :, None]
+    r = exponents.exp() * scales[1, :, None]
+    slope, of_model, of_residual = divergence_terms(divergence, log_ratio)
+    return _product(p, slope), _product(p, of_model) + _product(r, of_residual)
+
+
+def divergence_gradient(
+    z: Tensor, t: Tensor | None, *, residuals: Residuals, divergence: Divergence, maxima: Tensor, scales: Tensor
+) -> Tensor:
+    """The divergence's term of every column; arguments as of logit_gradient."""
+    log_ratio, _ = _log_ratio(z, t, residuals, maxima)
+    slope = divergence_terms(divergence, log_ratio)[0] - maxima[-1, :, None]
+    return _product((z - maxima[0, :, None]).exp() * scales[-1, :, None], slope)
+
+
+def divergence_terms(divergence: Divergence, log_ratio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """h, A and B at l = log p - log r, see Divergence."""
+    if divergence.kind == "reverse-kl":
+        return log_ratio, log_ratio, torch.zeros_like(log_ratio)
+    if divergence.kind == "total-variation":
+        # Closer than the logits' dtype can tell, which of the two is larger is rounding.
+        tie = 2**-20 if log_ratio.dtype == torch.float32 else 2**-46
+        half = torch.where(log_ratio.abs() > tie, log_ratio.sign() / 2, 0 * log_ratio.clamp(-1, 1))
+        return half, half, -half
+    share, rest = divergence.share, 1 - divergence.share
+    # The smaller of p and r over the larger, so that nothing overflows; d is m over the larger.
+    ratio, model_larger = (-log_ratio.abs()).exp(), log_ratio >= 0
+    d = torch.where(model_larger, share * ratio + rest, share + rest * ratio)
+    model_over_m, residual_over_m = torch.where(model_larger, 1.0, ratio) / d, torch.where(model_larger, ratio, 1.0) / d
+    log_model = torch.where(model_larger, -d.log(), log_ratio - d.log())
+    log_residual = torch.where(model_larger, -d.log() - log_ratio, -d.log())
+    slope = divergence.of_model * (log_model + 1 - rest * model_over_m)
+    slope = slope - divergence.of_residual * rest * residual_over_m
+    return slope, divergence.of_model * log_model, divergence.of_residual * log_residual
+
+
+def _log_ratio(z: Tensor, t: Tensor | None, residuals: Residuals, maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """log p - log r of the first residual, and its u - max u. The row of maxima behind those is log s - log s_u."""
+    ((a, b), *_) = kernel_coefficients(residuals, z.dtype)
+    exponents = (residual_logits(z, t, a, b) - maxima[1, :, None]).to(z.dtype)
+    return z - maxima[0, :, None] - exponents - maxima[1 + len(residuals), :, None], exponents
 
 
 def supervised(labels: Tensor, *, vocab_size: int, ignore_index: int) -> tuple[Tensor, int]:
@@ -148,6 +227,17 @@ def merge(
         if of_residual.label_logit is not None:
             of_label = residual_logits(label_logit, values[of_residual.label_logit].sum(0), a, b)
             rows.append((of_label - shift_u.max) - log_sum_u)
+    if columns.reverse_cross is not None:
+        reverse, m_u = values[columns.reverse_cross], values[columns.residuals[0].max]
+        shift_u, log_sum_u = _Shift(m_u), rows[request.merged_sums[1]].log()
+        if len(partials) > 1:
+            # Where a shard of p's mass has no finite u, the divergence is infinite, as it should.
+            reverse = reverse + (m_u - shift_u.max).masked_fill((s == 0) | (m_u == shift_u.max), 0.0) * s
+        (reverse,) = shift.totals(reverse)
+        divergence = (log_sum_u - reverse / sum_exp) - rows[4]
+        rows += [divergence, divergence]
+    elif request.divergence is not None:
+        rows += [torch.zeros_like(sum_exp)] * 2
     torch.stack(rows, out=out[: len(rows)])
 
 
@@ -197,20 +287,33 @@ def weigh(
         return value.masked_fill(ignored, 0.0)
 
     stats = TokenStatistics(rows, supervised, request)
-    masses = [per_token(mass) for mass in residual_masses]
-    label_mass, residual_mass = per_token(label_mass), sum(masses[1:], masses[0]) if masses else per_token(0.0)
-    total = label_mass + residual_mass
-    torch.stack([label_mass, residual_mass, per_token(label_mass / total)], out=rows[-3:])
+    of_all = [per_token(mass) for mass in residual_masses]
+    masses = of_all[: len(stats.residuals)]
+    label_mass, residual_mass = per_token(label_mass), sum(of_all[1:], of_all[0]) if of_all else per_token(0.0)
+    # The divergence's gradient has a mean of its own: it adds nothing to what p is multiplied with.
+    total = label_mass + sum(masses[1:], masses[0]) if masses else label_mass
+    trust = label_mass / (label_mass + residual_mass)
+    torch.stack([label_mass, residual_mass, per_token(trust)], out=rows[-3:])
+    divergence, slope = stats.divergence, stats.slope
     if loss is None:
         loss = torch.zeros_like(total) + stats.weighted_nll(label_mass)
         for index, mass in enumerate(masses):
             loss = loss + (mass * stats.cross_entropy(index)).masked_fill(mass == 0, 0.0)
-    for statistic in (stats.log_p, *(residual.mean_logit for residual in stats.residuals), *guards):
+        if divergence is not None:
+            loss = loss + (of_all[-1] * divergence).masked_fill(of_all[-1] == 0, 0.0)
+    guarded = [stats.log_p, *(residual.mean_logit for residual in stats.residuals)]
+    if divergence is not None:
+        guarded.append(divergence)
+    for statistic in (*guarded, *guards):
         loss = torch.where(statistic == statistic, loss, statistic)
+    maxima = [stats.max, *(residual.max for residual in stats.residuals)]
     scales = [mass / residual.sum_exp for mass, residual in zip(masses, stats.residuals, strict=True)]
+    if slope is not None:
+        maxima += [stats.sum_exp.log() - stats.residuals[0].sum_exp.log(), slope]
+        scales.append(of_all[-1] / stats.sum_exp)
     return (
         per_token(loss).to(dtype),
-        torch.stack([stats.max, *(residual.max for residual in stats.residuals)]).to(dtype),
+        torch.stack(maxima).to(dtype),
         torch.stack([total / stats.sum_exp, label_mass, *scales]),
     )
 
@@ -252,4 +355,9 @@ def _finite_or_zero(maximum: Tensor) -> Tensor:
 
 
 def _weighted_sum(weight: Tensor, values: Tensor) -> Tensor:
-    return torch.where(weight == 0, torch.zeros_like(values), weight * values).sum(-1)
+    return _product(weight, values).sum(-1)
+
+
+def _product(weight: Tensor, values: Tensor) -> Tensor:
+    """weight * values, where a weight of 0 removes the value."""
+    return torch.where(weight == 0, torch.zeros_like(values), weight * values)

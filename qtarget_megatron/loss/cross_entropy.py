@@ -1,6 +1,7 @@
 """The Q-target cross-entropy over vocabulary-sharded logits.
 
 statistics (one pass over the shard) -> one all-gather -> merge -> objective (O(N)) -> gradient (one pass, in place).
+A divergence other than the reverse KL has one pass and one all-gather more before the objective.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from qtarget_megatron import collectives, kernels
 from qtarget_megatron.kernels.backend import Backend
 from qtarget_megatron.loss import second_model
 from qtarget_megatron.loss.per_token import (
+    DivergencePass,
+    add_divergence,
     evaluate,
     flat_inputs,
     refuse_second_derivative,
@@ -81,7 +84,8 @@ def qtarget_cross_entropy(
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
     """Per-token loss of an objective, for logits sharded over the vocabulary.
 
-        loss_t = CE(Q_t, p_t) for target objectives, in nats;  d loss_t / d z_k = M p_k - c_y [k = y] - sum_i c_i r_ik
+        loss_t = CE(Q_t, p_t) for target objectives, in nats;  d loss_t / d z_k = M p_k - c_y [k = y] - sum_i c_i r_ik,
+        and with a divergence of mass d from r_1:  + d p_k (h_k - sum_j p_j h_j)
 
     Args:
         logits: ``[..., V_local]`` float32, bfloat16 or float16 (float64 with the reference backend), this rank's shard:
@@ -105,7 +109,8 @@ def qtarget_cross_entropy(
 
     Collectives: one all-gather over ``group`` per call, none in backward. Its payload is objective.request.width
     float32 per token and rank (float64 for float64 logits): 4, and 3 or 4 for each residual, which is 16 to 48 bytes,
-    and what the objective requests besides (k for the k largest logits); twice that with a sparse teacher.
+    and what the objective requests besides (k for the k largest logits); twice that with a sparse teacher. A divergence
+    other than the reverse KL has a second one, of 2 numbers, after a second pass over the logits.
 
     Raises ValueError for a missing teacher or token input and for mismatched shapes; on CPU tensors also for a label
     outside of the vocabulary and for a token input that is not finite or out of its range (on the GPU, where the check
@@ -177,6 +182,19 @@ class _QTargetCrossEntropy(torch.autograd.Function):
             vocab_size=spec.vocab_size,
         )
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        if request.second_pass:
+            of_tokens = DivergencePass.of(spec.statistics, work)
+            sums = second.divergence_sums(
+                spec.backend,
+                logits,
+                labels,
+                request=request,
+                shift=ctx.shift,
+                shard=spec.shard,
+                maxima=of_tokens.maxima,
+                scales=of_tokens.scales,
+            )
+            add_divergence(spec.statistics, collectives.gather_partials(sums, spec.group))
         loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)
         ctx.spec, ctx.consumed = spec, False
         # Saved, so that autograd notices a teacher that was overwritten in between.
@@ -201,7 +219,7 @@ class _QTargetCrossEntropy(torch.autograd.Function):
             spec.backend,
             logits,
             labels,
-            residuals=spec.objective.residuals,
+            request=spec.objective.request,
             shift=ctx.shift,
             shard=spec.shard,
             **ctx.token_gradient.kernel_arguments(spec.backend, grad_loss),

@@ -5,6 +5,7 @@ backward: for each chunk, logits once more -> their gradient in place -> dHidden
 
 The logits of student and teacher never exist as [N, V_local]. The price is one matrix product more (four, not three),
 except for the last chunk: its logits lie in the one buffer that both passes use, and backward begins with them.
+A divergence other than the reverse KL has a second pass in forward, and with it one product and one all-gather more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from qtarget_megatron.kernels.backend import Backend
 from qtarget_megatron.loss import second_model
 from qtarget_megatron.loss.per_token import (
     CHUNK_SIZE,
+    DivergencePass,
+    add_divergence,
     evaluate,
     flat_inputs,
     refuse_second_derivative,
@@ -138,7 +141,7 @@ def qtarget_linear_cross_entropy(
     to that, and grad_added_to_main_grad is set, as Megatron's fused accumulation does.
 
     Memory: the gradients, chunk_size rows of student and teacher logits (from forward to backward), and O(N H).
-    Collectives over group: one all-gather of the statistics, as in qtarget_cross_entropy, and in backward one
+    Collectives over group: the all-gather of the statistics, as in qtarget_cross_entropy, and in backward one
     all-reduce of dHidden [n, H] for the n supervised tokens; with sequence_parallel instead one all-gather of hidden
     (and of teacher_hidden) in forward and one reduce-scatter of dHidden in backward.
 
@@ -293,8 +296,8 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # Without a supervised token there is no chunk.
         partials = [torch.empty(0, whole.width(request), dtype=work, device=hidden.device)] if len(labels) == 0 else []
-        logits = _Logits(spec)
-        for chunk in spec.chunks():
+        logits, chunks = _Logits(spec), spec.chunks()
+        for chunk in chunks:
             student, second = logits.chunk(
                 chunk, supervised_hidden, weight.detach(), supervised_teacher, teacher_weight
             )
@@ -312,6 +315,28 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
             request=request,
             vocab_size=spec.vocab_size,
         )
+        ctx.order = chunks
+        if request.second_pass:
+            # From the chunk whose logits are still there; backward then begins at the other end.
+            ctx.order = chunks[::-1]
+            of_tokens = DivergencePass.of(spec.statistics, work)
+            sums = torch.zeros(len(labels), 2, dtype=work, device=hidden.device)
+            for chunk in reversed(chunks):
+                student, second = logits.chunk(
+                    chunk, supervised_hidden, weight.detach(), supervised_teacher, teacher_weight
+                )
+                of_chunk = of_tokens.rows(chunk)
+                sums[chunk] = second.divergence_sums(
+                    spec.backend,
+                    student,
+                    labels[chunk],
+                    request=request,
+                    shift=None if ctx.shift is None else ctx.shift[:, chunk],
+                    shard=spec.shard,
+                    maxima=of_chunk.maxima,
+                    scales=of_chunk.scales,
+                )
+            add_divergence(spec.statistics, collectives.gather_partials(sums, spec.group))
         supervised_loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)
         ctx.spec, ctx.hidden_shape = spec, hidden.shape
         # The parameter itself: main_grad is an attribute of that object.
@@ -333,15 +358,15 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
         weight_sum = _WeightGradient(ctx.weight) if wants_weight else None
         gradient: Tensor | None = None
         second: SecondModel | None = None
-        # From the last one, whose logits are still there.
-        for chunk in reversed(spec.chunks()):
+        # From the last one of forward, whose logits are still there.
+        for chunk in reversed(ctx.order):
             gradient, second = logits.chunk(chunk, supervised_hidden, weight, supervised_teacher, teacher_weight)
             logits.invalidate()
             second.logit_gradient(
                 spec.backend,
                 gradient,
                 labels[chunk],
-                residuals=spec.objective.residuals,
+                request=spec.objective.request,
                 shift=None if ctx.shift is None else ctx.shift[:, chunk],
                 shard=spec.shard,
                 **ctx.token_gradient.rows(chunk).kernel_arguments(spec.backend, upstream[chunk]),

@@ -27,7 +27,7 @@ class TokenGradient:
     Backend.weigh.
 
     maxima: [1 + R, N], of z and of each residual's u. scales: [2 + R, N], of exp(z - max), of the label, and of each
-    residual's exp(u - max).
+    residual's exp(u - max). With a divergence there are two and one more.
     """
 
     maxima: Tensor
@@ -71,6 +71,39 @@ def merge(
     return TokenStatistics(rows, supervised, request, top_logits)
 
 
+@dataclass(frozen=True)
+class DivergencePass:
+    """What the second pass over the logits needs of each token: see Backend.divergence_sums.
+
+    maxima: [3, N]. scales: [2, N]. Both in the work dtype.
+    """
+
+    maxima: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, stats: TokenStatistics, dtype: torch.dtype) -> DivergencePass:
+        """From statistics over the whole vocabulary."""
+        first = stats.residuals[0]
+        offset = stats.sum_exp.log() - first.sum_exp.log()
+        maxima = torch.stack([stats.max, first.max, offset]).to(dtype)
+        return cls(maxima, torch.stack([stats.sum_exp, first.sum_exp]).reciprocal().to(dtype))
+
+    def rows(self, chunk: slice) -> DivergencePass:
+        """The numbers of a run of tokens."""
+        return DivergencePass(self.maxima[:, chunk].contiguous(), self.scales[:, chunk].contiguous())
+
+
+def add_divergence(stats: TokenStatistics, sums: Tensor) -> None:
+    """Write the divergence and its slope into the statistics. sums: [T, N, 2], one slice per rank, in rank order."""
+    slope, divergence = stats.slope, stats.divergence
+    assert slope is not None and divergence is not None  # requested
+    total = sums.double().sum(0) if len(sums) == 1 else sum(sums.double().unbind(0))
+    assert isinstance(total, Tensor)
+    slope.copy_(total[:, 0])
+    divergence.copy_(total[:, 1])
+
+
 @functools.lru_cache
 def _rounded(exact: Residuals, rounded: Residuals) -> tuple[tuple[float, float, float], ...]:
     """(a, b) of each residual as the kernels read them, and what turns the maximum of u into that of the exact ones,
@@ -95,10 +128,11 @@ def evaluate(
     stats: from merge.
     """
     loss, label_mass, residual_masses = objective.evaluate(stats, inputs)
-    if len(residual_masses) != len(objective.residuals):
+    divergences = 0 if objective.divergence is None else 1
+    if len(residual_masses) != len(objective.residuals) + divergences:
         raise ValueError(
-            f"objective {objective.name!r} has {len(objective.residuals)} residual(s) but returned "
-            f"{len(residual_masses)} residual mass(es): return one for each"
+            f"objective {objective.name!r} has {len(objective.residuals)} residual(s) and {divergences} divergence(s) "
+            f"but returned {len(residual_masses)} residual mass(es): return one for each"
         )
 
     if isinstance(loss, int | float):

@@ -15,7 +15,7 @@ from qtarget_megatron.kernels.backend import Backend
 from qtarget_megatron.loss.per_token import merge
 from qtarget_megatron.loss.sparse_teacher import KeptEntries, SparseTeacher, check_residuals
 from qtarget_megatron.objectives import Objective
-from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, VocabularyShard
+from qtarget_megatron.statistics import StatisticsRequest, TokenStatistics, VocabularyShard
 
 
 class SecondModel(Protocol):
@@ -52,13 +52,27 @@ class SecondModel(Protocol):
         """Statistics over the whole vocabulary from the partials of all ranks [T, N, width], and the shift [R, N] of
         the residuals' exponents that logit_gradient asks for."""
 
+    def divergence_sums(
+        self,
+        kernel: Backend,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        request: StatisticsRequest,
+        shift: Tensor | None,
+        shard: VocabularyShard,
+        maxima: Tensor,
+        scales: Tensor,
+    ) -> Tensor:
+        """As Backend.divergence_sums. shift: from merge."""
+
     def logit_gradient(
         self,
         kernel: Backend,
         logits: Tensor,
         labels: Tensor,
         *,
-        residuals: Residuals,
+        request: StatisticsRequest,
         shift: Tensor | None,
         shard: VocabularyShard,
         maxima: Tensor,
@@ -107,13 +121,37 @@ class TeacherLogits:
     ) -> tuple[TokenStatistics, None]:
         return merge(kernel, partials, supervised, request), None
 
+    def divergence_sums(
+        self,
+        kernel: Backend,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        request: StatisticsRequest,
+        shift: Tensor | None,
+        shard: VocabularyShard,
+        maxima: Tensor,
+        scales: Tensor,
+    ) -> Tensor:
+        assert request.divergence is not None  # or there is no second pass
+        return kernel.divergence_sums(
+            logits,
+            self.logits,
+            labels,
+            residuals=request.residuals[:1],
+            divergence=request.divergence,
+            shard=shard,
+            maxima=maxima,
+            scales=scales,
+        )
+
     def logit_gradient(
         self,
         kernel: Backend,
         logits: Tensor,
         labels: Tensor,
         *,
-        residuals: Residuals,
+        request: StatisticsRequest,
         shift: Tensor | None,
         shard: VocabularyShard,
         maxima: Tensor,
@@ -121,7 +159,15 @@ class TeacherLogits:
         out: Tensor,
     ) -> None:
         kernel.logit_gradient(
-            logits, self.logits, labels, residuals=residuals, shard=shard, maxima=maxima, scales=scales, out=out
+            logits,
+            self.logits,
+            labels,
+            residuals=request.residuals,
+            divergence=request.divergence,
+            shard=shard,
+            maxima=maxima,
+            scales=scales,
+            out=out,
         )
 
 
@@ -138,7 +184,7 @@ def check(objective: Objective, labels: Tensor, dense: Mapping[str, Tensor | Non
         raise ValueError(f"objective {objective} needs a second model: pass {' and '.join(dense)}, or sparse_teacher")
     if kept is not None:
         kept.check_fits(labels)
-        check_residuals(objective.residuals, kept.rule)
+        check_residuals(objective.request, kept.rule)
         return
     for name, value in dense.items():
         if value is not None:

@@ -91,8 +91,14 @@ class SparseTeacher:
         )
 
 
-def check_residuals(residuals: Residuals, rule: str) -> None:
-    """ValueError for residuals that a sparse teacher does not serve."""
+def check_residuals(request: StatisticsRequest, rule: str) -> None:
+    """ValueError for residuals, or a divergence from one, that a sparse teacher does not serve."""
+    residuals = request.residuals
+    if rule == "drop" and request.reverse_cross and residuals[0][1] != 0:
+        raise ValueError(
+            "the reverse KL is infinite where the second model has no mass, and the tail rule 'drop' leaves it none: "
+            "use 'uniform' or 'student'"
+        )
     if any(b < 0 for _, b in residuals):
         raise ValueError(f"a sparse teacher serves residuals (a, b) with b >= 0, got {residuals}")
     if rule == "student" and (0.0, 0.0) in residuals:
@@ -133,6 +139,8 @@ class KeptEntries:
         kept = _Kept.of(logits, self.teacher, shard)
         dense_request = dataclasses.replace(request, residuals=_dense_residuals(request.residuals, rule))
         masked = rule == "student"
+        # y is centred by the mass of the columns that it is of: they must be those of the part.
+        whole_base = masked or (request.reverse_cross and request.residuals[0][1] != 0)
         if not masked:
             dense = kernel.partial_statistics(logits, None, labels, request=dense_request, shard=shard)
         else:
@@ -145,7 +153,7 @@ class KeptEntries:
             dense = torch.cat(parts)
             dense[:, columns.label_logit] = kept.label_logit(dense[:, columns.label_logit], labels)
 
-        top = _kept_statistics(kept, labels, request, shard.ignore_index, whole_base=masked)
+        top = _kept_statistics(kept, labels, request, shard.ignore_index, whole_base=whole_base, masked=masked)
         coefficients = kernel_coefficients(request.residuals, dense.dtype)
         for index, residual in _reading_teacher(request):
             if rule == "drop":
@@ -153,6 +161,8 @@ class KeptEntries:
                 dense[:, residual.rest] = 0
             elif rule == "uniform":
                 _take_out(dense, request, index, coefficients[index][0], kept)
+        if whole_base and not masked:
+            _take_out_base(dense, request, kept)
         return torch.cat([dense, top.to(dense.dtype)], dim=-1)
 
     def merge(
@@ -172,6 +182,11 @@ class KeptEntries:
         dense, top = both[..., : request.width].clone(), both[..., request.width :]
         shift = torch.zeros(len(request.residuals), *supervised.shape, dtype=torch.float64, device=partials.device)
         tail = _log_tail(dense, teacher, request, vocab_size)
+        if request.reverse_cross and request.residuals[0][1] != 0:
+            # Nothing but rounding is left where all tokens are kept.
+            all_kept = ((teacher.ids >= 0).sum(-1) >= vocab_size)[:, None]
+            of_others = [columns.sum_exp, columns.centred, columns.reverse_cross]
+            dense[..., of_others] = dense[..., of_others].masked_fill(all_kept, 0)
         in_tail = ~(teacher.ids == labels[:, None]).any(-1)
         coefficients = kernel_coefficients(request.residuals, partials.dtype)
         of_tail = kernel_coefficients(_dense_residuals(request.residuals, teacher.rule), partials.dtype)
@@ -187,12 +202,75 @@ class KeptEntries:
                 # Rounded, a and b do not add up to the coefficient that the tail was given.
                 constant = constant + (a + b - of_tail[index][0]) * z_max.masked_fill(~z_max.isfinite(), 0)
             shift[index] = constant.masked_fill(~supervised, 0)
-            _add_constant(dense, residual, shift[index], partials.dtype)
+            _add_constant(dense, request, index, shift[index], partials.dtype)
             if residual.label_logit is not None:
                 # The first of the shards, which are added up, has the logit of a label outside of the kept entries.
                 dense[0, :, residual.label_logit] = of_label.masked_fill(~in_tail, 0)
         parts = torch.stack([dense, top], dim=1).flatten(0, 1)
         return merge(kernel, parts, supervised, request, coefficients), shift
+
+    def divergence_sums(
+        self,
+        kernel: Backend,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        request: StatisticsRequest,
+        shift: Tensor | None,
+        shard: VocabularyShard,
+        maxima: Tensor,
+        scales: Tensor,
+    ) -> Tensor:
+        assert shift is not None and request.divergence is not None  # or there is no second pass
+        kept = _Kept.of(logits, self.teacher, shard)
+        first = request.residuals[:1]
+        of_tail = _dense_residuals(first, self.teacher.rule)
+        tail_maxima, tail_scales = self._of_tail(first, shift, maxima, scales, offset=2, scale=1)
+        sums = kernel.divergence_sums(
+            logits,
+            None,
+            labels,
+            residuals=of_tail,
+            divergence=request.divergence,
+            shard=shard,
+            maxima=tail_maxima,
+            scales=tail_scales,
+        )
+        if first[0][1] == 0:
+            return sums
+
+        def of_kept(residuals: Residuals, log_p: Tensor | None, maxima: Tensor, scales: Tensor) -> Tensor:
+            """What the kept entries add to the sums by these exponents."""
+            slope, value = reference.divergence_elements(
+                kept.logits, log_p, residuals=residuals, divergence=divergence, maxima=maxima, scales=scales
+            )
+            return torch.stack([part.masked_fill(~kept.on_shard, 0).sum(-1) for part in (slope, value)], dim=-1)
+
+        divergence = request.divergence
+        # The tail's exponent in their columns is taken out: both are bounded, the difference loses nothing.
+        difference = of_kept(first, kept.log_p, maxima, scales) - of_kept(of_tail, None, tail_maxima, tail_scales)
+        return sums + difference.masked_fill((labels == shard.ignore_index)[:, None], 0).to(sums.dtype)
+
+    def _of_tail(
+        self, residuals: Residuals, shift: Tensor, maxima: Tensor, scales: Tensor, *, offset: int, scale: int
+    ) -> tuple[Tensor, Tensor]:
+        """maxima and scales for the exponents of the tail. offset: the divergence's row of maxima, if there is one;
+        scale: the first residual's row of scales."""
+        count = len(residuals)
+        of_tail, tail_scales = maxima.clone(), scales.clone()
+        centre = maxima[1 : 1 + count].double() - shift[:count]
+        of_tail[1 : 1 + count] = centre
+        change = of_tail[1 : 1 + count].double() - centre
+        tail_scales[scale : scale + count] = _moved(scales[scale : scale + count], change)
+        if offset < len(maxima):
+            of_tail[offset] += change[0].masked_fill(~change[0].isfinite(), 0)
+        if self.teacher.rule == "drop":
+            for index, (_, b) in enumerate(residuals):
+                if b != 0:
+                    tail_scales[scale + index] = 0
+                    if index == 0 and offset < len(maxima):
+                        of_tail[offset] = -torch.inf
+        return of_tail, tail_scales
 
     def logit_gradient(
         self,
@@ -200,7 +278,7 @@ class KeptEntries:
         logits: Tensor,
         labels: Tensor,
         *,
-        residuals: Residuals,
+        request: StatisticsRequest,
         shift: Tensor | None,
         shard: VocabularyShard,
         maxima: Tensor,
@@ -209,31 +287,30 @@ class KeptEntries:
     ) -> None:
         assert shift is not None  # merge returned it
         kept = _Kept.of(logits, self.teacher, shard)
-        dense_maxima, dense_scales = maxima.clone(), scales.clone()
-        centre = maxima[1:].double() - shift
-        dense_maxima[1:] = centre
-        dense_scales[2:] = _moved(scales[2:], dense_maxima[1:].double() - centre)
-        if self.teacher.rule == "drop":
-            for index, (_, b) in enumerate(residuals):
-                if b != 0:
-                    dense_scales[2 + index] = 0
+        residuals, divergence, count = request.residuals, request.divergence, len(request.residuals)
+        tail_maxima, tail_scales = self._of_tail(residuals, shift, maxima, scales, offset=1 + count, scale=2)
         kernel.logit_gradient(
             logits,
             None,
             labels,
             residuals=_dense_residuals(residuals, self.teacher.rule),
+            divergence=divergence,
             shard=shard,
-            maxima=dense_maxima,
-            scales=dense_scales,
+            maxima=tail_maxima,
+            scales=tail_scales,
             out=out,
         )
         # The kept entries: written over whatever the tail's exponent gave there.
         gradient = (kept.logits - maxima[0, :, None]).exp() * scales[0, :, None]
+        if divergence is not None:
+            gradient += reference.divergence_gradient(
+                kept.logits, kept.log_p, residuals=residuals, divergence=divergence, maxima=maxima, scales=scales
+            )
         coefficients = kernel_coefficients(residuals, kept.logits.dtype)
-        for (a, b), maximum, mass in zip(coefficients, maxima[1:], scales[2:], strict=True):
+        for (a, b), maximum, mass in zip(coefficients, maxima[1 : 1 + count], scales[2 : 2 + count], strict=True):
             u = reference.residual_logits(kept.logits, kept.log_p, a, b)
-            weight = (u - maximum[:, None]).to(gradient.dtype).exp()
-            gradient -= (weight * mass[:, None]).masked_fill(mass[:, None] == 0, 0)
+            of_residual = (u - maximum[:, None]).to(gradient.dtype).exp()
+            gradient -= (of_residual * mass[:, None]).masked_fill(mass[:, None] == 0, 0)
         gradient -= scales[1, :, None].masked_fill(kept.ids != labels[:, None], 0)
         active = (labels != shard.ignore_index) & (scales != 0).any(0)
         kept.write(gradient.masked_fill(~active[:, None], 0), out)
@@ -312,22 +389,27 @@ def _moved(sums: Tensor, change: Tensor) -> Tensor:
     return (sums * change.masked_fill(~change.isfinite(), 0).exp()).to(sums.dtype)
 
 
-def _add_constant(dense: Tensor, residual: ResidualColumns, constant: Tensor, dtype: torch.dtype) -> None:
+def _add_constant(dense: Tensor, request: StatisticsRequest, index: int, constant: Tensor, dtype: torch.dtype) -> None:
     """Raise a residual's u by a constant; its maximum stays a number of the kernels' dtype: the gradient reads it."""
+    columns = request.columns
+    residual = columns.residuals[index]
     exact = dense[..., residual.max] + constant
     dense[..., residual.max] = exact.to(dtype).double()
     change = exact - dense[..., residual.max]
+    if index == 0 and columns.reverse_cross is not None:
+        dense[..., columns.reverse_cross] += dense[..., columns.sum_exp] * change.masked_fill(~change.isfinite(), 0)
     if residual.centred is not None:
         dense[..., residual.centred] += dense[..., residual.sum_exp] * change.masked_fill(~change.isfinite(), 0)
     dense[..., residual.sums] = _moved(dense[..., residual.sums], change[..., None])
 
 
 def _kept_statistics(
-    kept: _Kept, labels: Tensor, request: StatisticsRequest, ignore_index: int, *, whole_base: bool
+    kept: _Kept, labels: Tensor, request: StatisticsRequest, ignore_index: int, *, whole_base: bool, masked: bool
 ) -> Tensor:
     """The kept entries as a shard of their own.
 
-    whole_base: the other part does not hold them; otherwise only the residuals that read the teacher count.
+    masked: the other part has not seen them; otherwise only the residuals that read the teacher count, and with
+    whole_base what is of the logits alone, which the other part does not hold.
     """
     is_label = kept.on_shard & (kept.ids == labels[:, None])
     slots = kept.ids.shape[1]
@@ -344,9 +426,12 @@ def _kept_statistics(
     )
     columns = request.columns
     top[:, columns.label_logit] = 0  # the other part has the label's logit
-    if not whole_base:
+    if not masked:
         # m stays: the residuals' sums are centred on it.
-        top[:, columns.base] = 0
+        if not whole_base:
+            top[:, columns.base] = 0
+            if columns.reverse_cross is not None:
+                top[:, columns.reverse_cross] = 0
         top[:, columns.top] = -torch.inf
         for (_, b), residual in zip(request.residuals, columns.residuals, strict=True):
             if b == 0:
@@ -374,11 +459,35 @@ def _take_out(dense: Tensor, request: StatisticsRequest, index: int, a: float, k
     dense[:, residual.cross] -= total(kept.logits - centre)
     if residual.centred is not None:
         dense[:, residual.centred] -= total(shifted)
+    if index == 0 and request.columns.reverse_cross is not None:
+        of_model = (kept.logits - centre).exp().masked_fill(~kept.on_shard, 0)
+        product = (of_model * shifted).masked_fill(of_model == 0, 0)
+        dense[:, request.columns.reverse_cross] -= product.sum(-1).to(dense.dtype)
+
+
+def _take_out_base(dense: Tensor, request: StatisticsRequest, kept: _Kept) -> None:
+    """Subtract the kept entries from the sums of the logits alone. The sum of both parts is again what it was, so that
+    the difference may lose what it likes."""
+    columns = request.columns
+    shifted = kept.logits - dense[:, columns.max, None]
+    weight = shifted.exp().masked_fill(~kept.on_shard, 0)
+    product = (weight * shifted).masked_fill(weight == 0, 0)
+    dense[:, columns.sum_exp] = (dense[:, columns.sum_exp] - weight.sum(-1).to(dense.dtype)).clamp_min(0)
+    dense[:, columns.centred] -= product.sum(-1).to(dense.dtype)
+    if columns.collision is not None:
+        dense[:, columns.collision] -= weight.square().sum(-1).to(dense.dtype)
 
 
 def _log_tail(dense: Tensor, teacher: SparseTeacher, request: StatisticsRequest, vocab_size: int) -> Tensor:
-    """The tail's log-probability of one token, up to what depends on the token: [N] float64."""
-    log_mass = teacher.tail.double().log()
+    """The tail's log-probability of one token, up to what depends on the token: [N] float64.
+
+    The reverse KL has its logarithm as the loss of every other token: there a tail that float32 cannot tell from
+    rounding of the kept entries' sum, 0 among them, counts as that.
+    """
+    mass = teacher.tail.double()
+    if request.reverse_cross:
+        mass = mass.clamp_min(torch.finfo(torch.float32).eps / 2)
+    log_mass = mass.log()
     if teacher.rule == "drop":
         return torch.zeros_like(log_mass)
     if teacher.rule == "uniform":

@@ -6,7 +6,9 @@ Every objective here has, per token, the logit gradient
 
 with z the student logits, p = softmax(z), y the label, t the logits of a second, frozen model. The masses c_y and c_i
 and the residuals r_i are detached. Where M != 0 the objective pulls p towards the target distribution
-Q = (c_y onehot(y) + sum_i c_i r_i) / M, with trust gamma = c_y / M in the observed token.
+Q = (c_y onehot(y) + sum_i c_i r_i) / M, with trust gamma = c_y / M in the observed token. A divergence
+from r_1 of mass d adds d p_k (h_k - E_p h) to the gradient, whose target depends on p at each token of the vocabulary
+by itself, and d to M.
 
 An objective therefore states its residual coefficients (a, b) and computes a loss value and the masses from
 statistics of size O(N). It never sees the vocabulary, a process group or a device, so it runs unchanged on every
@@ -21,10 +23,11 @@ backend and every parallel layout::
         return Objective(evaluate)
 
 ``published`` holds the objectives of the published SFT methods, ``extras`` further ones in the same style, and what
-is refused; ``registry`` what an objective is.
+is refused, ``divergences`` those from a teacher that are not its forward KL; ``registry`` what an objective is.
 """
 
 from qtarget_megatron.objectives.constant_inputs import multiple_of_sft
+from qtarget_megatron.objectives.divergences import jsd, mixed_kl, reverse_kl, skew_kl, skew_reverse_kl, total_variation
 from qtarget_megatron.objectives.extras import deft, entropy_mask, focal, gift, poly1, talr
 from qtarget_megatron.objectives.published import (
     asft,
@@ -76,8 +79,10 @@ __all__ = [
     "gift",
     "hybrid_kd",
     "iw_sft",
+    "jsd",
     "kd",
     "label_smoothing",
+    "mixed_kl",
     "multiple_of_sft",
     "names",
     "poly1",
@@ -85,8 +90,12 @@ __all__ = [
     "psft",
     "register",
     "register_from_file",
+    "reverse_kl",
     "sft",
     "sft_kl",
+    "skew_kl",
+    "skew_reverse_kl",
     "talr",
     "target_sft",
+    "total_variation",
 ]

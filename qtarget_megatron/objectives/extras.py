@@ -114,10 +114,4 @@ def entropy_mask(threshold: float, keep: str = "high", denominator: str = "all")
     return Objective(evaluate, denominator=kept_or_all(denominator))
 
 
-_POINTWISE = (
-    "its target Q_k = p_k - p_k (h_k - E_p h) depends on p at every token of the vocabulary, so that no label mass and "
-    "no residual softmax(a z + b t) express it: use kd or hybrid-kd (forward KL)"
-)
-for _name in ("reverse-kl", "jsd", "gkd", "skew-kl", "skew-reverse-kl"):
-    refuse(_name, _POINTWISE)
 refuse("gem-logsigmoid", "its residual weighs every token of the vocabulary by itself: use gem (linear)")

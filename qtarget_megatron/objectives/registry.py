@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics
+from qtarget_megatron.statistics import Divergence, Residuals, StatisticsRequest, TokenStatistics
 
 TokenInputs = Mapping[str, Tensor]
-# Loss, label mass, residual masses.
+# Loss, label mass, masses of the residuals and of the divergence.
 LossAndMasses = tuple[Tensor | None, Tensor | float, Sequence[Tensor | float]]
 Evaluate = Callable[[TokenStatistics, TokenInputs], LossAndMasses]
 
@@ -35,8 +35,10 @@ class Objective:
 
     evaluate:     (stats, inputs) -> (loss, c_y, [c_i ...]); float64 [N] tensors, loss in nats. Must be elementwise. A
                   mass that is the same for all tokens may be a number. The loss may be None, for the cross-entropy of
-                  the target itself: -c_y log p(y) + sum_i c_i CE(r_i, p), where a mass of 0 adds exactly 0.
+                  the target itself: -c_y log p(y) + sum_i c_i CE(r_i, p) + d D(p, r_1), where a mass of 0 adds
+                  exactly 0.
     residuals:    (a, b) of each residual softmax(a*z + b*t), at most two.
+    divergence:   of the model from the first residual; its mass d is then the last of the masses.
     token_inputs: names of the per-token side inputs it needs, handed to evaluate as float64 [N] tensors.
     denominator:  what a batch's mean is divided by: the number of non-zero entries of this token input, or of
                   "label_mass", c_y; None: the number of supervised tokens.
@@ -56,6 +58,7 @@ class Objective:
     top_k: int = 0
     residual_entropy: bool = False
     residual_label: bool = False
+    divergence: Divergence | None = None
     name: str = "unregistered"
     parameters: tuple[tuple[str, Any], ...] = ()
 
@@ -70,7 +73,14 @@ class Objective:
     @functools.cached_property
     def request(self) -> StatisticsRequest:
         """The statistics that the kernels compute for it."""
-        return StatisticsRequest(self.residuals, self.collision, self.top_k, self.residual_entropy, self.residual_label)
+        return StatisticsRequest(
+            self.residuals,
+            self.collision,
+            self.top_k,
+            self.residual_entropy,
+            self.residual_label,
+            self.divergence,
+        )
 
     @property
     def needs_teacher(self) -> bool:

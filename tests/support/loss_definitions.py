@@ -125,6 +125,42 @@ def gift(beta):
     return loss
 
 
+def reverse_kl(z, y, t, x):
+    return _kl(_log_softmax(z), _log_softmax(t))
+
+
+def mixed_kl(alpha):
+    def loss(z, y, t, x):
+        log_p, log_r = _log_softmax(z), _log_softmax(t)
+        return alpha * _kl(log_r, log_p) + (1 - alpha) * _kl(log_p, log_r)
+
+    return loss
+
+
+def to_mixture(share, of_teacher, of_student):
+    """of_teacher KL(r || m) + of_student KL(p || m), m = share r + (1 - share) p."""
+
+    def loss(z, y, t, x):
+        log_p, log_r = _log_softmax(z), _log_softmax(t)
+        log_m = torch.logaddexp(log_r + math.log(share), log_p + math.log1p(-share))
+        return of_teacher * _kl(log_r, log_m) + of_student * _kl(log_p, log_m)
+
+    return loss
+
+
+def total_variation(z, y, t, x):
+    return (_log_softmax(z).exp() - _log_softmax(t).exp()).abs().sum(-1) / 2
+
+
+def beside_label(lam, divergence):
+    """(1 - lam) CE(onehot(y), p) + lam D."""
+
+    def loss(z, y, t, x):
+        return -(1 - lam) * _log_p(z, y) + lam * divergence(z, y, t, x)
+
+    return loss
+
+
 def top_k_entropy(z, k):
     q = torch.softmax(z.sort(-1, descending=True).values[:, :k], -1)
     return -torch.special.xlogy(q, q).sum(-1)
@@ -133,6 +169,15 @@ def top_k_entropy(z, k):
 def entropy(z):
     p = torch.softmax(z, -1)
     return -torch.special.xlogy(p, p).sum(-1)
+
+
+def _log_softmax(z):
+    """With a floor whose exponential is 0, so that no derivative is of -inf."""
+    return torch.log_softmax(z.clamp_min(-2e4), -1)
+
+
+def _kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _log_p(z, y):
@@ -212,6 +257,15 @@ CASES = {
         Case("gem", objectives.gem(), gem(0.7)),
         Case("kd", objectives.kd(), kd(1.0)),
         Case("kd-T2", objectives.kd(temperature=2.0), kd(2.0), constant(2), loss_unit=4),
+        # The log ratio that p is multiplied with is rounded at up to 30 nats.
+        Case("reverse-kl", objectives.reverse_kl(), reverse_kl, constant(8)),
+        Case("reverse-kl-0.6", objectives.reverse_kl(lam=0.6), beside_label(0.6, reverse_kl), constant(8)),
+        Case("mixed-kl", objectives.mixed_kl(alpha=0.3), mixed_kl(0.3), constant(8)),
+        Case("jsd", objectives.jsd(beta=0.3), to_mixture(0.3, 0.3, 0.7)),
+        Case("jsd-0.6", objectives.jsd(beta=0.5, lam=0.6), beside_label(0.6, to_mixture(0.5, 0.5, 0.5))),
+        Case("skew-kl", objectives.skew_kl(alpha=0.1), to_mixture(0.1, 1.0, 0.0), constant(2)),
+        Case("skew-reverse-kl", objectives.skew_reverse_kl(alpha=0.1), to_mixture(0.9, 0.0, 1.0), constant(2)),
+        Case("total-variation", objectives.total_variation(), total_variation),
         Case("hybrid-kd", objectives.hybrid_kd(lam=0.4), with_kl(lambda p: torch.full_like(p, 0.6), 0.4)),
         Case("target-sft", objectives.target_sft(eta=0.3), target_sft(0.3)),
         Case("target-sft-eta0", objectives.target_sft(eta=0), target_sft(0)),
@@ -250,6 +304,16 @@ RANDOM_CASES = {
         objectives.hybrid_kd, lambda lam: with_kl(lambda p: torch.full_like(p, 1 - lam), lam), draw(0, 1)
     ),
     "target-sft": lambda draw: _random(objectives.target_sft, target_sft, draw(0, 1)),
+    "reverse-kl": lambda draw: _random(objectives.reverse_kl, lambda lam: beside_label(lam, reverse_kl), draw(0, 1), 7),
+    "mixed-kl": lambda draw: _random(objectives.mixed_kl, mixed_kl, draw(0.01, 0.99), 7),
+    "jsd": lambda draw: _random(objectives.jsd, lambda beta: to_mixture(beta, beta, 1 - beta), draw(0.01, 0.99)),
+    "skew-kl": lambda draw: _random(objectives.skew_kl, lambda a: to_mixture(a, 1.0, 0.0), draw(0.01, 0.99), 1),
+    "skew-reverse-kl": lambda draw: _random(
+        objectives.skew_reverse_kl, lambda a: to_mixture(1 - a, 0.0, 1.0), draw(0.01, 0.99), 1
+    ),
+    "total-variation": lambda draw: _random(
+        objectives.total_variation, lambda lam: beside_label(lam, total_variation), draw(0, 1)
+    ),
     "focal": lambda draw: _random(objectives.focal, focal, draw(1, 4), 1),
     "talr": lambda draw: _random_talr(draw(0.3, 4)),
     "poly1": lambda draw: _random(objectives.poly1, poly1, draw(-1, 2), 1),

@@ -11,12 +11,20 @@ import torch
 
 from qtarget_megatron import _C
 from qtarget_megatron.kernels import native
-from qtarget_megatron.statistics import StatisticsRequest, VocabularyShard
+from qtarget_megatron.statistics import Divergence, StatisticsRequest, VocabularyShard
 
 INF, NAN = math.inf, math.nan
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UNIFORM, TEACHER, MIXED, TEMPERED = (0.0, 0.0), (0.0, 1.0), (0.5, 0.5), (1 / 0.7, 0.0)
+
+DIVERGENCES = {
+    "reverse-kl": Divergence.reverse_kl(),
+    "jsd": Divergence.mixture(0.3, of_residual=0.3, of_model=0.7),
+    "skew-kl": Divergence.mixture(0.1, of_residual=1.0),
+    "skew-reverse-kl": Divergence.mixture(0.9, of_model=1.0),
+    "total-variation": Divergence.total_variation(),
+}
 
 ISAS = ["scalar", "avx2", "avx512"]
 # emulated: the CUDA kernels on the CPU.
@@ -85,6 +93,10 @@ def exact_statistics(z, t, labels, residuals, vocab_start, valid, **wanted):
                 row.append(product_sum(weight, centred_u))
             if request.residual_label:
                 row.append(t[i, column] if here and b else 0.0)
+            if (a, b) == residuals[0]:
+                reverse = product_sum(centred.exp(), centred_u)
+        if request.reverse_cross:
+            row.append(reverse)
         rows.append([float(value) for value in row])
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), request.width)
 
@@ -138,6 +150,55 @@ def exact_gradient(z, t, labels, residuals, vocab_start, valid, scales):
     return ExactGradient(out, of_exponents)
 
 
+class ExactDivergence(NamedTuple):
+    """mean: of h under p [N]. value: D(p, r) [N]. gradient: p_k (h_k - mean) [N, V]. of_exponents: as of ExactGradient,
+    for what rounding an exponent moves of any of them. maxima, scales: what the kernels are given, float32."""
+
+    mean: torch.Tensor
+    value: torch.Tensor
+    gradient: torch.Tensor
+    of_exponents: torch.Tensor
+    maxima: torch.Tensor
+    scales: torch.Tensor
+
+
+def exact_divergence(z, t, labels, residual, valid, divergence):
+    """The definition over p, r and their mixture; 0 where ignored. Of a whole vocabulary in one shard."""
+    (a, b), zeros = residual, torch.zeros(z.shape[0], valid, dtype=torch.float64)
+    z, u = z[:, :valid].double().cpu(), zeros
+    u = u + a * z if a else u
+    u = u + b * t[:, :valid].double().cpu() if b else u
+    p, r = torch.softmax(z, -1), torch.softmax(u, -1)
+    log_p, log_r = torch.log_softmax(z, -1), torch.log_softmax(u, -1)
+    if divergence.kind == "reverse-kl":
+        h, value = log_p - log_r, _present(p, log_p - log_r)
+    elif divergence.kind == "total-variation":
+        h, value = (p - r).sign() / 2, (p - r).abs() / 2
+    else:
+        log_m = torch.logaddexp(log_r + math.log(divergence.share), log_p + math.log1p(-divergence.share))
+        to_p, to_r = divergence.of_model, divergence.of_residual
+        rest = 1 - divergence.share
+        h = to_p * (log_p - log_m + 1 - rest * (log_p - log_m).exp()) - to_r * rest * (log_r - log_m).exp()
+        value = to_p * _present(p, log_p - log_m) + to_r * _present(r, log_r - log_m)
+    kept = (labels != IGNORE).cpu()[:, None]
+    mean = _present(p, h).sum(-1, keepdim=True)
+    m, m_u = z.amax(-1), u.amax(-1)
+    sums = [(values - top[:, None]).exp().sum(-1) for values, top in ((z, m), (u, m_u))]
+    size = torch.where(p == 0, 0.0, (z - m[:, None]).abs() + (u - m_u[:, None]).abs())
+    return ExactDivergence(
+        (mean * kept)[:, 0],
+        value.sum(-1) * kept[:, 0],
+        _present(p, h - mean) * kept,
+        p * size * kept,
+        torch.stack([m, m_u, sums[0].log() - sums[1].log()]).float(),
+        (1 / torch.stack(sums)).float(),
+    )
+
+
+def _present(weight, values):
+    return torch.where(weight == 0, 0.0, weight * values)
+
+
 def draw(rows, columns, dtype, device="cpu", spread=3.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, columns, generator=generator) * spread
@@ -161,12 +222,13 @@ def statistics(z, t, labels, residuals, vocab_start=0, valid=None, **wanted):
 
 
 def columns_of(residuals, **wanted):
-    """The columns of each part of a partial: base, c, top, and of each residual: m_u, s_u, x_u, h_u, t_y."""
+    """The columns of each part of a partial: base, c, top, and of each residual: m_u, s_u, x_u, h_u, t_y; then y."""
     request = request_of(residuals, **wanted)
     lengths = {"base": 4, "c": int(request.collision), "top": request.top_k}
     for index in range(len(residuals)):
         lengths |= {(name, index): 1 for name in ("m_u", "s_u", "x_u")}
         lengths |= {("h_u", index): int(request.residual_entropy), ("t_y", index): int(request.residual_label)}
+    lengths["y"] = int(request.reverse_cross)
     columns, start = {}, 0
     for name, length in lengths.items():
         columns[name] = slice(start, start + length)

@@ -14,6 +14,7 @@ import emulated_kernels
 import pytest
 import torch
 from native_formulas import (
+    DIVERGENCES,
     DTYPES,
     IGNORE,
     INF,
@@ -24,6 +25,7 @@ from native_formulas import (
     UNIFORM,
     as_rows,
     columns_of,
+    exact_divergence,
     exact_gradient,
     exact_statistics,
     statistics,
@@ -160,6 +162,37 @@ def check(seed, memory):
     between = torch.ones(len(flat), dtype=torch.bool)
     between.as_strided((rows, columns), (out.stride(0), 1)).zero_()
     assert torch.equal(flat[between].nan_to_num(), before[between].nan_to_num()), "written between rows"
+    if valid > 0 and residuals:
+        check_divergence(rng, z_values, t_values, z, t, labels.clamp(max=start + columns), residuals, start, valid)
+
+
+def check_divergence(rng, z_values, t_values, z, t, labels, residuals, start, valid):
+    """Its sums and its gradient, of the matrices as they lie; where the gradient went into the logits, of a copy."""
+    if torch.equal(z[:, :valid], z_values[:, :valid]):
+        z_now, t_now = z, t
+    else:
+        z_now, t_now = z_values, t
+    divergence = rng.choice(list(DIVERGENCES.values()))
+    exact = exact_divergence(z_values, t_values, labels, residuals[0], valid, divergence)
+    # Nothing to compare where a row has no finite logit, or the divergence is infinite.
+    rows = exact.value.isfinite() & exact.mean.isfinite() & exact.maxima.isfinite().all(0)
+    shard = VocabularyShard(start, valid, IGNORE)
+    inputs = dict(residuals=residuals[:1], divergence=divergence, shard=shard)
+    found = native.divergence_sums(z_now, t_now, labels, **inputs, maxima=exact.maxima, scales=exact.scales).double()
+    # A log ratio is rounded at the size of its two exponents, and off by the exponential's 1.17 |x| units besides.
+    size = (2e-6 + 4 * 2**-23 * exact.of_exponents.sum(-1))[rows]
+    assert_close(found[rows, 0], exact.mean[rows], 2e-6, size, "mean of h")
+    assert_close(found[rows, 1], exact.value[rows], 2e-6, size, "divergence")
+    maxima = torch.cat([exact.maxima, exact.mean.float()[None]])
+    scales = torch.stack([torch.zeros_like(exact.scales[0]), torch.zeros_like(exact.scales[0]), 0 * exact.scales[1]])
+    scales = torch.cat([scales, exact.scales[:1]])
+    out = torch.full_like(z_values, 7.0)
+    native.logit_gradient(z_now, t_now, labels, **inputs, maxima=maxima, scales=scales, out=out)
+    smallest = torch.finfo(out.dtype).smallest_normal if out.dtype == torch.float16 else 1e-9
+    eps = torch.finfo(out.dtype).eps / 2 + 2e-6
+    bound = smallest + size[:, None] + 0 * exact.gradient[rows]
+    assert_close(out[rows, :valid].double(), exact.gradient[rows], eps, bound, "gradient of a divergence")
+    assert (out[:, valid:] == 0).all()
 
 
 @pytest.mark.parametrize("first", range(0, CASES, PER_TEST))
@@ -188,6 +221,6 @@ def test_an_address_that_is_not_aligned_is_an_error(emulated):
     with pytest.raises(RuntimeError, match="token_math.h:.* misaligned address"):
         emulated.cuda_merge(
             *(partials.data_ptr() + 2, supervised.data_ptr(), out.data_ptr()),
-            *(False, 1, 1, (False, 0, False, False), []),
+            *(False, 1, 1, (False, 0, False, False, False, False), []),
             *(0, 0),
         )

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_formulas import IGNORE, ISAS
+from native_formulas import IGNORE, ISAS, TEACHER
 
 from qtarget_megatron import _C, kernels
 from qtarget_megatron.kernels import native, reference
-from qtarget_megatron.statistics import StatisticsRequest, VocabularyShard
+from qtarget_megatron.statistics import Divergence, StatisticsRequest, VocabularyShard
 
 MIXED = (0.5, 0.5)
 
@@ -119,12 +119,56 @@ def test_a_layout_of_another_width_than_the_output_is_refused():
     z, labels, out = torch.zeros(2, 8), torch.zeros(2).long(), torch.full((2, 40), 7.0)
     logits, teacher, rows, columns, start, threads = (z.data_ptr(), 0, 8), (0, 0, 0), 2, 8, 0, 1
     shard = (logits, teacher, labels.data_ptr(), rows, columns, start, IGNORE, [(1.0, 0.0)])
-    for layout, width in (((True, 3, True, True), 12), ((False, -1, False, False), 6)):
+    every, none = (True, 3, True, True, True, True), (False, -1, False, False, False, False)
+    for layout, width in ((every, 13), (none, 6)):
         with pytest.raises(ValueError, match=f"columns, got {width}"):
             _C.cpu_partial_statistics(*shard, layout, width, out.data_ptr(), threads)
     assert (out == 7).all()
-    _C.cpu_partial_statistics(*shard, (True, 3, True, True), 13, out.data_ptr(), threads)
-    assert (out.flatten()[:26] != 7).all() and (out.flatten()[26:] == 7).all()
+    _C.cpu_partial_statistics(*shard, every, 14, out.data_ptr(), threads)
+    assert (out.flatten()[:28] != 7).all() and (out.flatten()[28:] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(residuals=()), "a divergence is taken from one residual, got 0"),
+        (dict(residuals=(TEACHER, TEACHER)), "a divergence is taken from one residual, got 2"),
+        (dict(maxima=torch.zeros(2, 2)), r"maxima must be torch.float32 of shape \(3, 2\)"),
+        (dict(scales=torch.zeros(3, 2)), r"scales must be torch.float32 of shape \(2, 2\)"),
+        (dict(teacher_logits=None), "read teacher_logits: expected a tensor, got None"),
+    ],
+)
+def test_a_divergence_of_wrong_parts_is_refused(changes, message):
+    arguments = (
+        dict(
+            logits=torch.zeros(2, 8),
+            teacher_logits=torch.zeros(2, 8),
+            labels=torch.zeros(2).long(),
+            residuals=(TEACHER,),
+            divergence=Divergence.total_variation(),
+            shard=VocabularyShard(0, 8, IGNORE),
+            maxima=torch.zeros(3, 2),
+            scales=torch.ones(2, 2),
+        )
+        | changes
+    )
+    matrices = [arguments.pop(name) for name in ("logits", "teacher_logits", "labels")]
+    with pytest.raises(ValueError, match=message):
+        native.divergence_sums(*matrices, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Divergence("hellinger"), "a divergence is one of reverse-kl, mixture, total-variation"),
+        (lambda: Divergence.mixture(0.0, of_model=1.0), r"a mixture has a share in \(0, 1\)"),
+        (lambda: Divergence.mixture(0.5, of_residual=-1.0), "weights of 0 or more"),
+        (lambda: StatisticsRequest(divergence=Divergence.reverse_kl()), "from the first residual, got no residuals"),
+    ],
+)
+def test_a_divergence_that_is_none_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 @pytest.mark.parametrize("isa", [*ISAS, "sse9"])

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from native_formulas import (
     DEVICES,
+    DIVERGENCES,
     DTYPES,
     IGNORE,
     INF,
@@ -36,7 +37,7 @@ from qtarget_megatron import _C
 from qtarget_megatron.kernels import native, reference
 from qtarget_megatron.statistics import VocabularyShard
 
-ALL = dict(collision=True, top_k=20, residual_entropy=True, residual_label=True)
+ALL = dict(collision=True, top_k=20, residual_entropy=True, residual_label=True, divergence=DIVERGENCES["reverse-kl"])
 PAIRS = ((MIXED, UNIFORM), (TEMPERED, TEACHER))
 
 
@@ -58,6 +59,11 @@ def assert_extras(got, exact, residuals, **wanted):
             s_u, h_u = columns["s_u", index], columns["h_u", index]
             means = [torch.where(part[:, s_u] == 0, 0.0, part[:, h_u] / part[:, s_u]) for part in (got, exact)]
             torch.testing.assert_close(*means, rtol=2e-6, atol=3e-6)
+    if "divergence" in wanted:
+        # Centred on an m_u that is rounded.
+        s, y, m_u = slice(1, 2), columns["y"], columns["m_u", 0]
+        means = [torch.where(part[:, s] == 0, 0.0, part[:, y] / part[:, s] + part[:, m_u]) for part in (got, exact)]
+        torch.testing.assert_close(*means, rtol=2e-6, atol=3e-6)
 
 
 def largest(z, k, labels=None, valid=None):
@@ -82,10 +88,12 @@ def test_every_extra_matches_float64(device, columns, dtype, residuals):
 def test_an_extra_changes_no_other_column(device, dtype, residuals):
     z, t = draw(3, 3003, dtype, device), draw(3, 3003, dtype, device, seed=1)
     labels = draw_labels(3, 3003, device)
-    whole = statistics(z, t, labels, residuals, **ALL)
-    of_whole = columns_of(residuals, **ALL)
-    for chosen in itertools.product((False, True), repeat=4):
-        wanted = {name: value if on else type(value)(0) for on, (name, value) in zip(chosen, ALL.items(), strict=True)}
+    every = ALL if residuals else ALL | {"divergence": None}
+    whole = statistics(z, t, labels, residuals, **every)
+    of_whole = columns_of(residuals, **every)
+    for chosen in itertools.product((False, True), repeat=len(every)):
+        wanted = {name: value if on else None for on, (name, value) in zip(chosen, every.items(), strict=True)}
+        wanted |= {name: every[name] * 0 for name, value in wanted.items() if value is None and name != "divergence"}
         got = statistics(z, t, labels, residuals, **wanted)
         assert got.shape[1] == request_of(residuals, **wanted).width
         for name, columns in columns_of(residuals, **wanted).items():
@@ -256,7 +264,7 @@ def test_a_shard_without_finite_logits_has_no_extras(device):
     for columns, valid in ((5, 0), (5, 5), (3000, 3000)):
         z = torch.full((1, columns), -INF, device=device)
         got = statistics(z, z, labels, (TEACHER,), vocab_start=5, valid=valid, **ALL)[0].tolist()
-        assert got == [-INF, 0, 0, 0, 0, *[-INF] * 20, -INF, 0, 0, 0, 0]
+        assert got == [-INF, 0, 0, 0, 0, *[-INF] * 20, -INF, 0, 0, 0, 0, 0]
 
 
 def test_a_removed_operand_leaves_the_label_s_residual_finite(device):

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from native_formulas import DEVICES, IGNORE, INF, MIXED, NAN, TEACHER, TEMPERED, UNIFORM, device_of
+from native_formulas import DEVICES, DIVERGENCES, IGNORE, INF, MIXED, NAN, TEACHER, TEMPERED, UNIFORM, device_of
 
 from qtarget_megatron.kernels import native, reference
 from qtarget_megatron.loss.per_token import merge
@@ -29,6 +29,9 @@ def requests(residuals):
     for chosen in itertools.product((False, True), repeat=len(FLAGS)):
         for top_k in (0, 3):
             yield StatisticsRequest(residuals, top_k=top_k, **dict(zip(FLAGS, chosen, strict=True)))
+    for name in ("reverse-kl", "jsd") if residuals else ():
+        yield StatisticsRequest(residuals, divergence=DIVERGENCES[name])
+        yield StatisticsRequest(residuals, True, 3, True, True, divergence=DIVERGENCES[name])
 
 
 def draw(ranks, dtype):
@@ -96,23 +99,27 @@ def test_the_merge_is_the_reference_s(device, ranks, residuals):
 @pytest.mark.parametrize("residuals", RESIDUALS, ids=str)
 def test_masses_and_scales_are_the_reference_s(device, residuals, dtype):
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.rand(4 + MAX_RESIDUALS + 8, TOKENS, generator=generator, dtype=torch.float64)
+    drawn = torch.rand(5 + MAX_RESIDUALS + 8, TOKENS, generator=generator, dtype=torch.float64)
     drawn[:, 20] = 0.0  # no mass: trust is NaN
     loss, label_mass, *others = drawn
-    masses, guards = others[: len(residuals)], others[-8:]
+    guards = others[-8:]
     guards[7][300] = NAN
     loss[301] = INF
     for request in requests(residuals):
         partials, supervised = partials_of(2, request, torch.float32)
         rows = merge(reference, partials, supervised, request).rows
         rows[-3:] = NAN
+        if request.second_pass:
+            rows[-5:-3] = drawn[:2]
+        count = len(residuals) + (request.divergence is not None)
+        masses = others[:count]
         for of_loss, of_label, of_residuals, guarded in (
             (loss, label_mass, masses, guards),
-            (loss, 0.5, [0.25] * len(residuals), guards[:1]),
-            (loss, label_mass, [0.0] * len(residuals), []),
+            (loss, 0.5, [0.25] * count, guards[:1]),
+            (loss, label_mass, [0.0] * count, []),
             (None, label_mass, masses, guards),
-            (None, 0.0, [0.25] * len(residuals), []),
-            (None, label_mass, [0.0] * len(residuals), []),
+            (None, 0.0, [0.25] * count, []),
+            (None, label_mass, [0.0] * count, []),
         ):
             results = []
             for kernel, place in ((reference, "cpu"), (native, device)):
@@ -134,9 +141,10 @@ def test_masses_and_scales_are_the_reference_s(device, residuals, dtype):
                 results.append([value.cpu() for value in (own[-3:], *outputs)])
             assert results[0][1][300].isnan() == (guards[7] is guarded[-1] if guarded else False)
             for theirs, ours in zip(*results, strict=True):
-                # Without a loss the kernel takes a logarithm, of another library: the last bit of what is added up to
-                # 3000, or of the float32 that it is rounded to.
-                rtol, atol = (0, 0) if of_loss is not None else (max(1e-13, torch.finfo(ours.dtype).eps), 1e-12)
+                # Without a loss, and for a divergence, the kernel takes a logarithm, of another library: the last bit
+                # of what is added up to 3000, or of the float32 that it is rounded to.
+                takes_logarithm = of_loss is None or request.divergence is not None
+                rtol, atol = (max(1e-13, torch.finfo(ours.dtype).eps), 1e-12) if takes_logarithm else (0, 0)
                 torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
 
 

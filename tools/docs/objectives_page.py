@@ -20,7 +20,7 @@ from qtarget_megatron import Objective, objectives, target_distribution
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "objectives.md"
-SOURCES = ("published.py", "extras.py")
+SOURCES = ("published.py", "extras.py", "divergences.py")
 # The drawn token: a vocabulary of this size, the other tokens' logits, the teacher's probability of the label, side
 # inputs.
 VOCABULARY, SHOWN = 32, 6
@@ -93,9 +93,16 @@ def _gradient(objective: Objective) -> str:
     meanings = "; ".join(
         f"`{residual} = {_softmax(*pair)}`" for residual, pair in zip(residuals, objective.residuals, strict=True)
     )
+    divergence = objective.divergence
+    of_divergence = "" if divergence is None else " + d p_k (h_k - E_p h)"
     shown = f" at {', '.join(f'{key}={value:g}' for key, value in objective.parameters if isinstance(value, float))}"
     mixed = any(pair not in ((0.0, 0.0), (0.0, 1.0)) for pair in objective.residuals)
-    return f"`g_k = M p_k - c_y [k = y] - {pulls}`, `M = c_y + {' + '.join(names)}`, {meanings}{shown if mixed else ''}"
+    if divergence is not None and objective.name != "mixed-kl":
+        # A residual without a mass: it is there for the divergence.
+        return f"`g_k = c_y (p_k - [k = y]){of_divergence}`, `l = log p - log r`, {meanings}"
+    mass = f"(c_y + {' + '.join(names)}) p_k" if of_divergence else "M p_k"
+    total = "" if of_divergence else f", `M = c_y + {' + '.join(names)}`"
+    return f"`g_k = {mass} - c_y [k = y] - {pulls}{of_divergence}`{total}, {meanings}{shown if mixed else ''}"
 
 
 def _softmax(a: float, b: float) -> str:
