@@ -30,6 +30,7 @@ from qtarget_megatron.command_line import Parser
 from qtarget_megatron.data import held_out_sets, open_records, training_sources
 from qtarget_megatron.huggingface import EXPERTS, InitialFactors, adapter_numbers, check_tensors, further_reader
 from qtarget_megatron.huggingface.adapters.peft_directory import PeftDirectory, not_loaded
+from qtarget_megatron.loss.second_model import check_vocabulary
 from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron.faults import ending, same_start
 from qtarget_megatron.megatron.faults.explained import explained
@@ -259,6 +260,9 @@ def _check(run: Run) -> None:
     # Megatron ends the process where the tracker file is damaged; prepare_start() mends it, or says what to do. What
     # other formats hold is not known before they are loaded.
     torch_dist = args.ckpt_format == "torch_dist"
+    if run.schedule is not None:
+        known = args.train_iters or args.train_samples or args.epochs
+        run.schedule.check_length(None if known is None else 1)
     if run.lora is not None and not torch_dist:
         raise ValueError(f"--ckpt-format {args.ckpt_format}: adapters are saved as torch_dist: drop the flag")
     if torch_dist and launch.has_checkpoint(args.load) and names_iteration(Path(args.load)):
@@ -387,6 +391,8 @@ def _train(
     args, student, teacher, objective = run.args, run.student, run.teacher, run.objective
     from_checkpoint, teacher_cost = launch.has_checkpoint(args.load), TeacherCost()
     smaller = teacher is not None and teacher.vocab_size < student.vocab_size
+    if teacher is not None:
+        check_vocabulary(objective, teacher.vocab_size, student.vocab_size)
     lora, factors, peft = run.lora, None, None
     if lora is not None and not from_checkpoint:
         peft = None if args.lora_from is None else PeftDirectory(args.lora_from, student)
@@ -433,7 +439,7 @@ def _train(
                 "model, also later (qtarget export)",
                 *(targets, student.family),
             )
-    _log.info("objective %s, starting from %s", objective, origin)
+    _log.info("objective %s, starting from %s", run.schedule or objective, origin)
     if objective.note:
         _log.info("%s: %s", objective.name, objective.note)
     if args.mtp_num_layers and not from_checkpoint and not student.has_further:
@@ -445,6 +451,7 @@ def _train(
         loss_check=LossCheck(datasets.record_names),
         packed=args.pack,
         held_out=datasets.held_out_names,
+        scheduled=None if run.schedule is None else partial(_of_this_step, run.schedule, args),
     )
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint, named=named_parameters)
@@ -493,6 +500,16 @@ def _train(
             more = ", without the heads of --mtp-num-layers, which checkpoints keep"
         _log.info("exported the model to %s%s", args.save_hf, more)
     _report_peak_memory()
+
+
+def _of_this_step(
+    schedule: objectives.ScheduledObjective, args: argparse.Namespace
+) -> tuple[objectives.Objective, dict[str, float]]:
+    """The objective of Megatron's current step, and its scheduled parameters. Held-out data have that of the last
+    step."""
+    step = getattr(args, "curr_iteration", args.iteration)
+    values = schedule.values(step, args.train_iters)
+    return schedule.at(step, args.train_iters), dict(zip(schedule.parameters, values, strict=True))
 
 
 def _report_peak_memory() -> None:

@@ -167,6 +167,8 @@ def qtarget_linear_cross_entropy(
         hidden = hidden * logit_scale
     local_vocab = weight.shape[0]
     vocab_size = true_vocab_size(vocab_size, local_vocab, collectives.size(group))
+    if teacher_hidden is not None and teacher_vocab_size is not None:
+        second_model.check_vocabulary(objective, teacher_vocab_size, vocab_size)
     kernel = kernels.select(backend, hidden)
     supervised = supervised_tokens(kernel, labels, vocab_size, ignore_index)
     inputs = flat_inputs(objective, token_inputs, labels, supervised)

@@ -191,6 +191,15 @@ def check(objective: Objective, labels: Tensor, dense: Mapping[str, Tensor | Non
             kernels.check_dtype(name, value.dtype)
 
 
+def check_vocabulary(objective: Objective, known: int, vocab_size: int) -> None:
+    """ValueError for an objective that is infinite where the second model, of `known` tokens, has no mass."""
+    if known < vocab_size and objective.request.reverse_cross and objective.residuals[0][1] != 0:
+        raise ValueError(
+            f"objective {objective} holds a reverse KL, which is infinite for the tokens from {known} to "
+            f"{vocab_size - 1} that the second model does not have: use skew-reverse-kl or jsd"
+        )
+
+
 def check_logits(teacher_logits: Tensor | None, logits: Tensor) -> None:
     """ValueError for logits of a second model that do not lie as the student's."""
     if teacher_logits is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -183,6 +183,11 @@ class AttachedObjective:
             yield
         finally:
             self._inputs = LossInputs()
+
+    def set_objective(self, objective: Objective) -> None:
+        """Another objective from the next forward on."""
+        if objective is not self.loss.objective:
+            self.loss = replace(self.loss, objective=objective)
 
     def detach(self) -> None:
         """Give the model its own cross-entropy back."""

@@ -23,7 +23,8 @@ backend and every parallel layout::
         return Objective(evaluate)
 
 ``published`` holds the objectives of the published SFT methods, ``extras`` further ones in the same style, and what
-is refused, ``divergences`` those from a teacher that are not its forward KL; ``registry`` what an objective is.
+is refused, ``divergences`` those from a teacher that are not its forward KL; ``registry`` says what an objective is,
+``schedules`` how its parameters change over a training.
 """
 
 from qtarget_megatron.objectives.constant_inputs import multiple_of_sft
@@ -58,9 +59,11 @@ from qtarget_megatron.objectives.registry import (
     register,
     register_from_file,
 )
+from qtarget_megatron.objectives.schedules import ScheduledObjective
 
 __all__ = [
     "Objective",
+    "ScheduledObjective",
     "asft",
     "beyond_log",
     "cft",

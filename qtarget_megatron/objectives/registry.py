@@ -180,11 +180,7 @@ def get(name: str, **parameters: Any) -> Objective:
 
     Raises ValueError for an unknown name, an unknown or missing parameter, or a value out of range.
     """
-    factory = _REGISTRY.get(_key(name))
-    if factory is None and _key(name) in _REFUSED:
-        raise ValueError(f"objective {_key(name)!r} is not available: {_REFUSED[_key(name)]}")
-    if factory is None:
-        raise ValueError(f"unknown objective {name!r}: expected one of {', '.join(names())}")
+    factory = factory_of(name)
     accepted = inspect.signature(factory).parameters
     for key in parameters:
         if key not in accepted:
@@ -194,6 +190,16 @@ def get(name: str, **parameters: Any) -> Objective:
         if parameter.default is inspect.Parameter.empty and key not in parameters:
             raise ValueError(f"objective {_key(name)!r} needs the parameter {key!r}: give {key}=VALUE")
     return factory(**parameters)
+
+
+def factory_of(name: str) -> Callable[..., Objective]:
+    """What builds the objective of this name. ValueError for an unknown one."""
+    factory = _REGISTRY.get(_key(name))
+    if factory is None and _key(name) in _REFUSED:
+        raise ValueError(f"objective {_key(name)!r} is not available: {_REFUSED[_key(name)]}")
+    if factory is None:
+        raise ValueError(f"unknown objective {name!r}: expected one of {', '.join(names())}")
+    return factory
 
 
 def register_from_file(path: str | os.PathLike[str]) -> None:
@@ -231,7 +237,12 @@ def failure(error: BaseException, path: str | os.PathLike[str]) -> str:
 
 
 def from_arguments(name: str, arguments: Sequence[str]) -> Objective:
-    """Build an objective from command-line words such as ``["eta=0.5"]``; values are Python literals or plain text."""
+    """Build an objective from command-line words such as ``["eta=0.5"]``."""
+    return get(name, **parse_arguments(arguments))
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Parameters from command-line words such as ``["eta=0.5"]``; values are Python literals or plain text."""
     parameters: dict[str, Any] = {}
     for word in arguments:
         key, separator, text = word.partition("=")
@@ -243,7 +254,7 @@ def from_arguments(name: str, arguments: Sequence[str]) -> Objective:
             parameters[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             parameters[key] = text
-    return get(name, **parameters)
+    return parameters
 
 
 def _key(name: str) -> str:

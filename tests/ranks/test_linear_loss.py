@@ -15,7 +15,9 @@ from qtarget_megatron.loss import linear_cross_entropy
 
 ROWS, VOCAB, WIDTH, TEACHER_WIDTH = 24, 211, 16, 11
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-typical = pytest.mark.parametrize("name", ["sft", "label-smoothing", "eaft", "kd-T2", "psft", "target-sft"])
+typical = pytest.mark.parametrize(
+    "name", ["sft", "label-smoothing", "eaft", "kd-T2", "psft", "target-sft", "reverse-kl", "jsd"]
+)
 # A product of float32 matrices rounds each logit, of size 10, by a few units of 2^-24 of its terms; a gradient follows.
 FLOAT32 = dict(rtol=2e-5, atol=2e-5)
 
@@ -414,6 +416,16 @@ def test_sharded_is_unsharded(world_size):
     for rank, outcomes in enumerate(run_ranks(world_size, check_on_ranks, [list(CASES)], timeout=180)):
         for name, differences in outcomes.items():
             assert max(differences) < 2e-5, f"{name} on rank {rank}: loss, dHidden, dWeight {differences}"
+
+
+def test_a_reverse_kl_from_a_model_that_lacks_tokens_is_refused():
+    hidden, weight, labels, teacher_hidden, teacher_weight, _ = draw()
+    given = dict(teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_vocab_size=VOCAB - 1)
+    for objective in (objectives.reverse_kl(), objectives.mixed_kl()):
+        with pytest.raises(ValueError, match="infinite for the tokens from 210 to 210 that the second model does not"):
+            qtarget_linear_cross_entropy(hidden, weight, labels, objective=objective, **given)
+    for objective in (objectives.skew_reverse_kl(), objectives.jsd(), objectives.total_variation()):
+        assert qtarget_linear_cross_entropy(hidden, weight, labels, objective=objective, **given).isfinite().all()
 
 
 @pytest.mark.parametrize("known", [0, 1, 100, VOCAB])

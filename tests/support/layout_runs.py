@@ -35,6 +35,12 @@ ARGUMENTS = {
     "poly1": [],
     "gift": ["beta=4"],
     "entropy-mask": ["threshold=5.38"],
+    "reverse-kl": ["lam=0.7"],
+    "mixed-kl": ["alpha=0.3"],
+    "jsd": ["beta=0.3"],
+    "skew-kl": [],
+    "skew-reverse-kl": [],
+    "total-variation": ["lam=0.8"],
 }
 SEQUENCE_PARALLEL = ["--sequence-parallel"]
 DISTRIBUTED_OPTIMIZER = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]

@@ -23,7 +23,7 @@ from qtarget_megatron.megatron.runtime.gpu_flags import check_gpu_flags
 from qtarget_megatron.megatron.runtime.layout_checks import check_experts, check_layout
 from qtarget_megatron.megatron.runtime.lora_flags import read_lora
 from qtarget_megatron.megatron.runtime.model_class import HYBRID, add_model_class, choose_model_class
-from qtarget_megatron.objectives import Objective
+from qtarget_megatron.objectives import Objective, ScheduledObjective
 
 _log = logging.getLogger("qtarget_megatron")
 
@@ -70,8 +70,17 @@ class Run:
 
     @cached_property
     def objective(self) -> Objective:
-        """The objective that --objective names. ValueError for an unknown name or parameter."""
+        """The objective that --objective names; of one with schedules, see ScheduledObjective.widest. ValueError for an
+        unknown name or parameter."""
+        if self.schedule is not None:
+            return self.schedule.widest
         return objectives.from_arguments(self.args.objective, self.args.objective_args)
+
+    @cached_property
+    def schedule(self) -> ScheduledObjective | None:
+        """The objective with its schedules, where --objective-schedule gives some."""
+        words = getattr(self.args, "objective_schedule", None)
+        return ScheduledObjective(self.args.objective, self.args.objective_args, words) if words else None
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -55,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="parameters of the objective, e.g. eta=0.5",
     )
     group.add_argument(
+        "--objective-schedule",
+        nargs="+",
+        metavar="KEY=FROM:TO@START-END",
+        help="parameters of the objective that change over the steps, e.g. eta=0:0.5@0-20%% (from 0 to 0.5 over the "
+        "first fifth, 0.5 from there on) or lam=1@0-500,0.1@500-1000 (steps); pieces are linear, with :cosine behind "
+        "them half a cosine. Each step logs the values",
+    )
+    group.add_argument(
         "--objective-file",
         type=Path,
         metavar="FILE",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -33,6 +33,8 @@ class StepSettings:
     batches: where micro-batches come from.
     packed: rows hold several samples, whose places every stage has to know.
     held_out: names of the held-out sets, where there are several.
+    scheduled: the objective of the current step and the values of its scheduled parameters by name, where it has some;
+               objective stands for all of them.
     """
 
     objective: Objective
@@ -42,12 +44,19 @@ class StepSettings:
     batches: Batches = field(default_factory=Batches)
     packed: bool = False
     held_out: tuple[str, ...] = ()
+    scheduled: Callable[[], tuple[Objective, dict[str, float]]] | None = None
+
+    def now(self) -> tuple[Objective, dict[str, float]]:
+        """The objective of the current step, and its scheduled parameters."""
+        return (self.objective, {}) if self.scheduled is None else self.scheduled()
 
 
 @dataclass
 class LossContext:
     """What the loss function of a last stage knows of a micro-batch besides the losses.
 
+    objective:      of this step.
+    parameters:     those of the objective that follow a schedule.
     heads:          what the objective made of each head, see AttachedObjective.
     sparse_teacher: a cached second model, of [b, s] tokens.
     teacher:        the output head of a live one.
@@ -55,6 +64,8 @@ class LossContext:
 
     settings: StepSettings
     batch: Batch
+    objective: Objective
+    parameters: Mapping[str, float] = field(default_factory=dict)
     heads: tuple[HeadResult, ...] = ()
     sparse_teacher: SparseTeacher | None = None
     teacher: OutputHead | None = None
@@ -81,7 +92,9 @@ def forward_step(settings: StepSettings, on_nan: str | None, data_iterator: Iter
         return model(tokens, position_ids, None, **arguments), None
     bare = get_attr_wrapped_model(model, "attached_objective", return_model_obj=True)
     attached: AttachedObjective = bare.attached_objective
-    context = LossContext(settings, batch)
+    objective, parameters = settings.now()
+    attached.set_objective(objective)
+    context = LossContext(settings, batch, objective, parameters)
     if (kept := batch.teacher) is not None:
         context.sparse_teacher = SparseTeacher(kept.ids, kept.log_p, kept.tail, settings.teacher_tail)
     with attached.inputs(
@@ -108,7 +121,7 @@ def sum_loss(context: LossContext, on_nan: str | None, token_losses: Tensor, *, 
     sums = [loss_sum.detach(), *(head.losses.sum() for head in context.heads[1:])]
     if on_nan is not None:
         context.settings.loss_check.look(sum(sums[1:], sums[0]), batch.records, on_nan, in_training=in_training)
-    counts = [_num_tokens(context.settings.objective, head) for head in context.heads]
+    counts = [_num_tokens(context.objective, head) for head in context.heads]
     num_tokens, entries = counts[0], dict[str, Tensor]()
     for ahead, (head, total, count) in enumerate(zip(context.heads, sums, counts, strict=True)):
         entries |= _named(ahead, report(head.statistics, total, count))
@@ -149,6 +162,7 @@ def step_report(context: LossContext) -> dict[str, Tensor]:
     rows = torch.full((2,), float(tokens), device=supervised.device)
     rows[0] = filled
     entries = {"supervised tokens": total(supervised, micro_batches * ranks), "row fill": rows}
+    entries |= {f"objective {name}": total(value, 1) for name, value in context.parameters.items()}
     cost, kept = context.settings.teacher_cost, context.sparse_teacher
     if context.teacher is not None:
         entries["teacher ms"] = total(cost.take_milliseconds(), micro_batches)
@@ -164,7 +178,7 @@ def held_out_report(context: LossContext, token_losses: Tensor) -> dict[str, Ten
     entries, batch = {}, context.batch
     for number, name in enumerate(context.settings.held_out):
         own = batch.held_out == number
-        count = context.settings.objective.num_tokens(
+        count = context.objective.num_tokens(
             (batch.labels != IGNORE_INDEX) & own, batch.inputs, context.statistics.label_mass.t() * own
         )
         entries[f"lm loss {name}"] = torch.stack([(token_losses * own).sum(), count.float()])

@@ -71,7 +71,8 @@ _REFUSED = {
 }
 _MATHEMATICS = {
     "--lora-rank", "--lora-alpha", "--lora-rslora", "--lora-targets", "--teacher-self",
-    "--objective", "--objective-args", "--pack", "--no-pack", "--optimizer", "--seed", "--micro-batch-size",
+    "--objective", "--objective-args", "--objective-schedule", "--pack", "--no-pack", "--optimizer", "--seed",
+    "--micro-batch-size",
     "--moe-aux-loss-coeff", "--moe-z-loss-coeff", "--moe-router-load-balancing-type", "--moe-router-bias-update-rate",
 }  # fmt: skip
 _MATHEMATICS_GROUP = "regularization"
