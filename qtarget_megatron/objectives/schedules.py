@@ -143,7 +143,7 @@ class ScheduledObjective:
         return tuple(schedule.parameter for schedule in self.schedules)
 
     def values(self, step: int, steps: int | None) -> tuple[float, ...]:
-        """Of the parameters, for the step after `step` finished ones, of a training of `steps`."""
+        """Values of the parameters, for the step after `step` finished ones, of a training of `steps`."""
         return tuple(schedule.value(step, steps) for schedule in self.schedules)
 
     def at(self, step: int, steps: int | None) -> Objective:

@@ -105,8 +105,9 @@ ALLOWED = {
     ),
     "finetune": {
         "_version", "command_line", "data", "huggingface", "huggingface.adapters", "objectives", "output_lock",
-        "resumable", "teacher_cache", "loss.sparse_teacher", "megatron", "megatron.runtime", "megatron.faults",
-        "megatron.weights", "megatron.model", "megatron.training", "megatron.jobs", "megatron.verify",
+        "resumable", "teacher_cache", "loss.second_model", "loss.sparse_teacher", "megatron", "megatron.runtime",
+        "megatron.faults", "megatron.weights", "megatron.model", "megatron.training", "megatron.jobs",
+        "megatron.verify",
     },
 }  # fmt: skip
 TORCH_ONLY = {
