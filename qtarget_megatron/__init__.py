@@ -21,12 +21,14 @@ else:
     from qtarget_megatron.inspection import induced_target, target_distribution
     from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
     from qtarget_megatron.loss.linear_cross_entropy import qtarget_linear_cross_entropy
+    from qtarget_megatron.loss.samples import Samples
     from qtarget_megatron.loss.sparse_teacher import SparseTeacher
     from qtarget_megatron.objectives import Objective
     from qtarget_megatron.statistics import TokenStatistics
 
 __all__ = [
     "Objective",
+    "Samples",
     "SparseTeacher",
     "TokenStatistics",
     "__version__",

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
+from qtarget_megatron.loss.samples import Samples
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.statistics import IGNORE_INDEX
 
@@ -208,6 +209,7 @@ def target_distribution(
     *,
     teacher_logits: Tensor | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
+    samples: Samples | None = None,
     ignore_index: int = IGNORE_INDEX,
     tolerance: float = 1e-6,
 ) -> ObjectiveTarget:
@@ -218,6 +220,7 @@ def target_distribution(
         logits, teacher_logits: ``[..., V]``, whole rows without padding columns; teacher_logits as the objective needs.
         labels: ``[...]`` int64.
         token_inputs: per-token side inputs of the objective, each ``[...]``.
+        samples: of the tokens, for an objective that takes means over them. Default: a row of labels is one.
         ignore_index, tolerance: see induced_target.
 
     The caller's tensors are neither changed nor given a gradient. A loss may be infinite (p(y) = 0); its target is not.
@@ -234,6 +237,7 @@ def target_distribution(
             objective=objective,
             teacher_logits=teacher_logits if objective.needs_teacher else None,
             token_inputs={name: value.detach().clone() for name, value in (token_inputs or {}).items()},
+            samples=_rows_as_samples(labels) if samples is None else samples,
             ignore_index=ignore_index,
             return_statistics=True,
         )
@@ -253,6 +257,13 @@ def target_distribution(
         log_p=stats.log_p,
         entropy=stats.entropy,
     )
+
+
+def _rows_as_samples(labels: Tensor) -> Samples:
+    """Each run of the last dimension is a sample."""
+    rows = labels.numel() // max(labels.shape[-1], 1) if labels.dim() else 1
+    ids = torch.arange(rows, device=labels.device).repeat_interleave(labels.numel() // max(rows, 1))
+    return Samples(ids.view(labels.shape), max(rows, 1))
 
 
 def inspect(
@@ -305,7 +316,10 @@ def inspect(
             raise ValueError(f"{name} must have {len(labels)} rows like labels, got {list(given.shape)}")
     rows = supervised.nonzero()[:, 0]
     tokens: list[_Entry] = []
-    for piece in torch.split(rows, max(1, _LOGITS_AT_ONCE // logits.shape[-1])):
+    at_once = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+    if any(objective.sample_mean is not None for objective in objectives):
+        at_once = len(rows)  # a mean over the sample needs all of it
+    for piece in torch.split(rows, at_once):
         targets = [
             target_distribution(
                 objective,

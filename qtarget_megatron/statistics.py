@@ -317,6 +317,9 @@ class TokenStatistics:
     residuals:     one ResidualStatistics for each residual of the objective.
     divergence:    D(p, r) from the first residual, in nats but for total variation; None unless requested.
     slope:         sum_k p_k h_k of its derivative h, see Divergence; None unless requested.
+    sample_mean:   mean over the supervised tokens of the token's sample of what the objective's sample_mean is of a
+                   token; None unless it has one.
+    sample_size:   how many these are; None likewise.
 
     None until the objective has been evaluated:
 
@@ -348,6 +351,8 @@ class TokenStatistics:
     ):
         self.rows, self.supervised, self.request, self.top_logits = rows, supervised, request, top_logits
         self.evaluated = evaluated
+        self.sample_mean: Tensor | None = None
+        self.sample_size: Tensor | None = None
 
     @property
     def collision(self) -> Tensor | None:
@@ -382,13 +387,16 @@ class TokenStatistics:
     def reshaped(self, shape: torch.Size) -> TokenStatistics:
         """With every [N, ...] tensor as [*shape, ...]."""
         top_logits = self.top_logits
-        return TokenStatistics(
+        found = TokenStatistics(
             self.rows.reshape(len(self.rows), *shape),
             self.supervised.reshape(shape),
             self.request,
             None if top_logits is None else top_logits.reshape(*shape, top_logits.shape[1]),
             evaluated=self.evaluated,
         )
+        if self.sample_mean is not None and self.sample_size is not None:
+            found.sample_mean, found.sample_size = self.sample_mean.reshape(shape), self.sample_size.reshape(shape)
+        return found
 
     def scattered(self, tokens: Tensor, supervised: Tensor) -> TokenStatistics:
         """As those of all tokens, [N], of which these are at the positions tokens and the others not supervised."""
@@ -400,7 +408,13 @@ class TokenStatistics:
             whole = top_logits.new_zeros(len(supervised), top_logits.shape[1])
             top_logits = whole.index_copy_(0, tokens, top_logits)
         rows.index_copy_(1, tokens, self.rows)
-        return TokenStatistics(rows, supervised, self.request, top_logits, evaluated=self.evaluated)
+        found = TokenStatistics(rows, supervised, self.request, top_logits, evaluated=self.evaluated)
+        if self.sample_mean is not None and self.sample_size is not None:
+            found.sample_mean, found.sample_size = (
+                rows.new_zeros(len(supervised)).index_copy_(0, tokens, values)
+                for values in (self.sample_mean, self.sample_size)
+            )
+        return found
 
     @property
     def lse(self) -> Tensor:

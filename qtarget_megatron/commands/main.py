@@ -28,7 +28,7 @@ COMMANDS = {
     "export": Command(_CONVERT, ("export",), "Megatron checkpoint to Hugging Face directory"),
     "check": Command(_CONVERT, ("check",), "compare the logits of Megatron and of transformers"),
     "generate": Command("qtarget_megatron.commands.generate", (), "answer the questions of a data file, as JSON lines"),
-    "score": Command("qtarget_megatron.commands.score", (), "compute the side inputs of psft and iw-sft"),
+    "score": Command("qtarget_megatron.commands.score", (), "compute the side inputs of iw-sft, weighted-sft and psft"),
     "cache-teacher": Command(
         "qtarget_megatron.commands.cache_teacher", (), "keep a teacher's largest probabilities for training"
     ),

@@ -1,9 +1,10 @@
-"""Score a data set with a frozen model: the side inputs that psft and iw-sft train with.
+"""Score a data set with a frozen model: the side inputs that iw-sft, weighted-sft and psft train with.
 
-    # log p of every supervised token under the model before training: "old_log_prob", for psft
+    # log p of every supervised token under the model before training: "old_log_prob", for psft, and for iw-sft with
+    # start=data, in the place of a second model
     qtarget score --hf-model DIR --data train.jsonl --out scored.jsonl --seq-length 4096
 
-    # besides, "weight", one number a sample, for iw-sft:
+    # besides, "weight", one number a sample, for weighted-sft:
     # clamp(exp(temp * mean_t(log p - log p_ref)), 0, max-weight), p under DIR and p_ref under REF
     qtarget score --hf-model DIR --reference-hf REF --data train.jsonl --out scored.jsonl \\
         --seq-length 4096 --temp 1.0 --max-weight 16
@@ -18,9 +19,9 @@
         --objective psft --seq-length 4096 ...
 
 What these numbers mean: log-probabilities and weights of models that stay as they are. The released psft takes
-old_log_prob anew from the trained model every 8 updates, the released iw-sft the weight in every step. With old ones
-psft stops at (1 + epsilon_high) times a token's first probability; --reference-hf with the files of --hf-model makes
-every weight exactly 1, so that iw-sft is sft.
+old_log_prob anew from the trained model every 8 updates; with old ones psft stops at (1 + epsilon_high) times a token's
+first probability. iw-sft takes its weight anew in every step, from the model that is trained; "weight" is that formula
+for two frozen models, and with the files of --hf-model as --reference-hf exactly 1.
 
 Every record is written back, in order, unchanged but for the new fields. Log-probabilities are in
 nats, one for each supervised token within --seq-length; a record without supervised tokens gets an

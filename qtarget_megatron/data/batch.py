@@ -38,6 +38,9 @@ class Batch:
     packed:         whether several samples stand in a row, each of which begins with position 0.
     inputs:         side inputs of the objective by their own names, float64 [b, s].
     teacher:        a cached second model.
+    segments:       int64 [b, s], the place of each token's sample in the micro-batch, counted from 0; what is left of a
+                    packed row counts too. None where nobody asks.
+    num_segments:   how many there may be.
     held_out:       int64 [b, s], of which held-out set a token is, where there are several.
     num_supervised: number of supervised tokens, where the host knows it without waiting for a GPU; then of those that
                     are a token further on, and so on, for as many heads as a model has.
@@ -51,6 +54,8 @@ class Batch:
     sample: Tensor | None = None
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     teacher: CachedEntries | None = None
+    segments: Tensor | None = None
+    num_segments: int = 0
     held_out: Tensor | None = None
     num_supervised: tuple[int, ...] | None = None
     packed: bool = False
@@ -89,6 +94,14 @@ class Batch:
             filled=(int((~collated["padding"]).sum()), collated["padding"].numel()),
         )
 
+    def with_segments(self) -> Batch:
+        """The same with segments, of whole rows."""
+        rows, length = self.tokens.shape
+        if self.packed:
+            segments = (self.position_ids.flatten() == 0).cumsum(0).view(rows, length) - 1
+            return replace(self, segments=segments, num_segments=rows * length)
+        return replace(self, segments=torch.arange(rows)[:, None].expand(rows, length), num_segments=rows)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The same of every tensor but ``sample``, which stays on the CPU."""
         teacher = self.teacher
@@ -107,5 +120,6 @@ class Batch:
             padding=function(self.padding),
             inputs={name: function(value) for name, value in self.inputs.items()},
             teacher=teacher,
+            segments=None if self.segments is None else function(self.segments),
             held_out=None if self.held_out is None else function(self.held_out),
         )

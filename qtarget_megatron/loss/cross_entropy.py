@@ -19,12 +19,14 @@ from qtarget_megatron.loss import second_model
 from qtarget_megatron.loss.per_token import (
     DivergencePass,
     add_divergence,
+    check_samples,
     evaluate,
     flat_inputs,
     refuse_second_derivative,
     supervised_tokens,
     true_vocab_size,
 )
+from qtarget_megatron.loss.samples import Samples
 from qtarget_megatron.loss.second_model import SecondModel, TeacherLogits
 from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.objectives import Objective
@@ -40,6 +42,7 @@ def qtarget_cross_entropy(
     teacher_logits: Tensor | None = None,
     sparse_teacher: SparseTeacher | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
+    samples: Samples | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -58,6 +61,7 @@ def qtarget_cross_entropy(
     teacher_logits: Tensor | None = None,
     sparse_teacher: SparseTeacher | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
+    samples: Samples | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -75,6 +79,7 @@ def qtarget_cross_entropy(
     teacher_logits: Tensor | None = None,
     sparse_teacher: SparseTeacher | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
+    samples: Samples | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -97,6 +102,7 @@ def qtarget_cross_entropy(
         sparse_teacher: in its place, the largest probabilities of the second model, ``[..., K]``: see SparseTeacher.
         token_inputs: per-token side inputs, each ``[...]`` and the same on every rank; those that the objective does
             not name are not read.
+        samples: which tokens belong to one sample, see Samples; read only by objectives with a sample_mean.
         group: tensor-parallel process group; None where the vocabulary is not sharded.
         vocab_size: true vocabulary; columns from it on are padding: no mass, zero gradient. Default: all columns.
         ignore_index: label without supervision: loss 0 and gradient exactly 0, whatever the logits hold (NaN too).
@@ -110,7 +116,8 @@ def qtarget_cross_entropy(
     Collectives: one all-gather over ``group`` per call, none in backward. Its payload is objective.request.width
     float32 per token and rank (float64 for float64 logits): 4, and 3 or 4 for each residual, which is 16 to 48 bytes,
     and what the objective requests besides (k for the k largest logits); twice that with a sparse teacher. A divergence
-    other than the reverse KL has a second one, of 2 numbers, after a second pass over the logits.
+    other than the reverse KL has a second one, of 2 numbers, after a second pass over the logits. A sample_mean has one
+    over the group of samples.
 
     Raises ValueError for a missing teacher or token input and for mismatched shapes; on CPU tensors also for a label
     outside of the vocabulary and for a token input that is not finite or out of its range (on the GPU, where the check
@@ -126,11 +133,13 @@ def qtarget_cross_entropy(
     kernel = kernels.select(backend, logits)
     supervised = supervised_tokens(kernel, labels, vocab_size, ignore_index)
     inputs = flat_inputs(objective, token_inputs, labels, supervised)
+    samples = check_samples(objective, samples, labels)
 
     spec = _Spec(
         backend=kernel,
         objective=objective,
         inputs=inputs,
+        samples=None if samples is None else samples.rows(slice(None)),
         supervised=supervised.reshape(-1),
         second=second_model.of_rows(objective, teacher_logits, sparse_teacher),
         vocab_size=vocab_size,
@@ -157,6 +166,7 @@ class _Spec:
     backend: Backend
     objective: Objective
     inputs: Mapping[str, Tensor]
+    samples: Samples | None
     supervised: Tensor
     second: SecondModel
     vocab_size: int
@@ -195,7 +205,9 @@ class _QTargetCrossEntropy(torch.autograd.Function):
                 scales=of_tokens.scales,
             )
             add_divergence(spec.statistics, collectives.gather_partials(sums, spec.group))
-        loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)
+        loss, ctx.token_gradient = evaluate(
+            spec.backend, spec.objective, spec.statistics, spec.inputs, work, spec.samples
+        )
         ctx.spec, ctx.consumed = spec, False
         # Saved, so that autograd notices a teacher that was overwritten in between.
         ctx.save_for_backward(logits, labels, second.logits if isinstance(second, TeacherLogits) else None)

@@ -26,12 +26,14 @@ from qtarget_megatron.loss.per_token import (
     CHUNK_SIZE,
     DivergencePass,
     add_divergence,
+    check_samples,
     evaluate,
     flat_inputs,
     refuse_second_derivative,
     supervised_tokens,
     true_vocab_size,
 )
+from qtarget_megatron.loss.samples import Samples
 from qtarget_megatron.loss.second_model import SecondModel, TeacherLogits
 from qtarget_megatron.loss.sparse_teacher import KeptEntries, SparseTeacher
 from qtarget_megatron.objectives import Objective
@@ -57,6 +59,7 @@ def qtarget_linear_cross_entropy(
     teacher_weight: Tensor | None = None,
     sparse_teacher: SparseTeacher | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
+    samples: Samples | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
@@ -81,6 +84,7 @@ def qtarget_linear_cross_entropy(
     teacher_weight: Tensor | None = None,
     sparse_teacher: SparseTeacher | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
+    samples: Samples | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
@@ -104,6 +108,7 @@ def qtarget_linear_cross_entropy(
     teacher_weight: Tensor | None = None,
     sparse_teacher: SparseTeacher | None = None,
     token_inputs: Mapping[str, Tensor] | None = None,
+    samples: Samples | None = None,
     group: collectives.Group = None,
     vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
@@ -172,12 +177,14 @@ def qtarget_linear_cross_entropy(
     kernel = kernels.select(backend, hidden)
     supervised = supervised_tokens(kernel, labels, vocab_size, ignore_index)
     inputs = flat_inputs(objective, token_inputs, labels, supervised)
+    samples = check_samples(objective, samples, labels)
     rows = _kept_rows(supervised.reshape(-1), num_supervised)
 
     spec = _Spec(
         backend=kernel,
         objective=objective,
         inputs={name: values[rows] for name, values in inputs.items()},
+        samples=None if samples is None else samples.rows(rows),
         group=group,
         kept_entries=None if sparse_teacher is None else KeptEntries(sparse_teacher.rows(rows)),
         vocab_size=vocab_size,
@@ -212,6 +219,7 @@ class _Spec:
     backend: Backend
     objective: Objective
     inputs: Mapping[str, Tensor]
+    samples: Samples | None
     group: collectives.Group
     kept_entries: KeptEntries | None
     vocab_size: int
@@ -339,7 +347,9 @@ class _QTargetLinearCrossEntropy(torch.autograd.Function):
                     scales=of_chunk.scales,
                 )
             add_divergence(spec.statistics, collectives.gather_partials(sums, spec.group))
-        supervised_loss, ctx.token_gradient = evaluate(spec.backend, spec.objective, spec.statistics, spec.inputs, work)
+        supervised_loss, ctx.token_gradient = evaluate(
+            spec.backend, spec.objective, spec.statistics, spec.inputs, work, spec.samples
+        )
         ctx.spec, ctx.hidden_shape = spec, hidden.shape
         # The parameter itself: main_grad is an attribute of that object.
         ctx.weight = weight

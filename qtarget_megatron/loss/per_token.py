@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qtarget_megatron.kernels.backend import Backend
+from qtarget_megatron.loss.samples import Samples
 from qtarget_megatron.objectives import Objective, check_token_input
 from qtarget_megatron.statistics import Residuals, StatisticsRequest, TokenStatistics, kernel_coefficients
 
@@ -122,11 +123,16 @@ def evaluate(
     stats: TokenStatistics,
     inputs: Mapping[str, Tensor],
     dtype: torch.dtype,
+    samples: Samples | None = None,
 ) -> tuple[Tensor, TokenGradient]:
     """Loss [N] in dtype, 0 where not supervised, and what the gradient needs; masses and trust enter stats.
 
-    stats: from merge.
+    stats:   from merge.
+    samples: of the tokens, where the objective asks for a mean over them; see check_samples. Its collective is theirs.
     """
+    if objective.sample_mean is not None and samples is not None:
+        values = objective.sample_mean(stats, inputs)
+        stats.sample_mean, stats.sample_size = samples.means(_aligned(values, stats), stats.supervised)
     loss, label_mass, residual_masses = objective.evaluate(stats, inputs)
     divergences = 0 if objective.divergence is None else 1
     if len(residual_masses) != len(objective.residuals) + divergences:
@@ -207,6 +213,16 @@ def flat_inputs(
             check_token_input(name, value[supervised])
         inputs[name] = value.reshape(-1).double()
     return inputs
+
+
+def check_samples(objective: Objective, samples: Samples | None, labels: Tensor) -> Samples | None:
+    """The samples, where the objective asks for them. ValueError where they are missing or of other tokens."""
+    if objective.sample_mean is None:
+        return None
+    if samples is None:
+        raise ValueError(f"objective {objective} takes means over samples: pass samples, the sample of each token")
+    samples.check_fits(labels)
+    return samples
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from qtarget_megatron import collectives, objectives
 from qtarget_megatron.data import IGNORE_INDEX
 from qtarget_megatron.loss.linear_cross_entropy import AUTO
+from qtarget_megatron.loss.samples import Samples
 from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.megatron.head_loss import HeadLoss, LossInputs
 from qtarget_megatron.megatron.label_roll import LabelRoll
@@ -169,6 +170,7 @@ class AttachedObjective:
         *,
         sparse_teacher: SparseTeacher | None = None,
         teacher: Callable[[], OutputHead | None] = lambda: None,
+        samples: Samples | None = None,
         num_supervised: tuple[int, ...] | None = None,
     ) -> Iterator[None]:
         """Give the model's forward what else the objective reads.
@@ -176,9 +178,10 @@ class AttachedObjective:
         token_inputs:   side inputs by name, each ``[b, s]`` like the labels.
         sparse_teacher: a cached second model, of ``[b, s]`` tokens.
         teacher:        called for the output head of a live second model.
+        samples:        the sample of each token, ``[b, s]``.
         num_supervised: numbers of labels that are not ignored, where the host knows them, see LossInputs.
         """
-        self._inputs = LossInputs(token_inputs or {}, sparse_teacher, teacher, num_supervised)
+        self._inputs = LossInputs(token_inputs or {}, sparse_teacher, teacher, samples, num_supervised)
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from qtarget_megatron import collectives
 from qtarget_megatron.data import IGNORE_INDEX
 from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
 from qtarget_megatron.loss.linear_cross_entropy import AUTO, qtarget_linear_cross_entropy
+from qtarget_megatron.loss.samples import Samples
 from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.megatron.model.output_head import OutputHead
 from qtarget_megatron.objectives import Objective
@@ -26,6 +27,7 @@ class LossInputs:
     token_inputs:   its side inputs by name, each [b, s] like the labels.
     sparse_teacher: a cached second model, of [b, s] tokens.
     teacher:        gives the output head of a live second model, once the loss is computed.
+    samples:        the sample of each token, [b, s].
     num_supervised: numbers of labels that are not ignored, where the host knows them: of the labels, and of those that
                     are one, two and more tokens further on, for as many heads as there are.
     """
@@ -33,6 +35,7 @@ class LossInputs:
     token_inputs: Mapping[str, Tensor] = field(default_factory=dict)
     sparse_teacher: SparseTeacher | None = None
     teacher: Callable[[], OutputHead | None] = lambda: None
+    samples: Samples | None = None
     num_supervised: tuple[int, ...] | None = None
 
 
@@ -98,13 +101,16 @@ class HeadLoss:
         return inputs.teacher() if self.objective.needs_teacher else None
 
     def _shared(self, inputs: LossInputs) -> dict[str, Any]:
-        kept = inputs.sparse_teacher
+        kept, samples = inputs.sparse_teacher, inputs.samples
+        if samples is not None:
+            samples = replace(samples, ids=_like_hidden(samples.ids))
         if kept is not None:
             kept = SparseTeacher(_like_hidden(kept.ids), _like_hidden(kept.log_p), _like_hidden(kept.tail), kept.rule)
         return dict(
             objective=self.objective,
             sparse_teacher=kept,
             token_inputs={name: _like_hidden(values) for name, values in inputs.token_inputs.items()},
+            samples=samples,
             vocab_size=self.vocab_size,
             ignore_index=IGNORE_INDEX,
             backend=self.backend,

@@ -45,9 +45,10 @@ class LabelRoll:
         if kept is not None:
             ids, log_p, tail = (self._values(values) for values in (kept.ids, kept.log_p, kept.tail))
             kept = SparseTeacher(ids, log_p, tail, kept.rule)
-        counts = inputs.num_supervised
+        counts, samples = inputs.num_supervised, inputs.samples
         return replace(
             inputs,
+            samples=None if samples is None else replace(samples, ids=self._values(samples.ids)),
             token_inputs={name: self._values(values) for name, values in inputs.token_inputs.items()},
             sparse_teacher=kept,
             teacher=lambda: self._head(inputs.teacher()),

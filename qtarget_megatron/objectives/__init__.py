@@ -46,6 +46,7 @@ from qtarget_megatron.objectives.published import (
     sft,
     sft_kl,
     target_sft,
+    weighted_sft,
 )
 from qtarget_megatron.objectives.registry import (
     Objective,
@@ -101,4 +102,5 @@ __all__ = [
     "talr",
     "target_sft",
     "total_variation",
+    "weighted_sft",
 ]

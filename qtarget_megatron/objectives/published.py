@@ -102,26 +102,51 @@ def eaft(k: int = 20, normalizer: float | None = None, exponent: float = 1.0) ->
 
 
 @register("iw-sft")
-def iw_sft() -> Objective:
-    """Importance-weighted SFT: a weight for each token, or one for the whole sample.
+def iw_sft(temperature: float = 1.0, maximum: float = 16.0, start: str = "model") -> Objective:
+    """Importance-weighted SFT: a sample counts by how much likelier the model finds it than the one it started from.
 
-    loss = -w log p(y);  c_y = w.  token_inputs: "weight".  Source: arXiv 2507.12856.
+    loss = -sg(w) log p(y), w = clamp(exp(temperature mean_t(log p(y) - log p_start(y))), 0, maximum), the mean over the
+    supervised tokens of the sample;  c_y = w.  temperature finite, maximum > 0.  start: where log p_start is from:
+    "model", the second one, live or cached, which is the model that training starts from; "data", the token input.
+    token_inputs: "old_log_prob" where start="data", log p_start(y) in nats, from qtarget score.
+    Source: arXiv 2507.12856.
 
-    w is what the data says, the same in every step. The released method takes it anew in each step from the model as it
-    is then, clamp(exp(temp mean_t(log p - log p_ref)), 0, 16) over a sample, with p_ref the model that training starts
-    from. qtarget score computes this formula once, for two frozen models: of a model against itself
-    every weight is 1, which is sft.
+    w is of the model as it is in each step; in the first one every w is 1.
+    """
+    temperature = in_range("temperature", temperature, -math.inf, math.inf)
+    maximum = in_range("maximum", maximum, 0, math.inf, open_low=True)
+    if start not in ("model", "data"):
+        raise ValueError(f"start must be 'model' or 'data', got {start!r}")
+
+    def log_ratio(stats: TokenStatistics, inputs: TokenInputs) -> Tensor:
+        if start == "data":
+            return stats.log_p - inputs["old_log_prob"]
+        of_start = stats.residuals[0].log_p
+        assert of_start is not None  # requested
+        return stats.log_p - of_start
+
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
+        assert stats.sample_mean is not None  # requested
+        weight = (temperature * stats.sample_mean).clamp(max=math.log(maximum)).exp()
+        return None, weight, () if start == "data" else (0.0,)
+
+    if start == "data":
+        return Objective(evaluate, token_inputs=("old_log_prob",), sample_mean=log_ratio)
+    return Objective(evaluate, residuals=(_TEACHER,), residual_label=True, sample_mean=log_ratio)
+
+
+@register("weighted-sft")
+def weighted_sft() -> Objective:
+    """SFT with a weight for each token, or one for the whole sample, that the data says.
+
+    loss = -w log p(y);  c_y = w.  token_inputs: "weight": a reward, a quality score, a multiplier of one's own, or what
+    qtarget score --reference-hf computes, iw-sft's weight for two frozen models.
     """
 
     def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, inputs["weight"], ()
 
-    return Objective(
-        evaluate,
-        token_inputs=("weight",),
-        note="weights stay as the data has them; the released iw-sft takes them anew in each step from the model that "
-        "is trained",
-    )
+    return Objective(evaluate, token_inputs=("weight",))
 
 
 @register("cft")

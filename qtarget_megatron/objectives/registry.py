@@ -23,6 +23,7 @@ TokenInputs = Mapping[str, Tensor]
 # Loss, label mass, masses of the residuals and of the divergence.
 LossAndMasses = tuple[Tensor | None, Tensor | float, Sequence[Tensor | float]]
 Evaluate = Callable[[TokenStatistics, TokenInputs], LossAndMasses]
+SampleValue = Callable[[TokenStatistics, TokenInputs], Tensor]
 
 _LABEL_MASS = "label_mass"
 # What a token input may hold, besides being finite. The slack above 0 is the rounding of whoever computed the value.
@@ -39,6 +40,8 @@ class Objective:
                   exactly 0.
     residuals:    (a, b) of each residual softmax(a*z + b*t), at most two.
     divergence:   of the model from the first residual; its mass d is then the last of the masses.
+    sample_mean:  (stats, inputs) -> float64 [N], elementwise; evaluate reads its mean over the supervised tokens of
+                  each token's sample as stats.sample_mean, and their number as stats.sample_size.
     token_inputs: names of the per-token side inputs it needs, handed to evaluate as float64 [N] tensors.
     denominator:  what a batch's mean is divided by: the number of non-zero entries of this token input, or of
                   "label_mass", c_y; None: the number of supervised tokens.
@@ -59,6 +62,7 @@ class Objective:
     residual_entropy: bool = False
     residual_label: bool = False
     divergence: Divergence | None = None
+    sample_mean: SampleValue | None = field(default=None, repr=False)
     name: str = "unregistered"
     parameters: tuple[tuple[str, Any], ...] = ()
 

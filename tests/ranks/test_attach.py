@@ -390,7 +390,7 @@ def behaviour():
         dft = gradients(model)
         assert len(qtarget.heads) == (1 if name == "untied" else 3) and "dft" in str(qtarget.loss.objective)
         found[name, "logits without labels"] = torch.equal(model(*inputs), before) and qtarget.heads == ()
-        again = attach(model, "iw-sft", vocab_size=VOCAB)
+        again = attach(model, "weighted-sft", vocab_size=VOCAB)
         found[name, "what was attached is replaced"] = "weight" in message(gradients, model)
         # Nothing of a forward that failed is left.
         found[name, "logits after a failure"] = torch.equal(model(*inputs), before)

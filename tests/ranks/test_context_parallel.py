@@ -22,7 +22,7 @@ def test_context_parallel_ranks_train_like_one_process(workspace):
         # Live teacher; weights of samples and lists of tokens among the side inputs; a denominator of its own.
         "untied target-sft": ["--hf-model", workspace / "untied", *data, *target],
         "tied target-sft": ["--hf-model", workspace / "tied", *data, *target],
-        "untied iw-sft": ["--hf-model", workspace / "untied", *data, "--objective", "iw-sft"],
+        "untied weighted-sft": ["--hf-model", workspace / "untied", *data, "--objective", "weighted-sft"],
         "untied cft": ["--hf-model", workspace / "untied", *data, "--objective", "cft"]
         + ["--objective-args", "denominator=critical"],
         "untied psft": ["--hf-model", workspace / "untied", *data, "--objective", "psft"],

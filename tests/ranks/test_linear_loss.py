@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launching import run_ranks
-from loss_definitions import CASES
+from loss_definitions import CASES, sample_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtarget_megatron import objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
@@ -54,6 +54,7 @@ def run(case, hidden, weight, labels, teacher_hidden, teacher_weight, upstream, 
         labels,
         objective=case.objective,
         token_inputs=case.inputs(logits, labels, keywords.get("vocab_size")),
+        samples=case.samples(labels),
         **teacher,
         **keywords,
     )
@@ -68,6 +69,7 @@ def definition(case, hidden, weight, labels, teacher_hidden, teacher_weight, ups
     z = (hidden @ weight.t()).reshape(-1, weight.shape[0])
     t = (teacher_hidden.double() @ teacher_weight.double().t()).reshape(z.shape)
     inputs = {name: value.reshape(-1)[kept] for name, value in case.inputs(z.detach(), labels.reshape(-1)).items()}
+    inputs["sample"] = sample_ids(labels).reshape(-1)[kept]
     losses = case.definition(z[kept], labels.reshape(-1)[kept], t[kept], inputs)
     losses.backward(upstream.double().reshape(-1)[kept])
     loss = torch.zeros(labels.numel(), dtype=torch.float64)
@@ -354,7 +356,7 @@ HIDDEN, WEIGHT, LABELS = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2,
             dict(objective=objectives.kd(), teacher_hidden=HIDDEN, teacher_weight=WEIGHT[:4]),
             "teacher_weight must have the 5 rows of weight on cpu, got 4",
         ),
-        (dict(objective=objectives.iw_sft()), r"needs token_inputs\['weight'\]"),
+        (dict(objective=objectives.weighted_sft()), r"needs token_inputs\['weight'\]"),
         (dict(vocab_size=6), r"vocab_size must be in 1\.\.5"),
         (dict(backend="cuda"), "needs cuda tensors"),
     ],
@@ -394,6 +396,7 @@ def check_on_ranks(names):
                 labels,
                 objective=case.objective,
                 token_inputs=inputs,
+                samples=case.samples(labels),
                 group=group,
                 vocab_size=vocab_size,
                 sequence_parallel=sequence_parallel,

@@ -239,6 +239,7 @@ def _run(case, inputs: Inputs, columns: slice, group, backend: str, collectives=
         objective=case.objective,
         teacher_logits=case.teacher(inputs.teacher[:, columns]),
         token_inputs=case.inputs(inputs.logits, inputs.labels, inputs.vocab_size),
+        samples=case.samples(inputs.labels),
         group=group,
         vocab_size=inputs.vocab_size,
         backend=backend,

@@ -349,12 +349,16 @@ def inspected(paths):
 def test_what_leaves_nothing_to_train_but_sft_or_little_is_warned_of_at_the_start(tmp_path):
     three = [1, 1, 1]
     expected = {
-        "ones": ("iw-sft", [{"weight": 1}, {"weight": three}, {"weight": 1.0}], '"weight" is 1 .*trains as sft does'),
-        "halves": ("iw-sft", [{"weight": 0.5}] * 3, '"weight" is 0.5 .*this is 0.5 times sft'),
+        "ones": (
+            "weighted-sft",
+            [{"weight": 1}, {"weight": three}, {"weight": 1.0}],
+            '"weight" is 1 .*trains as sft does',
+        ),
+        "halves": ("weighted-sft", [{"weight": 0.5}] * 3, '"weight" is 0.5 .*this is 0.5 times sft'),
         "masked": ("cft", [{"critical": False}] * 3, '"critical" is 0 .*nothing is trained'),
         # The odd one is in the share of either rank.
-        "first": ("iw-sft", [{"weight": 2}, {"weight": 1}, {"weight": 1}], None),
-        "second": ("iw-sft", [{"weight": 1}, {"weight": [1, 1, 1.001]}, {"weight": 1}], None),
+        "first": ("weighted-sft", [{"weight": 2}, {"weight": 1}, {"weight": 1}], None),
+        "second": ("weighted-sft", [{"weight": 1}, {"weight": [1, 1, 1.001]}, {"weight": 1}], None),
         "psft": ("psft", [{"old_log_prob": -1}] * 3, None),
         "dft": ("dft", [{}] * 3, None),
         "one is skipped": ("dft", [{}, {"completion": " "}, {}], None),
@@ -398,7 +402,7 @@ def test_a_model_scored_against_itself_is_known_before_it_is_scored(tmp_path):
     assert not is_itself(None)
 
 
-@pytest.mark.parametrize(("name", "said"), [("psft", "beyond 1.28 times .* renews them"), ("iw-sft", "in each step")])
+@pytest.mark.parametrize(("name", "said"), [("psft", "beyond 1.28 times .* renews them")])
 def test_methods_that_are_more_than_their_loss_say_so_when_training_starts(name, said):
     assert re.search(said, objectives.get(name).note) and "\n" not in objectives.get(name).note
     help_text = objectives.describe()
@@ -407,4 +411,4 @@ def test_methods_that_are_more_than_their_loss_say_so_when_training_starts(name,
 
 
 def test_no_other_objective_has_anything_to_say():
-    assert {n for n in objectives.names() if objectives.example(n).note} == {"psft", "iw-sft"}
+    assert {n for n in objectives.names() if objectives.example(n).note} == {"psft"}

@@ -185,7 +185,7 @@ def test_weights_that_are_not_finite_are_named_before_training(workspace):
 @pytest.mark.slow
 def test_a_training_that_skips_all_steps_is_no_success(workspace):
     """Losses of 1e38 times some nats, on two ranks: all of them end, and nothing is exported."""
-    words = ["--objective", "iw-sft", "--qtarget-on-nan", "skip", "--save-hf", workspace / "skipped"]
+    words = ["--objective", "weighted-sft", "--qtarget-on-nan", "skip", "--save-hf", workspace / "skipped"]
     cases = {
         "in a row": command(
             workspace, *words, *PART, "--bf16", "--train-iters", 30, "--qtarget-max-skips", 3, data="huge.jsonl"

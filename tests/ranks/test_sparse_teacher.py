@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launching import run_ranks
-from loss_definitions import CASES, target_sft
+from loss_definitions import CASES, sample_ids, target_sft
 
 from qtarget_megatron import SparseTeacher, objectives, qtarget_cross_entropy, qtarget_linear_cross_entropy
 
@@ -76,7 +76,7 @@ def expected(name, hidden, weight, labels, teacher, upstream):
     rows = labels != -100
     z = hidden @ weight.t()
     t = expanded(z.detach(), teacher)
-    losses = case.definition(z[rows], labels[rows], t[rows], {})
+    losses = case.definition(z[rows], labels[rows], t[rows], {"sample": sample_ids(labels)[rows]})
     losses.backward(upstream.double()[rows])
     loss = torch.zeros(len(labels), dtype=torch.float64)
     loss[rows] = losses.detach()
@@ -85,7 +85,8 @@ def expected(name, hidden, weight, labels, teacher, upstream):
 
 def run(name, hidden, weight, labels, teacher, upstream, fused=True, **keywords):
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    keywords |= dict(objective=CASES[name].objective, sparse_teacher=teacher)
+    case = CASES[name]
+    keywords |= dict(objective=case.objective, sparse_teacher=teacher, samples=case.samples(labels))
     if fused:
         loss = qtarget_linear_cross_entropy(hidden, weight, labels, chunk_size=7, **keywords)
     else:
@@ -125,7 +126,11 @@ def test_all_kept_is_the_dense_teacher(name, rule):
     found = run(name, hidden, weight, labels, known, upstream, fused=False)
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss = qtarget_cross_entropy(
-        leaves[0] @ leaves[1].t(), labels, objective=CASES[name].objective, teacher_logits=teacher
+        leaves[0] @ leaves[1].t(),
+        labels,
+        objective=CASES[name].objective,
+        teacher_logits=teacher,
+        samples=CASES[name].samples(labels),
     )
     loss.backward(upstream)
     assert_close(found, (loss.detach(), leaves[0].grad, leaves[1].grad), **FLOAT32)

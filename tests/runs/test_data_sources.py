@@ -209,7 +209,7 @@ def test_a_set_among_others_has_the_loss_that_it_has_alone(workspace):
     kinds = {
         "cft": ["--objective", "cft", "--objective-args", "denominator=critical"],
         "mask": ["--objective", "entropy-mask", "--objective-args", "threshold=5.38", "denominator=kept"],
-        "iw": ["--objective", "iw-sft", "--micro-batch-size", 2],
+        "iw": ["--objective", "weighted-sft", "--micro-batch-size", 2],
     }
     cached = ["--teacher-cache-valid", workspace / "cache-a", workspace / "cache-b"]
     for name, words in kinds.items():

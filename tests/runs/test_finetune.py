@@ -110,7 +110,7 @@ def test_total_mass_is_the_scale_of_the_objective(single):
 
 # What differs in more than its formula: teachers, kinds of side inputs, denominators, largest logits, an own objective.
 # Trained at TP2PP2; the other objectives at TP2.
-STAGED = [f"untied {name}" for name in ("target-sft", "kd", "asft", "iw-sft", "cft", "psft", "eaft", "readme")]
+STAGED = [f"untied {name}" for name in ("target-sft", "kd", "asft", "weighted-sft", "cft", "psft", "eaft", "readme")]
 STAGED += ["tied target-sft", "tied kd", "tied label-smoothing"]
 
 
@@ -155,7 +155,7 @@ def test_two_ranks_train_like_one_process(workspace, models, single):
 
 
 # A weight that depends on its sample, a denominator of its own, a teacher with M != 1, and a ratio.
-UNEVEN = ("iw-sft", "cft", "asft", "psft")
+UNEVEN = ("weighted-sft", "cft", "asft", "psft")
 
 
 def test_gradient_accumulation_and_data_parallelism_give_the_same_update(workspace, models, single):

@@ -119,12 +119,12 @@ CASES = {
         ["short-side-input.jsonl:5", '"critical"', "got 1"],
     ),
     "side input that is no number": (
-        {"--objective": "iw-sft", "--objective-args": None, "--sft-train": "nan.jsonl"},
+        {"--objective": "weighted-sft", "--objective-args": None, "--sft-train": "nan.jsonl"},
         ["nan.jsonl:2", '"weight"', "finite number", "NaN"],
     ),
     "a weight that the objective does not read": (
         {"--sft-train": "weighted.jsonl"},
-        ["weighted.jsonl:2", '"weight"', "neither 0 nor 1", "iw-sft"],
+        ["weighted.jsonl:2", '"weight"', "neither 0 nor 1", "weighted-sft"],
     ),
     "a source of no weight": ({"--sft-train": "train.jsonl:0"}, ["train.jsonl:0", "a weight above 0, got 0"]),
     "a source that is gone": ({"--sft-train": "gone.jsonl:2"}, ["gone.jsonl'", "No such file"]),
@@ -231,7 +231,7 @@ CASES = {
     ),
     "weight of an answer that the objective does not read": (
         {"--sft-train": "weighed.jsonl"},
-        ["weighed.jsonl:3", '"weight"', "neither 0 nor 1", "iw-sft", "weights 0 and 1"],
+        ["weighed.jsonl:3", '"weight"', "neither 0 nor 1", "weighted-sft", "weights 0 and 1"],
     ),
     "model directory absent": ({"--hf-model": "absent"}, ["absent"]),
     "model directory without weights": (

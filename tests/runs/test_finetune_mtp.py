@@ -34,8 +34,8 @@ def models(workspace):
     return {
         "untied": words("untied", "target-sft", *taught),
         "untied, packed": words("untied", "target-sft", *taught, *PACKED),
-        "tied": words("tied", "iw-sft"),
-        "tied, packed": words("tied", "iw-sft", *PACKED),
+        "tied": words("tied", "weighted-sft"),
+        "tied, packed": words("tied", "weighted-sft", *PACKED),
         "experts": words("experts", "sft", *balance),
     }
 

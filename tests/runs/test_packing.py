@@ -58,7 +58,7 @@ def kinds(workspace):
         "untied target-sft": [*models["untied"], *TARGET, "--teacher-hf", workspace / "teacher"],
         "tied psft": [*models["tied"], "--objective", "psft"],
         "tied cft": [*models["tied"], "--objective", "cft", "--objective-args", "denominator=critical"],
-        "experts iw-sft": [*models["experts"], "--objective", "iw-sft"],
+        "experts weighted-sft": [*models["experts"], "--objective", "weighted-sft"],
         "latent sft": [*models["latent"]],
         "untied dft": [*models["untied"], "--objective", "dft", "--recompute-activations"],
     }
@@ -104,7 +104,7 @@ def test_layouts_train_packed_rows_like_one_process(workspace, kinds):
         **at("CP2, two rows at a time", "tied psft", *CP, "--micro-batch-size", 2),
         **at("CP2", "latent sft", *CP),
         **at("PP2", "tied cft", *pp(2), "--micro-batch-size", 4),
-        **at("EP2", "experts iw-sft", *ep(2), *DISTRIBUTED_OPTIMIZER),
+        **at("EP2", "experts weighted-sft", *ep(2), *DISTRIBUTED_OPTIMIZER),
         **at("DP2", "untied dft", *DISTRIBUTED_OPTIMIZER),
         **at("TP2", "tied psft", *tp(2)),
     }

@@ -201,7 +201,7 @@ def one(workspace):
             "empty": job("empty-out.jsonl", data="empty.jsonl"),
             **{form: job(f"{form}-out.jsonl", "--data-format", form, data=f"{form}.jsonl") for form in FORMS},
             "psft": [*training, "--objective", "psft", "--tensorboard-dir", "board-psft"],
-            "iw-sft": [*training, "--objective", "iw-sft", "--tensorboard-dir", "board-iw-sft"],
+            "weighted-sft": [*training, "--objective", "weighted-sft", "--tensorboard-dir", "board-weighted-sft"],
             **{f"bad {name}": job(*words) for name, (words, _) in BAD.items()},
         },
     )[0]
@@ -388,13 +388,13 @@ def test_training_reads_the_written_file(workspace, one, seq_length):
 
 def test_training_starts_from_the_scored_model(workspace, one, log_p):
     """Before the first step p(y) is p_old(y): psft's ratio is 1 for every token, so that its loss is -1."""
-    assert one["psft"][0] == one["iw-sft"][0] == 0, (one["psft"], one["iw-sft"])
+    assert one["psft"][0] == one["weighted-sft"][0] == 0, (one["psft"], one["weighted-sft"])
     assert scalars(workspace / "board-psft")["lm loss"] == pytest.approx([-1], abs=1e-5)
     # The batch is the whole file: 40 samples have supervised tokens.
     records = read(workspace / "one.jsonl")
     total = sum(-record["weight"] * p.sum() for record, p in zip(records, log_p["untied"], strict=True) if len(p))
     mean = total.item() / sum(map(len, log_p["untied"]))
-    assert scalars(workspace / "board-iw-sft")["lm loss"] == pytest.approx([mean], rel=1e-5)
+    assert scalars(workspace / "board-weighted-sft")["lm loss"] == pytest.approx([mean], rel=1e-5)
 
 
 def test_stale_fields_are_replaced_on_request(workspace, one):

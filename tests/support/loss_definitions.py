@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtarget_megatron import Objective, objectives
+from qtarget_megatron import Objective, Samples, objectives
 
 # A definition: (student logits z [N, V], labels y [N], second model's logits t [N, V], side inputs x) -> loss [N].
 
@@ -72,6 +72,16 @@ def label_smoothing(lam):
         smooth = torch.full_like(log_p, lam / z.shape[-1])
         smooth[torch.arange(len(y)), y] += 1 - lam
         return _cross_entropy(smooth, log_p)
+
+    return loss
+
+
+def iw_sft(temperature, maximum, start=lambda t, y, x: _log_p(t, y)):
+    def loss(z, y, t, x):
+        ratio = (_log_p(z, y) - start(t, y, x)).detach()
+        same = x["sample"][:, None] == x["sample"]
+        means = torch.where(same, ratio, 0.0).sum(1) / same.sum(1)
+        return -(temperature * means).exp().clip(0, maximum) * _log_p(z, y)
 
     return loss
 
@@ -213,6 +223,12 @@ class Case:
     def teacher(self, logits: Tensor) -> Tensor | None:
         return logits if self.objective.needs_teacher else None
 
+    def samples(self, labels: Tensor, group=None) -> Samples | None:
+        """Samples of three tokens each, for an objective that takes means over them."""
+        if self.objective.sample_mean is None:
+            return None
+        return Samples(sample_ids(labels), max(labels.numel(), 1), group)
+
     def inputs(self, logits: Tensor, labels: Tensor, vocab_size: int | None = None) -> dict[str, Tensor]:
         """Side inputs [...] for whole rows of logits [..., V]; each follows from its own row alone."""
         z = logits.detach().double()[..., : vocab_size or logits.shape[-1]]
@@ -226,6 +242,10 @@ class Case:
             "old_log_prob": (log_p + 1.2 * (uniform - 0.6)).clamp(max=0.0),
         }
         return {name: drawn[name] for name in self.objective.token_inputs}
+
+
+def sample_ids(labels: Tensor) -> Tensor:
+    return (torch.arange(labels.numel()) // 3).reshape(labels.shape)
 
 
 def _indicator(condition):
@@ -248,7 +268,14 @@ CASES = {
         ),
         # More than one shard of the tests' vocabularies holds.
         Case("eaft-k50", objectives.eaft(k=50), weighted(lambda z, y, x: top_k_entropy(z, 50) / math.log(50))),
-        Case("iw-sft", objectives.iw_sft(), weighted(lambda z, y, x: x["weight"]), constant(2)),
+        Case("weighted-sft", objectives.weighted_sft(), weighted(lambda z, y, x: x["weight"]), constant(2)),
+        Case("iw-sft", objectives.iw_sft(temperature=0.3, maximum=2.0), iw_sft(0.3, 2.0), constant(2)),
+        Case(
+            "iw-sft-data",
+            objectives.iw_sft(start="data"),
+            iw_sft(1.0, 16.0, lambda t, y, x: x["old_log_prob"]),
+            constant(16),
+        ),
         Case("cft", objectives.cft(), weighted(lambda z, y, x: x["critical"])),
         Case("label-smoothing", objectives.label_smoothing(lam=0.1), label_smoothing(0.1)),
         Case("sft-kl", objectives.sft_kl(lam=0.3), with_kl(torch.ones_like, 0.3), constant(1.3)),
@@ -297,6 +324,7 @@ RANDOM_CASES = {
     "label-smoothing": lambda draw: _random(objectives.label_smoothing, label_smoothing, draw(0, 1)),
     "sft-kl": lambda draw: _random(objectives.sft_kl, lambda lam: with_kl(torch.ones_like, lam), draw(0, 3), 1),
     "asft": lambda draw: _random(objectives.asft, lambda lam: with_kl(lambda p: p, lam), draw(0, 3), 1),
+    "iw-sft": lambda draw: _random_iw_sft(draw(-1, 1), draw(0.5, 20)),
     "psft": lambda draw: _random_psft(draw(0, 1), draw(0, 2)),
     "gem": lambda draw: _random(objectives.gem, gem, draw(0.3, 3)),
     "kd": lambda draw: _random_kd(draw(0.3, 4)),
@@ -345,6 +373,10 @@ def _random_psft(low, high) -> Case:
     return Case("", objectives.psft(low, high), psft(low, high), constant(1 + high))
 
 
+def _random_iw_sft(temperature, maximum) -> Case:
+    return Case("", objectives.iw_sft(temperature, maximum), iw_sft(temperature, maximum), constant(maximum))
+
+
 def _random_kd(temperature) -> Case:
     return Case("", objectives.kd(temperature), kd(temperature), constant(temperature), max(temperature**2, 1))
 
@@ -391,6 +423,7 @@ def truth(
     t = teacher.detach().double().reshape(-1, columns)[rows, :vocab_size]
     y, scale = labels.reshape(-1)[rows], upstream.double().reshape(-1)[rows]
     side = {name: value.reshape(-1)[rows] for name, value in case.inputs(logits, labels, vocab_size).items()}
+    side["sample"] = sample_ids(labels).reshape(-1)[rows]
     row_loss = case.definition(z, y, t, side)
     (row_gradient,) = torch.autograd.grad(row_loss, z, scale)
     loss, mass = torch.zeros(2, labels.numel(), dtype=torch.float64)

@@ -27,6 +27,7 @@ def run(case, logits, labels, teacher, upstream=None, inputs=None, **keywords):
         objective=case.objective,
         teacher_logits=case.teacher(teacher),
         token_inputs=case.inputs(logits, labels) if inputs is None else inputs,
+        samples=case.samples(labels),
         **keywords,
     )
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)

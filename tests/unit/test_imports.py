@@ -32,22 +32,23 @@ ALLOWED = {
     "kernels.backend": {"statistics"},
     "kernels": {"statistics", "kernels.backend", "_C", "_source_tree"},
     "loss": set(),
-    "loss.per_token": {"objectives", "statistics", "kernels.backend"},
+    "loss.per_token": {"objectives", "statistics", "kernels.backend", "loss.samples"},
     "loss.sparse_teacher": {"statistics", "kernels", "kernels.backend", "loss.per_token"},
     "loss.second_model": {
         "objectives", "statistics", "kernels", "kernels.backend", "loss.per_token", "loss.sparse_teacher",
     },
+    "loss.samples": {"collectives"},
     "loss.cross_entropy": {
         "objectives", "statistics", "kernels", "kernels.backend", "collectives", "loss.per_token",
-        "loss.sparse_teacher", "loss.second_model",
+        "loss.samples", "loss.sparse_teacher", "loss.second_model",
     },
     "loss.linear_cross_entropy": {
         "objectives", "statistics", "kernels", "kernels.backend", "collectives", "loss.per_token",
-        "loss.sparse_teacher", "loss.second_model",
+        "loss.samples", "loss.sparse_teacher", "loss.second_model",
     },
     "loss.linear_top_k": {"statistics", "kernels", "collectives", "loss.per_token"},
     "loss.memory": {"loss.linear_cross_entropy"},
-    "inspection": {"objectives", "statistics", "loss.cross_entropy"},
+    "inspection": {"objectives", "statistics", "loss.cross_entropy", "loss.samples"},
     "data": {"cache_folder", "resumable", "statistics"},
     "teacher_cache": {"data", "output_lock"},
     "huggingface": {"huggingface.config", "huggingface.weights", "huggingface.compare", "huggingface.adapters"},
@@ -57,13 +58,13 @@ ALLOWED = {
     "huggingface.compare": {"huggingface.config", "huggingface.weights"},
     "parallel_layout": {"huggingface"},
     "__init__": {
-        "objectives", "statistics", "loss.cross_entropy", "loss.linear_cross_entropy", "loss.sparse_teacher",
-        "inspection", "_source_tree", "_version",
+        "objectives", "statistics", "loss.cross_entropy", "loss.linear_cross_entropy", "loss.samples",
+        "loss.sparse_teacher", "inspection", "_source_tree", "_version",
     },
     # The wings of the plug-in, each above those that it imports.
     "megatron": {
         "collectives", "data", "objectives", "statistics", "loss.cross_entropy", "loss.linear_cross_entropy",
-        "loss.sparse_teacher", "megatron.model",
+        "loss.samples", "loss.sparse_teacher", "megatron.model",
     },
     "megatron.runtime": {
         "command_line", "data", "huggingface", "huggingface.adapters", "objectives", "parallel_layout"
@@ -75,7 +76,7 @@ ALLOWED = {
     "megatron.model": {"huggingface", "megatron.runtime", "megatron.weights"},
     "megatron.training": {
         "cache_folder", "data", "huggingface", "huggingface.adapters", "kernels", "objectives", "output_lock",
-        "resumable", "statistics", "teacher_cache", "loss.linear_cross_entropy", "loss.sparse_teacher",
+        "resumable", "statistics", "teacher_cache", "loss.linear_cross_entropy", "loss.samples", "loss.sparse_teacher",
         "megatron", "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.model",
     },
     "megatron.jobs": {
@@ -90,7 +91,7 @@ ALLOWED = {
     "megatron.verify": {
         "_version", "collectives", "command_line", "data", "huggingface", "huggingface.config", "huggingface.adapters",
         "kernels", "objectives", "output_lock", "statistics", "loss.cross_entropy", "loss.linear_cross_entropy",
-        "loss.sparse_teacher",
+        "loss.samples", "loss.sparse_teacher",
         "megatron.runtime", "megatron.faults", "megatron.weights", "megatron.training",
     },
     "commands": {

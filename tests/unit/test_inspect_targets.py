@@ -26,7 +26,7 @@ from qtarget_megatron.data import encode, load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTILE = "<script>alert('1 & 2')</script>\n\t$x^2$ 日 @@DATA@@ </script>"
-CHOSEN = ["sft", "dft", "target-sft:eta=0.3", "iw-sft", "eaft:k=20,exponent=2.0"]
+CHOSEN = ["sft", "dft", "target-sft:eta=0.3", "weighted-sft", "eaft:k=20,exponent=2.0"]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_every_figure_of_a_token_recomputed(workspace, report):
     kept = z.topk(20).values.softmax(-1)
     h = (-(kept * kept.log()).sum() / torch.tensor(20.0).log()).item() ** 2
     onehot, residual = F.one_hot(torch.tensor(y), len(z)), (0.7 * z + 0.3 * t).softmax(-1)
-    weights = {"sft": 1.0, "dft": p[y].item(), "target-sft": p[y].item(), "iw-sft": 1.5, "eaft": h}
+    weights = {"sft": 1.0, "dft": p[y].item(), "target-sft": p[y].item(), "weighted-sft": 1.5, "eaft": h}
     for row_of_table, reading in zip(report["objectives"], token["objectives"], strict=True):
         name = row_of_table["name"]
         c = weights[name]
@@ -270,7 +270,7 @@ ONE = ("--prompt", "1", "--completion", "2")
         ((*ONE, "--objective", "sft", "--teacher-hf", "{}/teacher"), "--teacher-hf is read by none"),
         ((*ONE, "--teacher-hf", "{}/other"), "vocabularies differ"),
         ((*ONE, "--teacher-hf", "{}/padded"), "has a vocabulary of"),
-        ((*ONE, "--objective", "iw-sft"), 'the objective needs "weight"'),
+        ((*ONE, "--objective", "weighted-sft"), 'the objective needs "weight"'),
         ((*ONE, "--top", "0"), "--top must be 1 or more, got 0"),
         ((*ONE, "--data", "{}/data.jsonl"), "got both"),
         ((*ONE, "--index", "1"), "--index chooses a record of --data"),

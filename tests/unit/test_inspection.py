@@ -87,7 +87,7 @@ PAPERS = {
     "beyond-log": (dict(alpha=0.5), lambda z, y: (1 - log_p_of(z, y).exp() ** 0.5) / 0.5),
     "profit": (dict(tau=0.1), lambda z, y: -(log_p_of(z, y).detach().exp() >= 0.1).double() * log_p_of(z, y)),
     "eaft": (dict(k=5), eaft),
-    "iw-sft": ({}, lambda z, y: -WEIGHT * log_p_of(z, y)),
+    "weighted-sft": ({}, lambda z, y: -WEIGHT * log_p_of(z, y)),
     "cft": ({}, lambda z, y: -CRITICAL * log_p_of(z, y)),
     "psft": ({}, psft),
     "label-smoothing": (dict(lam=0.1), label_smoothing),
@@ -114,7 +114,7 @@ def test_a_papers_loss_induces_the_objectives_target(name):
     torch.testing.assert_close(induced.q, known.q, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(induced.moved_mass, known.moved_mass, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(induced.gradient_sum, torch.zeros(N, dtype=torch.float64), rtol=0, atol=1e-12)
-    if name not in ("gem", "sft-kl", "psft", "iw-sft", "kd"):  # whose raw Q may be negative
+    if name not in ("gem", "sft-kl", "psft", "weighted-sft", "kd"):  # whose raw Q may be negative
         assert induced.valid.tolist() == [True, True, False, True, True, True]
     supervised = LABELS != -100
     torch.testing.assert_close(loss(LOGITS, LABELS)[supervised], known.loss[supervised], rtol=1e-9, atol=1e-9)
@@ -147,7 +147,7 @@ def test_trust_is_the_weight_of_every_reweighted_likelihood():
         "dft": p_y,
         "beyond-log": p_y**0.5,
         "profit": (p_y >= 0.1).double(),
-        "iw-sft": WEIGHT,
+        "weighted-sft": WEIGHT,
         "cft": CRITICAL,
     }.items():
         induced = induced_target(PAPERS[name][1], LOGITS, LABELS)
@@ -387,7 +387,7 @@ def test_inspect_compares_objectives_by_means_over_the_supervised_tokens():
 
 def test_inspect_is_the_same_in_pieces(monkeypatch):
     inputs = dict(weight=WEIGHT)
-    chosen = [objectives.target_sft(), objectives.iw_sft()]
+    chosen = [objectives.target_sft(), objectives.weighted_sft()]
     given = dict(decode=str, teacher_logits=TEACHER, token_inputs=inputs)
     whole = inspect(chosen, LOGITS, LABELS, **given)
     monkeypatch.setattr("qtarget_megatron.inspection._LOGITS_AT_ONCE", 2 * V)
@@ -403,7 +403,7 @@ def test_inspect_is_the_same_in_pieces(monkeypatch):
         (dict(teacher_logits=TEACHER[:-1]), "teacher_logits must have 6 rows"),
         (dict(token_inputs=dict(weight=WEIGHT[:-1])), "weight must have 6 rows"),
         (dict(objectives=[objectives.kd()]), "needs a second model"),
-        (dict(objectives=[objectives.iw_sft()]), "weight"),
+        (dict(objectives=[objectives.weighted_sft()]), "weight"),
     ],
 )
 def test_inspect_says_what_is_missing(change, message):

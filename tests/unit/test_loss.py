@@ -32,7 +32,7 @@ def call(case, logits, labels, teacher, **keywords):
         objective=case.objective,
         teacher_logits=case.teacher(teacher),
         token_inputs=case.inputs(logits, labels, keywords.get("vocab_size")),
-        **keywords,
+        **({"samples": case.samples(labels)} | keywords),
     )
 
 
@@ -162,7 +162,8 @@ def test_ignored_tokens_are_exact_zeros_whatever_their_logits(case, junk, ignore
     assert torch.equal(loss[ignored], torch.zeros(2))
     assert torch.equal(gradient[ignored], torch.zeros(2, 37))
     kept = [tensor[~ignored] for tensor in (logits, labels, teacher, upstream)]
-    expected = run(case, *kept, backend=backend)
+    samples = case.samples(labels)
+    expected = run(case, *kept, backend=backend, samples=None if samples is None else samples.rows(~ignored))
     assert torch.equal(loss[~ignored], expected[0])
     assert torch.equal(gradient[~ignored], expected[1])
 
@@ -189,7 +190,8 @@ def test_a_nan_or_infinite_logit_makes_that_tokens_loss_nan(case, column, value,
     labels[2] = 11
     loss, gradient = run(case, logits, labels, teacher, upstream, backend=backend)
     assert loss[2].isnan() and gradient[2].isnan().any()
-    others = [0, 1, 3, 4, 5]
+    # Of a mean over the sample's tokens, those of the other sample.
+    others = [0, 1, 3, 4, 5] if case.objective.sample_mean is None else [3, 4, 5]
     assert torch.equal(loss[others], clean[0][others])
     assert torch.equal(gradient[others], clean[1][others])
 

@@ -40,17 +40,17 @@ def at(position, value):
         (dict(backend="gpu"), "unknown backend 'gpu': expected one of auto, reference, cpp, cuda"),
         (dict(backend="cuda"), "needs cuda tensors, got cpu logits"),
         (dict(logits=LOGITS.double(), backend="cpp"), "got torch.float64: use 'reference'"),
-        (dict(objective=objectives.iw_sft()), r"iw-sft\(\) needs token_inputs\['weight'\], got none"),
+        (dict(objective=objectives.weighted_sft()), r"weighted-sft\(\) needs token_inputs\['weight'\], got none"),
         (
             dict(objective=objectives.psft(), token_inputs={"old_log_probs": INPUT}),
             r"needs token_inputs\['old_log_prob'\], got \['old_log_probs'\]",
         ),
         (
-            dict(objective=objectives.iw_sft(), token_inputs={"weight": torch.zeros(3)}),
+            dict(objective=objectives.weighted_sft(), token_inputs={"weight": torch.zeros(3)}),
             r"token_inputs\['weight'\] must be \[2, 3\] on cpu like labels, got \[3\] on cpu",
         ),
         (
-            dict(objective=objectives.iw_sft(), token_inputs={"weight": INPUT.clone().fill_diagonal_(torch.nan)}),
+            dict(objective=objectives.weighted_sft(), token_inputs={"weight": INPUT.clone().fill_diagonal_(torch.nan)}),
             r"token_inputs\['weight'\] must hold finite numbers, got nan",
         ),
         (
@@ -110,14 +110,18 @@ def test_a_dtype_that_is_not_documented_is_refused_for_whatever_holds_it(dtype, 
     if dtype.is_complex or dtype.is_floating_point:
         with pytest.raises(ValueError, match=rf"token_inputs\['weight'\] must hold real numbers, got {dtype}"):
             qtarget_cross_entropy(
-                LOGITS, LABELS, objective=objectives.iw_sft(), token_inputs={"weight": INPUT.to(dtype)}, backend=backend
+                LOGITS,
+                LABELS,
+                objective=objectives.weighted_sft(),
+                token_inputs={"weight": INPUT.to(dtype)},
+                backend=backend,
             )
 
 
 def test_inputs_of_ignored_tokens_may_hold_anything():
     labels, weight = at(0, -100), INPUT + 1
     weight[0, 0] = torch.nan
-    objective = objectives.iw_sft()
+    objective = objectives.weighted_sft()
     loss = qtarget_cross_entropy(LOGITS, labels, objective=objective, token_inputs={"weight": weight})
     assert loss[0, 0] == 0 and (loss.flatten()[1:] > 0).all()
 

@@ -114,7 +114,7 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
         ({'task = "table"': 'task = "table"\nwrong = 2'}, "[data.clean]: unknown key 'wrong' beside task"),
         ({"dev = 20": "dev = 0"}, "[data.clean]: dev: expected 1 problem or more, got 0"),
         ({'task = "table"': "wrong_steps = 0.5"}, "[data.clean]: expected task (a made-up one), source"),
-        ({'objective = "sft"': 'objective = "iw-sft"'}, '[arms.sft]: its weights are of a better model'),
+        ({'objective = "sft"': 'objective = "weighted-sft"'}, '[arms.sft]: its weights are of a better model'),
         ({'objective = "sft"': 'objective = "cft"', 'task = "table"': 'source = "math"'}, "are critical is not known"),
         ({"title =": "title"}, "s.toml: Expected '=' after a key"),
     ],

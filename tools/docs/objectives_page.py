@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from mkdocs.structure.files import File, Files
 
-from qtarget_megatron import Objective, objectives, target_distribution
+from qtarget_megatron import Objective, Samples, objectives, target_distribution
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "objectives.md"
@@ -226,6 +226,7 @@ def _targets(objective: Objective, p: torch.Tensor):
         torch.zeros(len(p), dtype=torch.int64),
         teacher_logits=_teacher().expand(len(p), -1) if objective.needs_teacher else None,
         token_inputs={name: torch.full_like(p, INPUTS[name]) for name in objective.token_inputs},
+        samples=Samples(torch.arange(len(p)), len(p)),
     )
 
 

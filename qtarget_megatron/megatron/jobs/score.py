@@ -94,8 +94,8 @@ def score(options: ScoreOptions, words: list[str], *, cpu: bool = False) -> int:
 
     if options.compares_with_itself:
         _log.info(
-            "--reference-hf %s is the model of --hf-model: every weight will be exactly 1, with which iw-sft trains as "
-            "sft does",
+            "--reference-hf %s is the model of --hf-model: every weight will be exactly 1, with which weighted-sft "
+            "trains as sft does",
             options.reference,
         )
     run = DatasetRun("score", options, words, tokenizer=tokenizer, file=file, reference=options.reference, cpu=cpu)

@@ -221,7 +221,7 @@ class DatasetProvider:
                     raise ValueError(
                         f'{records.where(index)}: an answer has a "weight" that is neither 0 nor 1, which objective '
                         f'{self.objective.name} does not read: train with one that has the side input "weight", as '
-                        "iw-sft, or give weights 0 and 1"
+                        "weighted-sft, or give weights 0 and 1"
                     )
                 if sample.truncated and args.long_samples == "refuse":
                     raise ValueError(

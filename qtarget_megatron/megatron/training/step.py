@@ -13,6 +13,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from qtarget_megatron.data import IGNORE_INDEX, Batch
+from qtarget_megatron.loss.samples import Samples
 from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.megatron.attach import AttachedObjective, HeadResult
 from qtarget_megatron.megatron.faults.loss_check import LossCheck
@@ -101,6 +102,7 @@ def forward_step(settings: StepSettings, on_nan: str | None, data_iterator: Iter
         batch.inputs,
         sparse_teacher=context.sparse_teacher,
         teacher=lambda: bare.taught,
+        samples=_samples(batch),
         num_supervised=batch.num_supervised,
     ):
         # Megatron asks its heads of multi-token prediction for losses of all tokens where there is no mask.
@@ -108,6 +110,13 @@ def forward_step(settings: StepSettings, on_nan: str | None, data_iterator: Iter
         output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=mask, **arguments)
     context.heads, context.teacher = attached.heads, bare.take_taught()
     return output, partial(sum_loss, context, on_nan, in_training=model.training)
+
+
+def _samples(batch: Batch) -> Samples | None:
+    """The samples of a micro-batch's tokens, where the objective asks for them."""
+    if batch.segments is None:
+        return None
+    return Samples(batch.segments, batch.num_segments, parallel_state.get_context_parallel_group())
 
 
 def sum_loss(context: LossContext, on_nan: str | None, token_losses: Tensor, *, in_training: bool = False):

@@ -20,6 +20,7 @@ from torch import Tensor
 from qtarget_megatron import collectives, objectives
 from qtarget_megatron.loss.cross_entropy import qtarget_cross_entropy
 from qtarget_megatron.loss.linear_cross_entropy import qtarget_linear_cross_entropy
+from qtarget_megatron.loss.samples import Samples
 from qtarget_megatron.loss.sparse_teacher import SparseTeacher
 from qtarget_megatron.objectives import Objective
 from qtarget_megatron.statistics import IGNORE_INDEX
@@ -198,6 +199,13 @@ class Problem:
         tail = (1 - log_p.exp().sum(-1)).clamp(min=0)
         return SparseTeacher(ids, log_p.float(), tail.float(), "uniform")
 
+    def samples(self, objective: Objective, group: collectives.Group = None) -> Samples | None:
+        """Samples of seven tokens, where the objective takes means over them. group: ranks that share the tokens."""
+        if objective.sample_mean is None:
+            return None
+        ids = torch.arange(len(self.labels), device=self.labels.device) // 7
+        return Samples(ids, len(self.labels), group)
+
     def dense_teacher_logits(self, teacher: SparseTeacher) -> Tensor:
         """The log-probabilities that a sparse teacher stands for, float64 [T, V_pad]."""
         others = (teacher.tail.double() / (self.vocab_size - KEPT)).log()
@@ -231,6 +239,7 @@ class Expected:
             objective=objective,
             teacher_logits=teacher if objective.needs_teacher else None,
             token_inputs=problem.token_inputs(objective),
+            samples=problem.samples(objective),
             vocab_size=problem.vocab_size,
             backend="reference",
             return_statistics=True,
@@ -313,6 +322,7 @@ def _logits(problem, objective, setting, sparse_teacher) -> tuple[Tensor, Tensor
         teacher_logits=problem.teacher_logits[:, mine].to(leaf.dtype) if live else None,
         sparse_teacher=sparse_teacher,
         token_inputs=problem.token_inputs(objective),
+        samples=problem.samples(objective),
         group=setting.tensor_group,
         vocab_size=problem.vocab_size,
         backend=setting.backend,
@@ -326,7 +336,9 @@ def _measure_logits(problem, objective, setting, sparse_teacher, expected) -> Er
     return _errors(loss, expected.loss, {"logits": error})
 
 
-def _fused(problem, objective, setting, sparse_teacher, labels, upstream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fused(
+    problem, objective, setting, sparse_teacher, labels, upstream, samples
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss [T] of the fused head, its gradients to this rank's hidden states and rows of the weight, label mass [T]."""
     mine, rows = _columns(problem, setting), _rows(problem, setting)
     hidden = problem.hidden[rows].clone().requires_grad_()
@@ -341,6 +353,7 @@ def _fused(problem, objective, setting, sparse_teacher, labels, upstream) -> tup
         teacher_weight=problem.teacher_weight[mine] if live else None,
         sparse_teacher=sparse_teacher,
         token_inputs=problem.token_inputs(objective),
+        samples=samples,
         group=setting.tensor_group,
         vocab_size=problem.vocab_size,
         sequence_parallel=setting.sequence_parallel,
@@ -353,8 +366,9 @@ def _fused(problem, objective, setting, sparse_teacher, labels, upstream) -> tup
 
 
 def _measure_fused(problem, objective, setting, sparse_teacher, expected) -> Errors:
+    samples = problem.samples(objective)
     loss, hidden_gradient, weight_gradient, _ = setting.run(
-        lambda: _fused(problem, objective, setting, sparse_teacher, problem.labels, problem.upstream)
+        lambda: _fused(problem, objective, setting, sparse_teacher, problem.labels, problem.upstream, samples)
     )
     of_hidden = expected.gradient @ problem.weight.double()
     of_weight = expected.gradient.t() @ problem.hidden.double()
@@ -369,7 +383,9 @@ def _measure_split(problem, objective, setting, expected) -> Errors:
     share = torch.arange(len(problem.labels), device=problem.labels.device) % collectives.size(setting.data_group)
     labels = problem.labels.masked_fill(share != collectives.rank(setting.data_group), IGNORE_INDEX)
     upstream = torch.ones_like(problem.upstream)
-    loss, _, weight_gradient, label_mass = _fused(problem, objective, setting, None, labels, upstream)
+    # The samples' tokens are on all of these ranks.
+    samples = problem.samples(objective, setting.data_group)
+    loss, _, weight_gradient, label_mass = _fused(problem, objective, setting, None, labels, upstream, samples)
     inputs = problem.token_inputs(objective)
     count = objective.num_tokens(labels != IGNORE_INDEX, inputs, label_mass)
     total = collectives.sum_in_place(torch.stack([loss.double().sum(), count.double()]), setting.data_group)
