@@ -209,7 +209,9 @@ def _save(figure: Any, path: Path, *, legend: bool = False) -> None:
     if legend:
         figure.set_figheight(figure.get_figheight() + 0.7)
         lines, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(lines, labels, loc="lower center", ncols=-(-len(labels) // 2), fontsize=8, frameon=False)
+        figure.legend(
+            lines, labels, loc="lower center", ncols=-(-len(labels) // 2), fontsize=8, frameon=False, handlelength=3
+        )
     figure.tight_layout(rect=(0, 0.6 / figure.get_figheight() if legend else 0, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
