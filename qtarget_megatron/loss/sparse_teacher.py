@@ -184,9 +184,10 @@ class KeptEntries:
         tail = _log_tail(dense, teacher, request, vocab_size)
         if request.reverse_cross and request.residuals[0][1] != 0:
             # Nothing but rounding is left where all tokens are kept.
-            all_kept = ((teacher.ids >= 0).sum(-1) >= vocab_size)[:, None]
-            of_others = [columns.sum_exp, columns.centred, columns.reverse_cross]
-            dense[..., of_others] = dense[..., of_others].masked_fill(all_kept, 0)
+            all_kept = (teacher.ids >= 0).sum(-1) >= vocab_size
+            for column in (columns.sum_exp, columns.centred, columns.reverse_cross):
+                # One by one: a list of them would be copied to the device.
+                dense[..., column].masked_fill_(all_kept, 0)
         in_tail = ~(teacher.ids == labels[:, None]).any(-1)
         coefficients = kernel_coefficients(request.residuals, partials.dtype)
         of_tail = kernel_coefficients(_dense_residuals(request.residuals, teacher.rule), partials.dtype)

@@ -181,7 +181,7 @@ class AttachedObjective:
         samples:        the sample of each token, ``[b, s]``.
         num_supervised: numbers of labels that are not ignored, where the host knows them, see LossInputs.
         """
-        self._inputs = LossInputs(token_inputs or {}, sparse_teacher, teacher, samples, num_supervised)
+        self._inputs = LossInputs(token_inputs or {}, sparse_teacher, teacher, num_supervised, samples)
         try:
             yield
         finally:

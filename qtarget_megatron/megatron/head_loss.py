@@ -35,8 +35,8 @@ class LossInputs:
     token_inputs: Mapping[str, Tensor] = field(default_factory=dict)
     sparse_teacher: SparseTeacher | None = None
     teacher: Callable[[], OutputHead | None] = lambda: None
-    samples: Samples | None = None
     num_supervised: tuple[int, ...] | None = None
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True)
