@@ -317,6 +317,9 @@ def test_every_objective_is_far_below_the_bounds_on_one_rank(dtype):
             for kind, errors in measure(problem, objective, Setting(), sparse=sparse).items():
                 assert errors.loss < LOSS_BOUND / 5, (objective, kind)
                 part = 0.2 if dtype == torch.float32 else 0.75
+                if objective.request.reverse_cross:
+                    # Rounded at the size of a log ratio, which a row of the problem has of some hundred nats.
+                    part = max(part, 0.4)
                 assert errors.gradient < part * gradient_bound(dtype, 1), (objective, kind)
 
 

@@ -196,7 +196,8 @@ class Problem:
         order = logits - 2.0**-30 * torch.arange(self.vocab_size, device=logits.device)
         ids = order.topk(KEPT, dim=-1).indices
         log_p = logits.log_softmax(-1).gather(-1, ids)
-        tail = (1 - log_p.exp().sum(-1)).clamp(min=0)
+        # Not 0, where a reverse KL would be infinite.
+        tail = (1 - log_p.exp().sum(-1)).clamp(min=2**-24)
         return SparseTeacher(ids, log_p.float(), tail.float(), "uniform")
 
     def samples(self, objective: Objective, group: collectives.Group = None) -> Samples | None:
