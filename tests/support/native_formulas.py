@@ -173,7 +173,8 @@ def exact_divergence(z, t, labels, residual, valid, divergence):
     if divergence.kind == "reverse-kl":
         h, value = log_p - log_r, _present(p, log_p - log_r)
     elif divergence.kind == "total-variation":
-        h, value = (p - r).sign() / 2, (p - r).abs() / 2
+        # What float32 cannot tell apart is equal.
+        h, value = (p - r).sign() * ((log_p - log_r).abs() > 2**-20) / 2, (p - r).abs() / 2
     else:
         log_m = torch.logaddexp(log_r + math.log(divergence.share), log_p + math.log1p(-divergence.share))
         to_p, to_r = divergence.of_model, divergence.of_residual
@@ -182,14 +183,16 @@ def exact_divergence(z, t, labels, residual, valid, divergence):
         value = to_p * _present(p, log_p - log_m) + to_r * _present(r, log_r - log_m)
     kept = (labels != IGNORE).cpu()[:, None]
     mean = _present(p, h).sum(-1, keepdim=True)
-    m, m_u = z.amax(-1), u.amax(-1)
+    # Rounded, as they travel; the sums are centred on just these.
+    m, m_u = z.amax(-1).float().double(), u.amax(-1).float().double()
     sums = [(values - top[:, None]).exp().sum(-1) for values, top in ((z, m), (u, m_u))]
-    size = torch.where(p == 0, 0.0, (z - m[:, None]).abs() + (u - m_u[:, None]).abs())
+    sizes = [torch.where(values == -INF, 0.0, (values - top[:, None]).abs()) for values, top in ((z, m), (u, m_u))]
+    size = sizes[0] + sizes[1]
     return ExactDivergence(
         (mean * kept)[:, 0],
         value.sum(-1) * kept[:, 0],
         _present(p, h - mean) * kept,
-        p * size * kept,
+        (p + r) * size * kept,
         torch.stack([m, m_u, sums[0].log() - sums[1].log()]).float(),
         (1 / torch.stack(sums)).float(),
     )

@@ -262,6 +262,9 @@ void set_cpu_isa(const std::string&) {
 void cpu_partial_statistics(const StatisticsArgs&, int) {
     no_cpu();
 }
+void cpu_divergence_sums(const DivergenceArgs&, int) {
+    no_cpu();
+}
 void cpu_logit_gradient(const GradientArgs&, int) {
     no_cpu();
 }
