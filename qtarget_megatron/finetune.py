@@ -370,6 +370,7 @@ def _check_models(run: Run) -> None:
                 "--lora-merge), and give that directory as --teacher-hf"
             )
     run.add_teacher(args.teacher_hf, "--teacher-hf", weights=saved)
+    check_vocabulary(run.objective, run.teacher.vocab_size, run.student.vocab_size)
 
 
 def _train(
@@ -391,8 +392,6 @@ def _train(
     args, student, teacher, objective = run.args, run.student, run.teacher, run.objective
     from_checkpoint, teacher_cost = launch.has_checkpoint(args.load), TeacherCost()
     smaller = teacher is not None and teacher.vocab_size < student.vocab_size
-    if teacher is not None:
-        check_vocabulary(objective, teacher.vocab_size, student.vocab_size)
     lora, factors, peft = run.lora, None, None
     if lora is not None and not from_checkpoint:
         peft = None if args.lora_from is None else PeftDirectory(args.lora_from, student)

@@ -99,8 +99,7 @@ def add_divergence(stats: TokenStatistics, sums: Tensor) -> None:
     """Write the divergence and its slope into the statistics. sums: [T, N, 2], one slice per rank, in rank order."""
     slope, divergence = stats.slope, stats.divergence
     assert slope is not None and divergence is not None  # requested
-    total = sums.double().sum(0) if len(sums) == 1 else sum(sums.double().unbind(0))
-    assert isinstance(total, Tensor)
+    total = sums.double().sum(0)
     slope.copy_(total[:, 0])
     divergence.copy_(total[:, 1])
 

@@ -55,7 +55,7 @@ class Samples:
 
         values: float64 [N], whatever where not supervised. Both are 0 for a sample without a supervised token.
 
-        Collectives: one all-gather of 16 bytes a sample over the group, added up in rank order.
+        Collectives: one all-gather of 16 bytes a sample over the group.
         """
         parts = torch.stack([values.masked_fill(~supervised, 0.0), supervised.to(values.dtype)], dim=-1)
         sums = values.new_zeros(self.count, 2)
@@ -64,8 +64,5 @@ class Samples:
             sums.index_put_((self.ids,), parts, accumulate=True)
         else:
             sums.index_add_(0, self.ids, parts)
-        total, *others = collectives.gather_partials(sums, self.group).unbind()
-        for part in others:
-            total = total + part
-        found = total[self.ids]
+        found = collectives.gather_partials(sums, self.group).sum(0)[self.ids]
         return found[:, 0] / found[:, 1].clamp_min(1), found[:, 1]

@@ -8,7 +8,7 @@ others have one of each more.
 
 from __future__ import annotations
 
-from qtarget_megatron.objectives.published import hybrid_kd, kd
+from qtarget_megatron.objectives.published import hybrid_kd, kd, sft
 from qtarget_megatron.objectives.registry import LossAndMasses, Objective, TokenInputs, in_range, refuse, register
 from qtarget_megatron.statistics import Divergence, TokenStatistics
 
@@ -105,10 +105,7 @@ def _with_label(divergence: Divergence, lam: float) -> Objective:
     def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
         return None, 1 - lam, (0.0, lam)
 
-    def of_label(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
-        return None, 1.0, ()
-
-    return Objective(evaluate, residuals=(_TEACHER,), divergence=divergence) if lam else Objective(of_label)
+    return Objective(evaluate, residuals=(_TEACHER,), divergence=divergence) if lam else sft()
 
 
 refuse("gkd", "it is jsd on the student's own answers: generate them, and train on them with jsd")
