@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -53,6 +54,7 @@ qtarget::Divergence divergence_of(const DivergenceTuple& divergence) {
     return {static_cast<qtarget::DivergenceKind>(kind),
             static_cast<float>(std::get<1>(divergence)),
             static_cast<float>(1.0 - std::get<1>(divergence)),
+            static_cast<float>(std::log(1.0 - std::get<1>(divergence))),
             static_cast<float>(std::get<2>(divergence)),
             static_cast<float>(std::get<3>(divergence))};
 }

@@ -4,6 +4,8 @@
 //
 //   reverse KL        KL(p || r)                                         A = h = l, B = 0
 //   mixture           of_residual KL(r || m) + of_model KL(p || m),      m = share r + (1 - share) p
+//                     h = of_model (log x + 1 - x) - of_residual (1 - share) r / m,
+//                     x = (1 - share) p / m
 //   total variation   1/2 sum |p - r|                                    A = h = sign(l) / 2, B = -A
 //
 // Written once over a type V of operations, for numbers and for vectors of them: set, and
@@ -21,12 +23,16 @@ struct Divergence {
     DivergenceKind kind;
     float share;
     float rest;  // 1 - share, which float32 could not tell from 0 near 1
+    float log_rest;
     float of_residual;
     float of_model;
 };
 
 // Closer than float32 can tell: which of p and r is larger is then rounding.
 constexpr float kTie = 0x1p-20f;
+
+// Below it a share of the mixture is not taken a logarithm of: it may have underflowed.
+constexpr float kSmall = 0x1p-14f;
 
 template <class Vec>
 struct DivergenceTerms {
@@ -51,15 +57,21 @@ QTARGET_FN DivergenceTerms<Vec> divergence_terms(const Divergence& divergence, V
     const Vec ratio = V::exponential(l < zero ? l : zero - l);
     const Vec share = V::set(divergence.share), rest = V::set(divergence.rest);
     const Vec d = l < zero ? share + rest * ratio : share * ratio + rest;
-    const Vec log_d = V::logarithm(d);
     const Vec of_larger = one / d, of_smaller = ratio / d;
     const Vec model_over_m = l < zero ? of_smaller : of_larger;
     const Vec residual_over_m = l < zero ? of_larger : of_smaller;
+    // log x and log d from one logarithm, since their sum is known. Where the model has all of m, x
+    // is near 1 and log x + 1 - x far smaller than its terms: both must be of the same x.
+    const Vec x = rest * model_over_m;
+    const Vec both = V::set(divergence.log_rest) + (l < zero ? l : zero);
+    const Vec log_one = V::logarithm(x < V::set(kSmall) ? d : x);
+    const Vec log_other = both - log_one;
+    const Vec log_x = x < V::set(kSmall) ? log_other : log_one;
+    const Vec log_d = x < V::set(kSmall) ? log_one : log_other;
     const Vec log_model = l < zero ? l - log_d : zero - log_d;
     const Vec log_residual = l < zero ? zero - log_d : zero - log_d - l;
     const Vec of_model = V::set(divergence.of_model), of_residual = V::set(divergence.of_residual);
-    const Vec slope = of_model * (log_model + one - rest * model_over_m) -
-                      of_residual * (rest * residual_over_m);
+    const Vec slope = of_model * (log_x + (one - x)) - of_residual * (rest * residual_over_m);
     return {slope, of_model * log_model, of_residual * log_residual};
 }
 

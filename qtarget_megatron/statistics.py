@@ -92,6 +92,7 @@ class Divergence:
     kind:                  "reverse-kl"       KL(p || r):  A = h = l, B = 0
                            "mixture"          of_residual KL(r || m) + of_model KL(p || m), m = share r + (1 - share) p
                            "total-variation"  1/2 sum_k |p_k - r_k|:  A = h = sign(l) / 2, B = -A
+                           of a mixture h goes to 0 where p is all of m: rounding is then that of a small number
     share:                 of a mixture, in (0, 1).
     of_residual, of_model: of a mixture, the weights of its two terms, 0 or more.
 

@@ -6,6 +6,7 @@ made in float64 and rounded last, as the native kernels round it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -164,7 +165,10 @@ def divergence_terms(divergence: Divergence, log_ratio: Tensor) -> tuple[Tensor,
     model_over_m, residual_over_m = torch.where(model_larger, 1.0, ratio) / d, torch.where(model_larger, ratio, 1.0) / d
     log_model = torch.where(model_larger, -d.log(), log_ratio - d.log())
     log_residual = torch.where(model_larger, -d.log() - log_ratio, -d.log())
-    slope = divergence.of_model * (log_model + 1 - rest * model_over_m)
+    # Where the model has all of m, log x + 1 - x is far smaller than its terms: both must be of the same x.
+    x = rest * model_over_m
+    log_x = torch.where(x < 2**-14, log_model + math.log(rest), x.log())
+    slope = divergence.of_model * (log_x + (1 - x))
     slope = slope - divergence.of_residual * rest * residual_over_m
     return slope, divergence.of_model * log_model, divergence.of_residual * log_residual
 

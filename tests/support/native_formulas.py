@@ -179,7 +179,8 @@ def exact_divergence(z, t, labels, residual, valid, divergence):
         log_m = torch.logaddexp(log_r + math.log(divergence.share), log_p + math.log1p(-divergence.share))
         to_p, to_r = divergence.of_model, divergence.of_residual
         rest = 1 - divergence.share
-        h = to_p * (log_p - log_m + 1 - rest * (log_p - log_m).exp()) - to_r * rest * (log_r - log_m).exp()
+        log_x = log_p - log_m + math.log1p(-divergence.share)
+        h = to_p * (log_x + 1 - log_x.exp()) - to_r * rest * (log_r - log_m).exp()
         value = to_p * _present(p, log_p - log_m) + to_r * _present(r, log_r - log_m)
     kept = (labels != IGNORE).cpu()[:, None]
     mean = _present(p, h).sum(-1, keepdim=True)
