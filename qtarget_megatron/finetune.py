@@ -27,11 +27,10 @@ import torch.distributed as dist
 from qtarget_megatron import objectives
 from qtarget_megatron._version import versions
 from qtarget_megatron.command_line import Parser
-from qtarget_megatron.data import held_out_sets, open_records, training_sources
+from qtarget_megatron.data import open_records
 from qtarget_megatron.huggingface import EXPERTS, InitialFactors, adapter_numbers, check_tensors, further_reader
 from qtarget_megatron.huggingface.adapters.peft_directory import PeftDirectory, not_loaded
 from qtarget_megatron.loss.second_model import check_vocabulary
-from qtarget_megatron.loss.sparse_teacher import check_residuals
 from qtarget_megatron.megatron.faults import ending, same_start
 from qtarget_megatron.megatron.faults.explained import explained
 from qtarget_megatron.megatron.faults.resume_point import (
@@ -68,6 +67,7 @@ from qtarget_megatron.megatron.training.arguments import (
 )
 from qtarget_megatron.megatron.training.metrics import MetricsFile
 from qtarget_megatron.megatron.training.resume_flags import ResumedFlags, check_lengths, check_schedule, read_saved
+from qtarget_megatron.megatron.training.second_model_flags import check_second_model_flags, data_paths, open_caches
 from qtarget_megatron.megatron.verify.problem import try_evaluate
 from qtarget_megatron.megatron.weights.checkpoint_folder import (
     checkpoint_directory,
@@ -136,7 +136,7 @@ def fine_tune(argv: list[str], recording: Recording | None = None) -> None:
     check_fine_tuning(args, live_teacher=args.teacher_hf is not None or args.teacher_self, on_cpu=run.on_cpu)
     _check(run)
     _check_models(run)
-    caches = _open_caches(run)
+    caches = open_caches(run)
 
     wheel_repairs.repair_megatron_wheel()
     args.calculate_per_token_loss = True
@@ -229,7 +229,7 @@ def _resumed_flags(args: argparse.Namespace) -> ResumedFlags:
 def _check(run: Run) -> None:
     """What needs no file but the small ones: objective, layout, data, output directory."""
     args, student, objective = run.args, run.student, run.objective
-    _check_second_model_flags(args, objective)
+    check_second_model_flags(args, objective)
     check_layout(args, student, "student")
     check_experts(args, student, "student")
     if not args.skip_train:
@@ -272,81 +272,16 @@ def _check(run: Run) -> None:
         check_saved_heads(args)
 
 
-def _data_paths(args: argparse.Namespace) -> dict[str, list[Path]]:
-    """The sources of each flag."""
-    return {
-        "sft_train": [source.path for source in training_sources(args.sft_train or [])],
-        "sft_valid": [held_out.path for held_out in held_out_sets(args.sft_valid or [])],
-    }
-
-
 def _data_digest(args: argparse.Namespace) -> dict[str, list[str]]:
     """SHA-256 of each source, by flag. ValueError for one that cannot be read, or is empty."""
     found: dict[str, list[str]] = {}
-    for flag, paths in _data_paths(args).items():
+    for flag, paths in data_paths(args).items():
         for path in paths:
             records = open_records(path, args.data_format)
             if len(records) == 0:
                 raise ValueError(f"data file {str(path)!r} holds no records: expected a record of JSON in each line")
             found.setdefault(flag, []).append(records.digest)
     return found
-
-
-def _check_second_model_flags(args: argparse.Namespace, objective: objectives.Objective) -> None:
-    caches = [f for f in ("teacher_cache", "teacher_cache_valid") if getattr(args, f) is not None]
-    paths = _data_paths(args)
-    live = [flag for flag in ("teacher_hf", "teacher_self") if getattr(args, flag)]
-    given = [f"--{key.replace('_', '-')}" for key in live + caches]
-    if args.teacher_load is not None and args.teacher_hf is None:
-        raise ValueError(
-            f"--teacher-load {args.teacher_load} holds weights only: give --teacher-hf DIR as well, with that model's "
-            "config.json and tokenizer"
-        )
-    if not objective.needs_teacher:
-        if given:
-            raise ValueError(
-                f"objective {objective} reads no second model: drop {given[0]} or choose another objective"
-            )
-        return
-    if not given:
-        own = " or --teacher-self" if args.lora_rank is not None else ""
-        raise ValueError(
-            f"objective {objective} reads a second model: give --teacher-hf DIR or --teacher-cache DIR{own}"
-        )
-    if len(live) + bool(caches) > 1:
-        raise ValueError(f"expected one second model: drop {given[0]} or {given[1]}")
-    if caches:
-        check_residuals(objective.request, args.teacher_tail)
-    for data, cache in (("sft_train", "teacher_cache"), ("sft_valid", "teacher_cache_valid")):
-        if caches and (getattr(args, data) is None) != (getattr(args, cache) is None):
-            missing, present = (cache, data) if getattr(args, cache) is None else (data, cache)
-            raise ValueError(
-                f"--{present.replace('_', '-')} without --{missing.replace('_', '-')}: a cache belongs to one data "
-                "file, written by qtarget cache-teacher"
-            )
-        if caches and len(getattr(args, cache) or ()) != len(paths[data]):
-            raise ValueError(
-                f"--{cache.replace('_', '-')}: expected {len(paths[data])} directories, one for each source of "
-                f"--{data.replace('_', '-')} in their order, got {len(getattr(args, cache))}"
-            )
-
-
-def _open_caches(run: Run) -> dict[Path, TeacherCache]:
-    """Data file -> its teacher cache, checked against everything that training reads it with."""
-    args, caches = run.args, {}
-    for flag, directories in (("sft_train", args.teacher_cache), ("sft_valid", args.teacher_cache_valid)):
-        for path, digest, directory in zip(
-            _data_paths(args)[flag], args.data_digest.get(flag, []), directories or (), strict=False
-        ):
-            caches[path] = TeacherCache(directory)
-            caches[path].check(
-                data_digest=digest,
-                tokenizer=run.tokenizer,
-                seq_length=args.seq_length,
-                vocab_size=run.student.vocab_size,
-                date=args.data_date,
-            )
-    return caches
 
 
 def _check_models(run: Run) -> None:
@@ -382,6 +317,7 @@ def _train(
     from qtarget_megatron.megatron.faults.soundness import Soundness
     from qtarget_megatron.megatron.model.build import ModelProvider
     from qtarget_megatron.megatron.model.lora import merge_adapters
+    from qtarget_megatron.megatron.model.old_policy import OldPolicy
     from qtarget_megatron.megatron.training.checkpoint_hooks import watch_checkpoints
     from qtarget_megatron.megatron.training.pace import Pace
     from qtarget_megatron.megatron.training.step import StepSettings, forward_step
@@ -411,6 +347,7 @@ def _train(
         lora=lora,
         factors=factors,
         teaches_itself=args.teacher_self,
+        keeps_old_policy=bool(objective.refresh),
         finish=partial(
             attach,
             objective=objective,
@@ -451,6 +388,9 @@ def _train(
         packed=args.pack,
         held_out=datasets.held_out_names,
         scheduled=None if run.schedule is None else partial(_of_this_step, run.schedule, args),
+        renew=OldPolicy(objective.refresh, partial(_this_step, args)).renew
+        if objective.refresh
+        else lambda model: None,
     )
     on_nan = args.qtarget_on_nan if args.check_for_nan_in_loss_and_grad or args.qtarget_on_nan == "skip" else None
     soundness = Soundness(args, models.built, from_checkpoint=from_checkpoint, named=named_parameters)
@@ -506,9 +446,14 @@ def _of_this_step(
 ) -> tuple[objectives.Objective, dict[str, float]]:
     """The objective of Megatron's current step, and its scheduled parameters. Held-out data have that of the last
     step."""
-    step = getattr(args, "curr_iteration", args.iteration)
+    step = _this_step(args)
     values = schedule.values(step, args.train_iters)
     return schedule.at(step, args.train_iters), dict(zip(schedule.parameters, values, strict=True))
+
+
+def _this_step(args: argparse.Namespace) -> int:
+    """Steps before Megatron's current one."""
+    return getattr(args, "curr_iteration", args.iteration)
 
 
 def _report_peak_memory() -> None:

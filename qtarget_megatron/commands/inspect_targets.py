@@ -194,9 +194,10 @@ def _objectives(args: argparse.Namespace) -> list:
     for word in words:
         name, _, parameters = word.partition(":")
         chosen.append(objectives.from_arguments(name, parameters.split(",") if parameters else []))
-    hungry = [str(objective) for objective in chosen if objective.needs_teacher]
+    hungry = [objective for objective in chosen if objective.needs_teacher]
     if hungry and args.teacher_hf is None:
-        raise ValueError(f"objective {hungry[0]} needs a second model: give --teacher-hf DIR")
+        own = ", or refresh=0" if hungry[0].refresh else ""
+        raise ValueError(f"objective {hungry[0]} needs a second model: give --teacher-hf DIR{own}")
     if not hungry and args.teacher_hf is not None:
         raise ValueError("--teacher-hf is read by none of these objectives: drop it, or add one such as target-sft")
     return chosen

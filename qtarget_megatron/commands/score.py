@@ -1,7 +1,7 @@
 """Score a data set with a frozen model: the side inputs that iw-sft, weighted-sft and psft train with.
 
-    # log p of every supervised token under the model before training: "old_log_prob", for psft, and for iw-sft with
-    # start=data, in the place of a second model
+    # log p of every supervised token under the model before training: "old_log_prob", for psft with
+    # refresh=0, and for iw-sft with start=data, in the place of a second model
     qtarget score --hf-model DIR --data train.jsonl --out scored.jsonl --seq-length 4096
 
     # besides, "weight", one number a sample, for weighted-sft:
@@ -16,12 +16,12 @@
 
     # then train with the same --seq-length
     torchrun --nproc-per-node 8 -m qtarget_megatron.finetune --hf-model DIR --sft-train scored.jsonl \\
-        --objective psft --seq-length 4096 ...
+        --objective psft --objective-args refresh=0 --seq-length 4096 ...
 
-What these numbers mean: log-probabilities and weights of models that stay as they are. The released psft takes
-old_log_prob anew from the trained model every 8 updates; with old ones psft stops at (1 + epsilon_high) times a token's
-first probability. iw-sft takes its weight anew in every step, from the model that is trained; "weight" is that formula
-for two frozen models, and with the files of --hf-model as --reference-hf exactly 1.
+What these numbers mean: log-probabilities and weights of models that stay as they are. psft takes them anew from the
+trained model every 8 updates; with those of a file it stops at (1 + epsilon_high) times a token's first probability.
+iw-sft takes its weight anew in every step, from the model that is trained; "weight" is that formula for two frozen
+models, and with the files of --hf-model as --reference-hf exactly 1.
 
 Every record is written back, in order, unchanged but for the new fields. Log-probabilities are in
 nats, one for each supervised token within --seq-length; a record without supervised tokens gets an

@@ -89,8 +89,8 @@ def attach(
         raise ValueError(f"an Objective has its arguments already, got {', '.join(arguments)} as well: drop them")
     if objective.needs_teacher and not second_model:
         raise ValueError(
-            f"objective {objective} reads a second model, and none is attached: use qtarget_megatron.finetune, or "
-            "qtarget_cross_entropy with teacher_logits"
+            f"objective {objective} reads a second model, and none is attached: use qtarget_megatron.finetune, "
+            f"qtarget_cross_entropy with teacher_logits{', or refresh=0' if objective.refresh else ''}"
         )
     loss = HeadLoss(objective, vocab_size, backend, chunk_size, teacher_vocab_size)
     chunks = model if isinstance(model, Sequence | torch.nn.ModuleList) else [model]

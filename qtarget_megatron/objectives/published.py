@@ -206,29 +206,36 @@ def asft(lam: float = 0.05) -> Objective:
 
 
 @register("psft")
-def psft(epsilon_low: float = 0.2, epsilon_high: float = 0.28) -> Objective:
-    """Proximal SFT: a clipped likelihood ratio to an old policy.
+def psft(epsilon_low: float = 0.2, epsilon_high: float = 0.28, refresh: int = 8) -> Objective:
+    """Proximal SFT: a clipped likelihood ratio to the model as it was some updates ago.
 
     loss = -min(r, clip(r, 1 - epsilon_low, 1 + epsilon_high)), r = p(y) / p_old(y);
     c_y = r where r <= 1 + epsilon_high, else 0.  The log-ratio is clamped to +-20; where it is, the mass is 0 like the
     derivative.  epsilon_low (in [0, 1]) is the paper's and never acts, because the minimum takes the smaller r;
-    epsilon_high >= 0.
-    token_inputs: "old_log_prob", log p_old(y) in nats, from qtarget score.  Source: arXiv 2508.17784.
+    epsilon_high >= 0.  refresh: p_old is the second model, which is the trained one as it was at the last step that
+    this number divides; 0: p_old is of the token input, the same in every step.
+    token_inputs: "old_log_prob" where refresh=0, log p_old(y) in nats, from qtarget score.  Source: arXiv 2508.17784.
 
-    p_old is what the data says, the same in every step. The released method takes it anew from the model every 8
-    updates; with one that stays, no token is trained beyond (1 + epsilon_high) times its first probability, and
-    training stalls when the tokens have got there. Score the data anew and go on from the last model to renew it.
+    The released method takes p_old anew every 8 updates. With one that stays no token is trained beyond
+    (1 + epsilon_high) times its first probability, and training stalls when the tokens have got there. Training keeps
+    the old model beside the trained one, in its checkpoints as well: its weights once more, and its forward.
     """
     epsilon_low = in_range("epsilon_low", epsilon_low, 0, 1)
     epsilon_high = in_range("epsilon_high", epsilon_high, 0, math.inf)
+    if not isinstance(refresh, int) or isinstance(refresh, bool) or refresh < 0:
+        raise ValueError(f"refresh must be a whole number of steps, or 0, got {refresh!r}")
 
     def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
-        log_ratio = stats.log_p - inputs["old_log_prob"]
+        old = stats.residuals[0].log_p if refresh else inputs["old_log_prob"]
+        assert old is not None  # requested
+        log_ratio = stats.log_p - old
         ratio = log_ratio.clamp(-_SATURATED, _SATURATED).exp()
         loss = -torch.minimum(ratio, ratio.clamp(1 - epsilon_low, 1 + epsilon_high))
         moves = (ratio <= 1 + epsilon_high) & (log_ratio.abs() <= _SATURATED)
-        return loss, ratio.masked_fill(~moves, 0.0), ()
+        return loss, ratio.masked_fill(~moves, 0.0), (0.0,) if refresh else ()
 
+    if refresh:
+        return Objective(evaluate, residuals=(_TEACHER,), residual_label=True, refresh=refresh)
     return Objective(
         evaluate,
         token_inputs=("old_log_prob",),

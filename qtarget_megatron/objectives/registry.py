@@ -45,6 +45,8 @@ class Objective:
     token_inputs: names of the per-token side inputs it needs, handed to evaluate as float64 [N] tensors.
     denominator:  what a batch's mean is divided by: the number of non-zero entries of this token input, or of
                   "label_mass", c_y; None: the number of supervised tokens.
+    refresh:      0: the second model is another one, and frozen. Else the trained model itself as it was at the last
+                  step that this number divides; training keeps that copy.
     note:         what differs from the method as released, in a sentence; training prints it when it starts.
     name, parameters: filled in by register().
 
@@ -56,6 +58,7 @@ class Objective:
     residuals: Residuals = ()
     token_inputs: tuple[str, ...] = ()
     denominator: str | None = None
+    refresh: int = 0
     note: str = ""
     collision: bool = False
     top_k: int = 0
@@ -73,6 +76,8 @@ class Objective:
                 f"denominator {self.denominator!r} must be {_LABEL_MASS!r} or one of the token_inputs "
                 f"{self.token_inputs}"
             )
+        if self.refresh and (self.refresh < 0 or not self.needs_teacher):
+            raise ValueError(f"refresh must be 0 or more, and is of a second model that is read, got {self.refresh}")
 
     @functools.cached_property
     def request(self) -> StatisticsRequest:

@@ -131,10 +131,11 @@ class ScheduledObjective:
         ends = [self._build(values) for values in self._corners()]
         self.widest = max(ends, key=lambda objective: (objective.needs_teacher, objective.request.width))
         for objective in ends:
-            if (objective.token_inputs, objective.denominator) != (self.widest.token_inputs, self.widest.denominator):
+            if _kind(objective) != _kind(self.widest):
                 raise ValueError(
                     f"the schedules of {name} take it from {objective} to {self.widest}, which read different fields "
-                    "of the data or take the mean over different tokens: choose values of one kind"
+                    "of the data, take the mean over different tokens, or another model as the second one: choose "
+                    "values of one kind"
                 )
 
     @property
@@ -175,3 +176,8 @@ class ScheduledObjective:
                 for value in (piece.first, (piece.first + piece.last) / 2, piece.last):
                     found.append((*first[:place], value, *first[place + 1 :]))
         return found
+
+
+def _kind(objective: Objective) -> tuple[tuple[str, ...], str | None, int]:
+    """What a training is prepared for."""
+    return objective.token_inputs, objective.denominator, objective.refresh

@@ -25,7 +25,8 @@ def test_context_parallel_ranks_train_like_one_process(workspace):
         "untied weighted-sft": ["--hf-model", workspace / "untied", *data, "--objective", "weighted-sft"],
         "untied cft": ["--hf-model", workspace / "untied", *data, "--objective", "cft"]
         + ["--objective-args", "denominator=critical"],
-        "untied psft": ["--hf-model", workspace / "untied", *data, "--objective", "psft"],
+        "untied psft": ["--hf-model", workspace / "untied", *data, "--objective", "psft"]
+        + ["--objective-args", "refresh=0"],
     }
 
     def exporting(runs):

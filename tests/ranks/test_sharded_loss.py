@@ -327,9 +327,9 @@ def outcomes():
 
 
 PAYLOADS = {
-    "sft": 4, "dft": 4, "psft": 4, "label-smoothing": 7, "target-sft": 7, "gem": 7, "kd": 8, "kd-T2": 12, "asft": 8,
-    "gift": 8, "deft": 5, "eaft": 24, "eaft-k3": 7, "entropy-mask": 4, "reverse-kl": 8, "mixed-kl": 9, "jsd": 7,
-    "total-variation": 7,
+    "sft": 4, "dft": 4, "psft-data": 4, "psft": 8, "label-smoothing": 7, "target-sft": 7, "gem": 7, "kd": 8,
+    "kd-T2": 12, "asft": 8, "gift": 8, "deft": 5, "eaft": 24, "eaft-k3": 7, "entropy-mask": 4, "reverse-kl": 8,
+    "mixed-kl": 9, "jsd": 7, "total-variation": 7,
 }  # fmt: skip
 
 

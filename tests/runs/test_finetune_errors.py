@@ -110,8 +110,16 @@ CASES = {
         {"--objective": "gem", "--objective-args": "h=logsigmoid"},
         ["gem(h='logsigmoid')", "not available", "h='linear'"],
     ),
+    "a teacher in the place of the model of an earlier step": (
+        {"--objective": "psft", "--objective-args": None, "--teacher-hf": "teacher"},
+        ["psft(", "the trained model as it was up to 8 steps ago", "drop --teacher-hf"],
+    ),
+    "a format that does not keep the model of an earlier step": (
+        {"--objective": "psft", "--objective-args": None, "--ckpt-format": "torch"},
+        ["psft(", "--ckpt-format torch would not save", "drop the flag"],
+    ),
     "side input missing": (
-        {"--objective": "psft", "--objective-args": None, "--sft-train": "no-side-inputs.jsonl"},
+        {"--objective": "psft", "--objective-args": "refresh=0", "--sft-train": "no-side-inputs.jsonl"},
         ["no-side-inputs.jsonl:1", '"old_log_prob"', "qtarget score"],
     ),
     "side input of another length": (

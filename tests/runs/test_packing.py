@@ -56,7 +56,7 @@ def kinds(workspace):
     models = {name: ["--hf-model", workspace / name, *data] for name in ("untied", "tied", "experts", "latent")}
     return {
         "untied target-sft": [*models["untied"], *TARGET, "--teacher-hf", workspace / "teacher"],
-        "tied psft": [*models["tied"], "--objective", "psft"],
+        "tied psft": [*models["tied"], "--objective", "psft", "--objective-args", "refresh=0"],
         "tied cft": [*models["tied"], "--objective", "cft", "--objective-args", "denominator=critical"],
         "experts weighted-sft": [*models["experts"], "--objective", "weighted-sft"],
         "latent sft": [*models["latent"]],

@@ -25,7 +25,7 @@ ARGUMENTS = {
     "label-smoothing": ["lam=0.2"],
     "sft-kl": ["lam=0.3"],
     "asft": [],
-    "psft": [],
+    "psft": ["refresh=0"],
     "gem": [],
     "kd": ["temperature=2"],
     "hybrid-kd": ["lam=0.4"],

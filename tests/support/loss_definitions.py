@@ -58,9 +58,9 @@ def poly1(epsilon):
     return loss
 
 
-def psft(epsilon_low, epsilon_high):
+def psft(epsilon_low, epsilon_high, old=lambda t, y, x: _log_p(t, y)):
     def loss(z, y, t, x):
-        ratio = (_log_p(z, y) - x["old_log_prob"]).exp()
+        ratio = (_log_p(z, y) - old(t, y, x)).clip(-20, 20).exp()
         return -torch.minimum(ratio, ratio.clip(1 - epsilon_low, 1 + epsilon_high))
 
     return loss
@@ -281,6 +281,12 @@ CASES = {
         Case("sft-kl", objectives.sft_kl(lam=0.3), with_kl(torch.ones_like, 0.3), constant(1.3)),
         Case("asft", objectives.asft(lam=0.05), with_kl(lambda p: p, 0.05), lambda z, y: likelihood(z, y) + 0.05),
         Case("psft", objectives.psft(), psft(0.2, 0.28), constant(1.28)),
+        Case(
+            "psft-data",
+            objectives.psft(refresh=0),
+            psft(0.2, 0.28, lambda t, y, x: x["old_log_prob"]),
+            constant(1.28),
+        ),
         Case("gem", objectives.gem(), gem(0.7)),
         Case("kd", objectives.kd(), kd(1.0)),
         Case("kd-T2", objectives.kd(temperature=2.0), kd(2.0), constant(2), loss_unit=4),

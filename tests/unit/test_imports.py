@@ -106,7 +106,7 @@ ALLOWED = {
     ),
     "finetune": {
         "_version", "command_line", "data", "huggingface", "huggingface.adapters", "objectives", "output_lock",
-        "resumable", "teacher_cache", "loss.second_model", "loss.sparse_teacher", "megatron", "megatron.runtime",
+        "resumable", "teacher_cache", "loss.second_model", "megatron", "megatron.runtime",
         "megatron.faults", "megatron.weights", "megatron.model", "megatron.training", "megatron.jobs",
         "megatron.verify",
     },

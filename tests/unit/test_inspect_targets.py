@@ -282,7 +282,7 @@ ONE = ("--prompt", "1", "--completion", "2")
             ("--data", "{}/data.jsonl", "--data-format", "alpaca"),
             "data.jsonl:1: .*form alpaca, .*got the form sharegpt",
         ),
-        (("--data", "{}/data.jsonl", "--objective", "psft"), 'data.jsonl:1: .*"old_log_prob"'),
+        (("--data", "{}/data.jsonl", "--objective", "psft:refresh=0"), 'data.jsonl:1: .*"old_log_prob"'),
         ((*ONE, "--hf-model", "{}/missing"), "expected a directory"),
         ((*ONE, "--hf-model", "{}/no-model"), "transformers cannot load a model"),
     ],

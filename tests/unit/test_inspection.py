@@ -89,7 +89,7 @@ PAPERS = {
     "eaft": (dict(k=5), eaft),
     "weighted-sft": ({}, lambda z, y: -WEIGHT * log_p_of(z, y)),
     "cft": ({}, lambda z, y: -CRITICAL * log_p_of(z, y)),
-    "psft": ({}, psft),
+    "psft": (dict(refresh=0), psft),
     "label-smoothing": (dict(lam=0.1), label_smoothing),
     "gem": (dict(beta=0.7), gem),
     "sft-kl": (dict(lam=0.2), lambda z, y: -log_p_of(z, y) + 0.2 * kl(TEACHER.softmax(-1), z)),

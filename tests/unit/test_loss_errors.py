@@ -42,7 +42,7 @@ def at(position, value):
         (dict(logits=LOGITS.double(), backend="cpp"), "got torch.float64: use 'reference'"),
         (dict(objective=objectives.weighted_sft()), r"weighted-sft\(\) needs token_inputs\['weight'\], got none"),
         (
-            dict(objective=objectives.psft(), token_inputs={"old_log_probs": INPUT}),
+            dict(objective=objectives.psft(refresh=0), token_inputs={"old_log_probs": INPUT}),
             r"needs token_inputs\['old_log_prob'\], got \['old_log_probs'\]",
         ),
         (
@@ -58,7 +58,7 @@ def at(position, value):
             r"token_inputs\['critical'\] must hold 0 or 1, got 2",
         ),
         (
-            dict(objective=objectives.psft(), token_inputs={"old_log_prob": INPUT + 0.7}),
+            dict(objective=objectives.psft(refresh=0), token_inputs={"old_log_prob": INPUT + 0.7}),
             r"token_inputs\['old_log_prob'\] must hold log-probabilities in nats, got 0.7",
         ),
         (dict(vocab_size=6), r"vocab_size must be in 1\.\.5 .* got 6"),

@@ -51,6 +51,8 @@ def test_names_treat_dashes_underscores_and_case_alike():
         ("asft", {"lam": -1}, r"lam must be"),
         ("hybrid-kd", {"lam": 1.5}, r"lam must be a number in \[0, 1\], got 1.5"),
         ("psft", {"epsilon_high": -0.1}, r"epsilon_high must be"),
+        ("psft", {"refresh": 2.0}, r"refresh must be a whole number of steps, or 0, got 2.0"),
+        ("psft", {"refresh": -1}, r"refresh must be a whole number"),
         ("psft", {"epsilon_low": 1.5}, r"epsilon_low must be a number in \[0, 1\]"),
         ("gem", {"beta": 0}, r"beta must be a number in \(0, inf\), got 0"),
         ("gem", {"h": "logsigmoid"}, r"gem\(h='logsigmoid'\) is not available: its residual"),

@@ -152,7 +152,7 @@ def test_psft_starts_as_sft(backend):
     old = torch.log_softmax(logits.double(), -1).gather(-1, labels[:, None])[:, 0]
     leaf = logits.clone().requires_grad_()
     loss = qtarget_cross_entropy(
-        leaf, labels, objective=objectives.psft(), token_inputs={"old_log_prob": old}, backend=backend
+        leaf, labels, objective=objectives.psft(refresh=0), token_inputs={"old_log_prob": old}, backend=backend
     )
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     torch.testing.assert_close(gradient, run(CASES["sft"], logits, labels, teacher, backend=backend)[1])
@@ -161,7 +161,7 @@ def test_psft_starts_as_sft(backend):
 
 def test_psft_stops_at_the_clip_and_where_the_ratio_is_clamped():
     # Ratios 1.2, 1.3, e^-19 and e^-30.
-    objective, zeros = objectives.psft(), torch.zeros(4, dtype=torch.int64)
+    objective, zeros = objectives.psft(refresh=0), torch.zeros(4, dtype=torch.int64)
     logits = torch.tensor([[0.0, 0.0], [0.0, 0.0], [-25.0, 0.0], [-35.0, 0.0]], requires_grad=True)
     log_p = torch.log_softmax(logits.detach(), -1)[:, 0]
     old = log_p - torch.tensor([math.log(1.2), math.log(1.3), -19.0, -30.0])
@@ -233,7 +233,7 @@ def test_a_denominator_that_is_none_is_refused(name, other):
         (objectives.weighted_sft(), {"weight": 0.5}, 0.5),
         (objectives.cft(), {"critical": 1.0}, 1.0),
         (objectives.cft(), {"critical": 0.0}, 0.0),
-        (objectives.psft(), {"old_log_prob": -1.0}, None),
+        (objectives.psft(refresh=0), {"old_log_prob": -1.0}, None),
         (objectives.dft(), {}, None),
         (objectives.target_sft(), {}, None),
     ],
@@ -341,7 +341,7 @@ def test_logits_of_minus_infinity_have_no_mass(case, backend):
         return
     divergence = case.objective.divergence
     finite = torch.ones(6, dtype=torch.bool)
-    reads_label_alone = case.name == "iw-sft"  # of the teacher
+    reads_label_alone = case.name in ("iw-sft", "psft")  # of the teacher
     if any(a == 0 for a, _ in case.objective.residuals) and (divergence is None or case.name == "mixed-kl"):
         finite[0] = reads_label_alone  # the teacher has mass where the student has none
     if divergence is not None and divergence.kind == "reverse-kl":

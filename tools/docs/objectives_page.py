@@ -68,6 +68,7 @@ def description(name: str) -> str:
     words, _, paper = _line(found["words"]).partition("Source: ")
     lines = [_line(summary), "", f"- loss: `{_line(found['loss'])}`", f"- masses: `{_line(found['masses'])}`"]
     lines += [f"- gradient: {_gradient(objective)}", f"- reads {_reads(objective)}"]
+    lines.append(f"- during training: {_life(objective)}")
     if paper:
         paper = re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
         lines.append(f"- source: {paper.rstrip('.')}")
@@ -115,7 +116,9 @@ def _softmax(a: float, b: float) -> str:
 def _reads(objective: Objective) -> str:
     """What it needs besides logits and labels."""
     found = [f"the field `{name}` of each record" for name in objective.token_inputs]
-    if objective.needs_teacher:
+    if objective.refresh:
+        found.append("the trained model as it was some steps ago")
+    elif objective.needs_teacher:
         found.append("a [second model](teachers.md)")
     statistics = {
         "sum_k p_k^2": objective.collision,
@@ -127,6 +130,18 @@ def _reads(objective: Objective) -> str:
     if asked:
         found.append(f"one more statistic of the row ({', '.join(asked)})")
     return " and ".join(found) or "nothing but logits and labels"
+
+
+def _life(objective: Objective) -> str:
+    """Which of the things that it reads change while the model is trained."""
+    found = [f"`{name}` stays as the data has it" for name in objective.token_inputs]
+    if objective.refresh:
+        found.append(f"the second model is the trained one, copied anew at every step that {objective.refresh} divides")
+    elif objective.needs_teacher:
+        found.append("the second model is frozen, so that a cache of it serves as well")
+    if objective.sample_mean is not None:
+        found.append("the means over samples are of the model as it is in each step")
+    return "; ".join(found) or "everything is of the model as it is in each step"
 
 
 def _parameters(factory) -> list[str]:

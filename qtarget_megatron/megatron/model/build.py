@@ -305,6 +305,16 @@ def build_teacher(args: argparse.Namespace, arch: Architecture, *, student_vocab
     return teacher.to(args.params_dtype)
 
 
+def build_old_policy(args: argparse.Namespace, arch: Architecture, lora: Lora | None, **stage) -> LanguageModule:
+    """One pipeline stage of the trained model as it will be, without its heads of multi-token prediction: frozen."""
+    args = copy.copy(args)
+    args.mtp_num_layers = None
+    model = build_model(args, arch, lora=lora, **stage)
+    model.requires_grad_(False)
+    model.eval()
+    return model.to(args.params_dtype)
+
+
 class ModelProvider:
     """Megatron's model_provider: builds each model chunk of this rank, with weights and the teacher's stage.
 
@@ -323,6 +333,7 @@ class ModelProvider:
         lora: Lora | None = None,
         factors: Factors | None = None,
         teaches_itself: bool = False,
+        keeps_old_policy: bool = False,
         finish: Callable[[LanguageModule], object] = lambda model: None,
         check: Callable[[list[LanguageModule]], object] = lambda models: None,
     ):
@@ -331,6 +342,7 @@ class ModelProvider:
         lora:            adapters of the student.
         factors:         what they begin with, default 0.
         teaches_itself:  the student without them is the second model.
+        keeps_old_policy: the student of an earlier step is the second model, whose weights nobody has given it yet.
         teacher_weights: default those of args.teacher_hf.
         teacher_cost:    measures the teacher's forwards.
         finish:          what is done with each chunk in the end.
@@ -339,6 +351,7 @@ class ModelProvider:
         self._args, self._student, self._teacher = args, student, teacher
         self._load_weights, self._teacher_weights, self._teacher_cost = load_weights, teacher_weights, teacher_cost
         self._lora, self._factors, self._teaches_itself = lora, factors, teaches_itself
+        self._keeps_old_policy = keeps_old_policy
         self._finish, self._check = finish, check
         self.built: list[LanguageModule] = []
 
@@ -355,6 +368,8 @@ class ModelProvider:
             teacher = build_teacher(args, self._teacher, student_vocab_size=student.vocab_size, **stage)
             if self._teacher_weights is None:
                 load_hf_weights(teacher, HFReader(args.teacher_hf), self._teacher)
+        elif self._keeps_old_policy:
+            teacher = build_old_policy(args, student, self._lora, **stage)
         model = build_model(
             args,
             student,
@@ -369,6 +384,8 @@ class ModelProvider:
             load_hf_weights(model, HFReader(args.hf_model), student)
         if self._factors is not None:
             load_adapters(model, student, self._lora, self._factors)
+        if self._keeps_old_policy:
+            model.keeps_teacher, model.teacher_is_known = True, False
         self.built.append(model)
         if len(self.built) == (args.virtual_pipeline_model_parallel_size or 1):
             self._complete()

@@ -34,12 +34,17 @@ from qtarget_megatron.megatron.model.output_head import OutputHead, heads_withou
 from qtarget_megatron.megatron.model.router import Router
 from qtarget_megatron.megatron.model.teacher_cost import TeacherCost
 
+# What names of the teacher's weights in checkpoints begin with.
+_TEACHER = "teacher."
+
 
 class StackedModel(LanguageModule):
     """A model that carries a frozen teacher stage along; without a teacher it is the class that it is mixed into.
 
     taught:   on a last stage, from the teacher's forward on, which comes first, its output head.
     adapters: where the model is frozen, what is trained; its checkpoints hold them alone.
+    keeps_teacher:    its checkpoints hold the teacher's weights as well, which are the model's own of an earlier step.
+    teacher_is_known: whether the teacher has weights.
     """
 
     config: TransformerConfig
@@ -73,6 +78,7 @@ class StackedModel(LanguageModule):
         if teacher is not None:
             self._teacher_cost.add_weights(teacher.parameters())
         self._has_teacher = teaches_itself or teacher is not None
+        self.keeps_teacher, self.teacher_is_known = False, True
         if self._has_teacher:
             # The schedule sizes the pipeline's tensors by this config; the layers keep the original one.
             self.config = copy.copy(self.config)
@@ -162,12 +168,20 @@ class StackedModel(LanguageModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.adapters is None:
-            return state
-        return {key: tensor for key, tensor in state.items() if ".lora." in key}
+        if self.adapters is not None:
+            state = {key: tensor for key, tensor in state.items() if ".lora." in key}
+        if self.keeps_teacher:
+            state |= self.teacher.sharded_state_dict(f"{prefix}{_TEACHER}", sharded_offsets, metadata)
+        return state
 
     def load_state_dict(self, state_dict, strict: bool = True, **keywords):
         """Megatron's loading of a checkpoint, which has the adapters alone where there are some."""
+        if self.keeps_teacher:
+            of_teacher = {key: value for key, value in state_dict.items() if key.startswith(_TEACHER)}
+            state_dict = {key: value for key, value in state_dict.items() if key not in of_teacher}
+            own = {key.removeprefix(_TEACHER): value for key, value in of_teacher.items()}
+            self.teacher.load_state_dict(own, strict, **keywords)
+            self.teacher_is_known = True
         if self.adapters is None:
             return super().load_state_dict(state_dict, strict, **keywords)
         found = super().load_state_dict(state_dict, False, **keywords)

@@ -37,6 +37,7 @@ from qtarget_megatron.megatron.training.arguments import (
     check_trained,
     fill_in,
 )
+from qtarget_megatron.megatron.training.second_model_flags import check_second_model_flags
 from qtarget_megatron.parallel_layout import Layout, division_problems, expert_problems, layout_problems, stage_problems
 from qtarget_megatron.teacher_cache import CacheHeader
 
@@ -86,7 +87,7 @@ def make_plan(options: PlanOptions, words: list[str]) -> Plan:
         if not states_stages(args):
             plan.problems += stage_problems(run.student, "student", pipeline=layout.pipeline)
         for arch, who in ((run.student, "student"), (run.teacher, "teacher")):
-            if arch is not None:
+            if arch is not None and not (who == "teacher" and arch is run.student):
                 plan.problems += division_problems(arch, who, **shared)
                 plan.problems += expert_problems(arch, who, world_size=layout.world_size, **layout_of_experts(args))
         plan.problems += layout_problems(layout)
@@ -114,6 +115,13 @@ def _read(options: PlanOptions, words: list[str]) -> tuple[Run, int | None]:
     if not given and (is_live or is_cached):
         args.objective = "target-sft"
     objective = run.objective
+    if objective.refresh:
+        if options.entries is not None:
+            raise ValueError(
+                f"objective {objective} reads the trained model of an earlier step: drop --teacher-cache-k"
+            )
+        check_second_model_flags(args, objective)
+        run.teacher, is_live = run.student, True
     if objective.needs_teacher and not (is_live or is_cached):
         own = " or --teacher-self" if run.lora is not None else ""
         raise ValueError(
@@ -123,7 +131,7 @@ def _read(options: PlanOptions, words: list[str]) -> tuple[Run, int | None]:
         raise ValueError(
             f"objective {objective} reads no second model: drop --teacher-hf and --teacher-cache-k or choose another"
         )
-    entries = options.entries or (_DEFAULT_ENTRIES if objective.needs_teacher else None)
+    entries = options.entries or (_DEFAULT_ENTRIES if objective.needs_teacher and not objective.refresh else None)
     if args.teacher_hf is not None:
         run.teacher = Architecture.from_hf(args.teacher_hf)
     args.world_size, args.rank = options.world_size, 0
@@ -163,7 +171,8 @@ def _summary(run: Run, layout: Layout) -> str:
         count = adapter_numbers(student, run.lora) / 1e6
         parts.insert(1, f"adapters of rank {run.lora.rank}, {count:.3g} M parameters on {' '.join(run.lora.targets)}")
     if teacher is not None or args.teacher_self:
-        parts.insert(1, f"teacher {model(teacher)}" if teacher is not None else "its own teacher")
+        whose = "its own teacher" if teacher is None else f"teacher {model(teacher)}"
+        parts.insert(1, "the model of an earlier step beside it" if run.objective.refresh else whose)
     tensor = f"TP {layout.tensor}{' with sequence parallelism' if layout.sequence_parallel else ''}"
     data = layout.world_size / layout.model_ranks
     spread = (

@@ -48,6 +48,8 @@ class Sizes:
     def __init__(self, run: Run, layout: Layout):
         self.args, self.layout, self.student, self.teacher = _validated(run.args), layout, run.student, run.teacher
         self.lora, self.teaches_itself = run.lora, run.args.teacher_self
+        # The second model is the student of an earlier step.
+        self.keeps_old_policy = run.objective.refresh > 0
         self.element = self.args.params_dtype.itemsize
         self.virtual = self.args.virtual_pipeline_model_parallel_size or 1
         self.micro_batches = self.args.global_batch_size // (layout.micro_batch_size * layout.data)
@@ -64,7 +66,7 @@ class Sizes:
     def teacher_layers(self, rank: int) -> list[range]:
         from qtarget_megatron.megatron.model.stages import even_stages
 
-        if self.teaches_itself:
+        if self.teaches_itself or self.keeps_old_policy:
             return self.layers(rank)
         stages = even_stages(self.teacher.num_layers, self.layout.pipeline * self.virtual)
         return self._ranges([stage.count("decoder") for stage in stages], rank)
@@ -201,6 +203,9 @@ class Sizes:
         teacher = self.student if self.teaches_itself else self.teacher
         kept = self._activations(teacher, trained=False)
         weights = 0 if self.teaches_itself else sum(self.parameters(rank, teacher, layers)) * self.element
+        if self.keeps_old_policy and self.lora is not None:
+            # The model beside the adapters is one.
+            weights = sum(self.adapters(layers)) * self.element
         hidden = layout.tokens * teacher.hidden_size * self.element
         hidden //= layout.tensor if layout.sequence_parallel else 1
         received = 0 if rank == 0 else self.in_flight(rank)

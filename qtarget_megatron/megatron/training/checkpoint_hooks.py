@@ -53,6 +53,14 @@ def watch_checkpoints(
             folder = checkpoint_directory(args.load, args.ckpt_step)
             base = on_first_rank(lambda: saved_argument(Path(folder), "lora_base"))
             check_base(args, arch, chunks, base, f"--load {args.load}")
+        keeps_teacher = chunks[0].keeps_teacher
+        if keeps_teacher and has_checkpoint(args.load):
+            folder = checkpoint_directory(args.load, args.ckpt_step)
+            refresh = on_first_rank(lambda: saved_argument(Path(folder), "objective_refresh"))
+            if not refresh:
+                _log.info("%s holds no model of an earlier step: it is taken from the first step on", folder)
+            for chunk in chunks:
+                chunk.keeps_teacher = bool(refresh)
         try:
             iteration, operations = proceed()
         except AssertionError as error:
@@ -63,6 +71,8 @@ def watch_checkpoints(
                 "at their own number of data-parallel ranks only: start as many, or take the weights alone with "
                 "--no-load-optim"
             ) from error
+        for chunk in chunks:
+            chunk.keeps_teacher = keeps_teacher
         flags.after_load(optimizer, scheduler, iteration)
         if known and has_checkpoint(args.load):
             directory = checkpoint_directory(args.load, args.ckpt_step)

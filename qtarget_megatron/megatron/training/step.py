@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -36,6 +37,7 @@ class StepSettings:
     held_out: names of the held-out sets, where there are several.
     scheduled: the objective of the current step and the values of its scheduled parameters by name, where it has some;
                objective stands for all of them.
+    renew: called with each model chunk before its forward, see OldPolicy.
     """
 
     objective: Objective
@@ -46,6 +48,7 @@ class StepSettings:
     packed: bool = False
     held_out: tuple[str, ...] = ()
     scheduled: Callable[[], tuple[Objective, dict[str, float]]] | None = None
+    renew: Callable[[Any], None] = lambda model: None
 
     def now(self) -> tuple[Objective, dict[str, float]]:
         """The objective of the current step, and its scheduled parameters."""
@@ -82,6 +85,7 @@ def forward_step(settings: StepSettings, on_nan: str | None, data_iterator: Iter
 
     on_nan: see LossCheck.
     """
+    settings.renew(model)
     is_last, routers = get_attr_wrapped_model(model, "post_process"), get_attr_wrapped_model(model, "routers")
     batch = packed = None  # of a stage that reads nothing but its input
     if is_last or routers or settings.packed or get_attr_wrapped_model(model, "pre_process"):
