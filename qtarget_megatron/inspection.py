@@ -317,8 +317,8 @@ def inspect(
     rows = supervised.nonzero()[:, 0]
     tokens: list[_Entry] = []
     at_once = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
-    if any(objective.sample_mean is not None for objective in objectives):
-        at_once = len(rows)  # a mean over the sample needs all of it
+    if any(objective.needs_samples for objective in objectives):
+        at_once = len(rows)  # what is of the sample needs all of it
     for piece in torch.split(rows, at_once):
         targets = [
             target_distribution(

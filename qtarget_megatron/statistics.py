@@ -31,7 +31,7 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, overload
 
@@ -321,6 +321,9 @@ class TokenStatistics:
     sample_mean:   mean over the supervised tokens of the token's sample of what the objective's sample_mean is of a
                    token; None unless it has one.
     sample_size:   how many these are; None likewise.
+    sample_after:  sum over the supervised tokens of the token's sample that come after its block of what the
+                   objective's sample_after is of a token; None unless it has one.
+    tokens_after:  how many these are; None likewise.
 
     None until the objective has been evaluated:
 
@@ -354,6 +357,8 @@ class TokenStatistics:
         self.evaluated = evaluated
         self.sample_mean: Tensor | None = None
         self.sample_size: Tensor | None = None
+        self.sample_after: Tensor | None = None
+        self.tokens_after: Tensor | None = None
 
     @property
     def collision(self) -> Tensor | None:
@@ -395,9 +400,7 @@ class TokenStatistics:
             None if top_logits is None else top_logits.reshape(*shape, top_logits.shape[1]),
             evaluated=self.evaluated,
         )
-        if self.sample_mean is not None and self.sample_size is not None:
-            found.sample_mean, found.sample_size = self.sample_mean.reshape(shape), self.sample_size.reshape(shape)
-        return found
+        return self._with_samples(found, lambda values: values.reshape(shape))
 
     def scattered(self, tokens: Tensor, supervised: Tensor) -> TokenStatistics:
         """As those of all tokens, [N], of which these are at the positions tokens and the others not supervised."""
@@ -410,11 +413,13 @@ class TokenStatistics:
             top_logits = whole.index_copy_(0, tokens, top_logits)
         rows.index_copy_(1, tokens, self.rows)
         found = TokenStatistics(rows, supervised, self.request, top_logits, evaluated=self.evaluated)
-        if self.sample_mean is not None and self.sample_size is not None:
-            found.sample_mean, found.sample_size = (
-                rows.new_zeros(len(supervised)).index_copy_(0, tokens, values)
-                for values in (self.sample_mean, self.sample_size)
-            )
+        return self._with_samples(found, lambda own: rows.new_zeros(len(supervised)).index_copy_(0, tokens, own))
+
+    def _with_samples(self, found: TokenStatistics, function: Callable[[Tensor], Tensor]) -> TokenStatistics:
+        """With the statistics of samples as a function gives them."""
+        for name in ("sample_mean", "sample_size", "sample_after", "tokens_after"):
+            own = getattr(self, name)
+            setattr(found, name, None if own is None else function(own))
         return found
 
     @property

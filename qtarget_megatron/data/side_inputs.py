@@ -14,6 +14,8 @@ from qtarget_megatron.data.messages import is_finite_number, shown
 # The side input that an answer's own weight belongs to.
 WEIGHT = "weight"
 _PREFIX = "input "
+# 1 for a token of the prompt, 0 for one of an answer: no field of a record. Where it is asked for, prompts are targets.
+IS_PROMPT = "is_prompt"
 _WHERE_FROM = {
     "old_log_prob": "qtarget score computes it",
     WEIGHT: "add it, to the record or its answers, or let qtarget score --reference-hf compute importance weights",

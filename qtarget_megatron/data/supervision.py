@@ -15,7 +15,7 @@ from qtarget_megatron.data.answers import Answer, Tokens, locate, turn_end
 from qtarget_megatron.data.forms import canonical
 from qtarget_megatron.data.messages import for_template, has_weights, is_trained, message_weight, shown
 from qtarget_megatron.data.records import Records
-from qtarget_megatron.data.side_inputs import WEIGHT, read_side_inputs
+from qtarget_megatron.data.side_inputs import IS_PROMPT, WEIGHT, read_side_inputs
 from qtarget_megatron.data.template import ChatTemplate, Unrenderable
 from qtarget_megatron.data.tokenizer import all_ids
 from qtarget_megatron.statistics import IGNORE_INDEX
@@ -88,7 +88,9 @@ def encode(
     input_ids, labels: as they are; targets are the tokens whose label is not -100.
 
     token_inputs: the record's fields to read as side inputs (read_side_inputs says what they may
-    hold). A record without targets needs none. date: of templates that write it; None: today.
+    hold). A record without targets needs none. "is_prompt" is no field: it makes targets of all tokens up to the last
+    answer's end, of a record that has an answer, and is 1 for those that are of none. date: of templates that write it;
+    None: today.
 
     Raises ValueError for malformed records and side inputs, for conversations that the template
     cannot render, for templates in which the assistant messages cannot be located, and for answers
@@ -109,7 +111,10 @@ def encode(
     input_ids = np.array(read.ids[: seq_length + 1], dtype=np.int64)
     truncated = len(read.ids) > seq_length + 1
     weights = None if read.weights is None else read.weights[: seq_length + 1]
-    inputs = read_side_inputs(record, token_inputs, supervised, truncated=truncated, answer_weights=weights)
+    fields = [name for name in token_inputs if name != IS_PROMPT]
+    inputs = read_side_inputs(record, fields, supervised, truncated=truncated, answer_weights=weights)
+    if IS_PROMPT in token_inputs:
+        supervised, inputs[IS_PROMPT] = _with_prompt(supervised)
     return EncodedSample(
         input_ids,
         supervised,
@@ -121,6 +126,14 @@ def encode(
         leaves_tools=read.leaves_tools,
         weighted=read.weighted,
     )
+
+
+def _with_prompt(answers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens are targets where prompts are, and float64, 1 for a target of no answer. answers: bool [n]."""
+    supervised = np.zeros_like(answers)
+    if answers.any():
+        supervised[1 : np.flatnonzero(answers)[-1] + 1] = True
+    return supervised, (supervised & ~answers).astype(np.float64)
 
 
 def tokenise(tokenizer: Any, text: str, **options: Any) -> Any:

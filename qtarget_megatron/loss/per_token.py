@@ -127,11 +127,15 @@ def evaluate(
     """Loss [N] in dtype, 0 where not supervised, and what the gradient needs; masses and trust enter stats.
 
     stats:   from merge.
-    samples: of the tokens, where the objective asks for a mean over them; see check_samples. Its collective is theirs.
+    samples: of the tokens, where the objective asks for what is of a sample; see check_samples. Its collectives are
+             theirs.
     """
     if objective.sample_mean is not None and samples is not None:
         values = objective.sample_mean(stats, inputs)
         stats.sample_mean, stats.sample_size = samples.means(_aligned(values, stats), stats.supervised)
+    if objective.sample_after is not None and samples is not None:
+        values = _aligned(objective.sample_after(stats, inputs), stats)
+        stats.sample_after, stats.tokens_after = samples.after(values, stats.supervised, objective.sample_block)
     loss, label_mass, residual_masses = objective.evaluate(stats, inputs)
     divergences = 0 if objective.divergence is None else 1
     if len(residual_masses) != len(objective.residuals) + divergences:
@@ -216,7 +220,7 @@ def flat_inputs(
 
 def check_samples(objective: Objective, samples: Samples | None, labels: Tensor) -> Samples | None:
     """The samples, where the objective asks for them. ValueError where they are missing or of other tokens."""
-    if objective.sample_mean is None:
+    if not objective.needs_samples:
         return None
     if samples is None:
         raise ValueError(f"objective {objective} takes means over samples: pass samples, the sample of each token")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -103,7 +103,7 @@ class HeadLoss:
     def _shared(self, inputs: LossInputs) -> dict[str, Any]:
         kept, samples = inputs.sparse_teacher, inputs.samples
         if samples is not None:
-            samples = replace(samples, ids=_like_hidden(samples.ids))
+            samples = samples.map(_like_hidden)
         if kept is not None:
             kept = SparseTeacher(_like_hidden(kept.ids), _like_hidden(kept.log_p), _like_hidden(kept.tail), kept.rule)
         return dict(

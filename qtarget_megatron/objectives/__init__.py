@@ -22,15 +22,16 @@ backend and every parallel layout::
 
         return Objective(evaluate)
 
-``published`` holds the objectives of the published SFT methods, ``extras`` further ones in the same style, and what
-is refused, ``divergences`` those from a teacher that are not its forward KL; ``registry`` says what an objective is,
-``schedules`` how its parameters change over a training.
+``published`` holds the objectives of the published SFT methods, ``whole_samples`` those that weigh samples as a
+whole, ``extras`` further ones in the same style, ``divergences`` those from a teacher that are not its forward KL;
+``registry`` says what an objective is, ``schedules`` how its parameters change over a training.
 """
 
 from qtarget_megatron.objectives.constant_inputs import multiple_of_sft
 from qtarget_megatron.objectives.divergences import jsd, mixed_kl, reverse_kl, skew_kl, skew_reverse_kl, total_variation
 from qtarget_megatron.objectives.extras import deft, entropy_mask, focal, gift, poly1, talr
 from qtarget_megatron.objectives.published import (
+    anchored,
     asft,
     beyond_log,
     cft,
@@ -38,7 +39,8 @@ from qtarget_megatron.objectives.published import (
     eaft,
     gem,
     hybrid_kd,
-    iw_sft,
+    idft,
+    infosft,
     kd,
     label_smoothing,
     profit,
@@ -47,6 +49,7 @@ from qtarget_megatron.objectives.published import (
     sft_kl,
     target_sft,
     weighted_sft,
+    wit,
 )
 from qtarget_megatron.objectives.registry import (
     Objective,
@@ -61,10 +64,12 @@ from qtarget_megatron.objectives.registry import (
     register_from_file,
 )
 from qtarget_megatron.objectives.schedules import ScheduledObjective
+from qtarget_megatron.objectives.whole_samples import iw_sft, pear, tsallis
 
 __all__ = [
     "Objective",
     "ScheduledObjective",
+    "anchored",
     "asft",
     "beyond_log",
     "cft",
@@ -82,6 +87,8 @@ __all__ = [
     "get",
     "gift",
     "hybrid_kd",
+    "idft",
+    "infosft",
     "iw_sft",
     "jsd",
     "kd",
@@ -89,6 +96,7 @@ __all__ = [
     "mixed_kl",
     "multiple_of_sft",
     "names",
+    "pear",
     "poly1",
     "profit",
     "psft",
@@ -102,5 +110,7 @@ __all__ = [
     "talr",
     "target_sft",
     "total_variation",
+    "tsallis",
     "weighted_sft",
+    "wit",
 ]

@@ -101,38 +101,45 @@ def eaft(k: int = 20, normalizer: float | None = None, exponent: float = 1.0) ->
     return Objective(evaluate, top_k=k)
 
 
-@register("iw-sft")
-def iw_sft(temperature: float = 1.0, maximum: float = 16.0, start: str = "model") -> Objective:
-    """Importance-weighted SFT: a sample counts by how much likelier the model finds it than the one it started from.
+@register("infosft")
+def infosft(p_bar: float = 0.93) -> Objective:
+    """InfoSFT: tokens count by how much they tell: neither those that the model knows nor those that it rules out.
 
-    loss = -sg(w) log p(y), w = clamp(exp(temperature mean_t(log p(y) - log p_start(y))), 0, maximum), the mean over the
-    supervised tokens of the sample;  c_y = w.  temperature finite, maximum > 0.  start: where log p_start is from:
-    "model", the second one, live or cached, which is the model that training starts from; "data", the token input.
-    token_inputs: "old_log_prob" where start="data", log p_start(y) in nats, from qtarget score.
-    Source: arXiv 2507.12856.
-
-    w is of the model as it is in each step; in the first one every w is 1.
+    loss = -sg(w) log p(y), w = p(y) max(0, 1 - logit p(y) / logit p_bar), logit p = log(p / (1 - p));  c_y = w.
+    p_bar in (0.5, 1): a token that is likelier has no weight; the paper's and the released code's value is the default.
+    w is 0.18 at p(y) = 0.1 and largest, 0.51, near p(y) = 0.6.  Source: arXiv 2605.14967.
     """
-    temperature = in_range("temperature", temperature, -math.inf, math.inf)
-    maximum = in_range("maximum", maximum, 0, math.inf, open_low=True)
-    if start not in ("model", "data"):
-        raise ValueError(f"start must be 'model' or 'data', got {start!r}")
-
-    def log_ratio(stats: TokenStatistics, inputs: TokenInputs) -> Tensor:
-        if start == "data":
-            return stats.log_p - inputs["old_log_prob"]
-        of_start = stats.residuals[0].log_p
-        assert of_start is not None  # requested
-        return stats.log_p - of_start
+    if not isinstance(p_bar, float) or not 0.5 < p_bar < 1:
+        raise ValueError(f"p_bar must be a number in (0.5, 1), got {p_bar!r}")
+    largest = math.log(p_bar) - math.log1p(-p_bar)
 
     def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
-        assert stats.sample_mean is not None  # requested
-        weight = (temperature * stats.sample_mean).clamp(max=math.log(maximum)).exp()
-        return None, weight, () if start == "data" else (0.0,)
+        logit = stats.log_p - torch.log(-torch.expm1(stats.log_p))
+        # p log p tends to 0 as p does.
+        weight = torch.where(stats.p == 0, stats.p, stats.p * (1 - logit / largest).clamp(min=0))
+        return None, weight, ()
 
-    if start == "data":
-        return Objective(evaluate, token_inputs=("old_log_prob",), sample_mean=log_ratio)
-    return Objective(evaluate, residuals=(_TEACHER,), residual_label=True, sample_mean=log_ratio)
+    return Objective(evaluate)
+
+
+@register("idft")
+def idft(beta: float = 1.0, gamma_min: float = 0.1, gamma_max: float = 2.0) -> Objective:
+    """IDFT (in-distribution fine-tuning): a power of the likelihood, the higher the less the label is a draw of p.
+
+    loss = -sg(p(y)^gamma) log p(y), gamma = clamp(exp(-(log p(y) + H) / beta), gamma_min, gamma_max);
+    c_y = p(y)^gamma.  H: entropy of p in nats, the mean of -log p(y) over labels drawn from p.  beta > 0,
+    0 < gamma_min <= gamma_max; the defaults are those of the released training.  Source: arXiv 2602.12222.
+    """
+    beta = in_range("beta", beta, 0, math.inf, open_low=True)
+    gamma_max = in_range("gamma_max", gamma_max, 0, math.inf, open_low=True)
+    gamma_min = in_range("gamma_min", gamma_min, 0, gamma_max, open_low=True)
+
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
+        exponent = -(stats.log_p + stats.entropy) / beta
+        gamma = exponent.clamp(math.log(gamma_min), math.log(gamma_max)).exp()
+        return None, (gamma * stats.log_p).exp(), ()
+
+    return Objective(evaluate)
 
 
 @register("weighted-sft")
@@ -147,6 +154,26 @@ def weighted_sft() -> Objective:
         return None, inputs["weight"], ()
 
     return Objective(evaluate, token_inputs=("weight",))
+
+
+@register("wit", example={"prompt": 0.3, "response": 0.8})
+def wit(prompt: float, response: float) -> Objective:
+    """Weighted instruction tuning: prompts are trained on as well, each kind of token by a weight of its own.
+
+    loss = -w log p(y), w = prompt for a token of the prompt, response for one of the answer;  c_y = w.  prompt and
+    response >= 0, no defaults (the paper finds 0 to 0.5 and 0.5 to 1 best; 0 and 1 is sft); not both 0. The mean is
+    over the tokens whose weight is not 0.
+    token_inputs: "is_prompt", which no record needs: with it all tokens of a record up to the end of its last answer
+    are targets, and those that are of no answer are prompt.  Source: arXiv 2507.07817.
+    """
+    prompt, response = in_range("prompt", prompt, 0, math.inf), in_range("response", response, 0, math.inf)
+    if prompt == response == 0:
+        raise ValueError("prompt and response must not both be 0: nothing would be trained")
+
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
+        return None, response + (prompt - response) * inputs["is_prompt"], ()
+
+    return Objective(evaluate, token_inputs=("is_prompt",), denominator="label_mass")
 
 
 @register("cft")
@@ -317,6 +344,27 @@ def target_sft(eta: float = 0.5) -> Objective:
         return None, *label_and_rest(stats.log_p)
 
     return Objective(evaluate, residuals=((1 - eta, eta),))
+
+
+@register("anchored")
+def anchored(alpha: float = 0.5) -> Objective:
+    """Anchored learning: a step towards a fine-tuned second model from wherever the model is.
+
+    loss = KL(anchor || p), anchor = sg(softmax((1 - alpha) z + alpha t));  c_y = 0, c_r = 1, r = anchor (M = 1).
+    alpha in (0, 1]; 0.5 is the paper's value, 1 is kd.  The second model is the base model fine-tuned by sft; the
+    trained one starts from the base model.  Source: arXiv 2605.04468.
+    """
+    alpha = in_range("alpha", alpha, 0, 1, open_low=True)
+
+    def evaluate(stats: TokenStatistics, inputs: TokenInputs) -> LossAndMasses:
+        return stats.kl_divergence(), torch.zeros_like(stats.p), (1.0,)
+
+    return Objective(
+        evaluate,
+        residuals=((1 - alpha, alpha),),
+        residual_entropy=True,
+        note="the anchor is of the model as it is in each step; the paper holds it for several epochs",
+    )
 
 
 def kept_or_all(denominator: str) -> str | None:

@@ -27,7 +27,7 @@ SampleValue = Callable[[TokenStatistics, TokenInputs], Tensor]
 
 _LABEL_MASS = "label_mass"
 # What a token input may hold, besides being finite. The slack above 0 is the rounding of whoever computed the value.
-_TOKEN_INPUT_RANGES = {"critical": (0.0, 1.0), "old_log_prob": (-math.inf, 1e-3)}
+_TOKEN_INPUT_RANGES = {"critical": (0.0, 1.0), "is_prompt": (0.0, 1.0), "old_log_prob": (-math.inf, 1e-3)}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Objective:
     divergence:   of the model from the first residual; its mass d is then the last of the masses.
     sample_mean:  (stats, inputs) -> float64 [N], elementwise; evaluate reads its mean over the supervised tokens of
                   each token's sample as stats.sample_mean, and their number as stats.sample_size.
+    sample_after: likewise; evaluate reads its sum over the supervised tokens of each token's sample that come after the
+                  token's block of sample_block such tokens as stats.sample_after, and their number as
+                  stats.tokens_after.
     token_inputs: names of the per-token side inputs it needs, handed to evaluate as float64 [N] tensors.
     denominator:  what a batch's mean is divided by: the number of non-zero entries of this token input, or of
                   "label_mass", c_y; None: the number of supervised tokens.
@@ -66,6 +69,8 @@ class Objective:
     residual_label: bool = False
     divergence: Divergence | None = None
     sample_mean: SampleValue | None = field(default=None, repr=False)
+    sample_after: SampleValue | None = field(default=None, repr=False)
+    sample_block: int = 1
     name: str = "unregistered"
     parameters: tuple[tuple[str, Any], ...] = ()
 
@@ -95,6 +100,11 @@ class Objective:
     def needs_teacher(self) -> bool:
         """True where some residual reads the second model's logits (b != 0)."""
         return any(b != 0 for _, b in self.residuals)
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether it reads what is of a whole sample."""
+        return self.sample_mean is not None or self.sample_after is not None
 
     @property
     def needs_losses_to_count(self) -> bool:

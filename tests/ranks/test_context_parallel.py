@@ -25,6 +25,10 @@ def test_context_parallel_ranks_train_like_one_process(workspace):
         "untied weighted-sft": ["--hf-model", workspace / "untied", *data, "--objective", "weighted-sft"],
         "untied cft": ["--hf-model", workspace / "untied", *data, "--objective", "cft"]
         + ["--objective-args", "denominator=critical"],
+        "untied pear": ["--hf-model", workspace / "untied", *data, "--objective", "pear", "--objective-args"]
+        + ["level=block", "block=3", "ratio_low=-2", "ratio_high=1", "--teacher-hf", workspace / "teacher"],
+        "tied wit": ["--hf-model", workspace / "tied", *data, "--objective", "wit"]
+        + ["--objective-args", "prompt=0.3", "response=0.8"],
         "untied psft": ["--hf-model", workspace / "untied", *data, "--objective", "psft"]
         + ["--objective-args", "refresh=0"],
     }
@@ -39,6 +43,7 @@ def test_context_parallel_ranks_train_like_one_process(workspace):
         "untied target-sft at TP2CP2": [*kinds["untied target-sft"], *tp(2), *cp, "--sequence-parallel"],
         "tied target-sft at PP2CP2": [*kinds["tied target-sft"], *pp(2), *cp],
         "untied cft at CP2DP2": [*kinds["untied cft"], *cp, "--use-distributed-optimizer"],
+        "untied pear at CP4": [*kinds["untied pear"], "--context-parallel-size", 4],
         "untied psft at CP4": [*kinds["untied psft"], "--context-parallel-size", 4],
     }
     for world_size, runs in ((2, two), (4, four)):

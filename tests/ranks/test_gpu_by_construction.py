@@ -122,7 +122,8 @@ def inputs(objective):
 
 def samples_of(objective):
     ids = torch.zeros(TOKENS, dtype=torch.int64, device=GPU)
-    return None if objective.sample_mean is None else Samples(ids, 3)
+    order = torch.zeros(TOKENS, dtype=torch.int64, device=GPU)
+    return Samples(ids, 3, order=order) if objective.needs_samples else None
 
 
 def divergence_passes(objective, count):

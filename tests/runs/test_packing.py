@@ -57,6 +57,9 @@ def kinds(workspace):
     return {
         "untied target-sft": [*models["untied"], *TARGET, "--teacher-hf", workspace / "teacher"],
         "tied psft": [*models["tied"], "--objective", "psft", "--objective-args", "refresh=0"],
+        "untied pear": [*models["untied"], "--objective", "pear", "--objective-args", "ratio_low=-2", "ratio_high=1"]
+        + ["--teacher-hf", workspace / "teacher"],
+        "tied wit": [*models["tied"], "--objective", "wit", "--objective-args", "prompt=0.3", "response=0.8"],
         "tied cft": [*models["tied"], "--objective", "cft", "--objective-args", "denominator=critical"],
         "experts weighted-sft": [*models["experts"], "--objective", "weighted-sft"],
         "latent sft": [*models["latent"]],
@@ -103,6 +106,8 @@ def test_layouts_train_packed_rows_like_one_process(workspace, kinds):
         **at("CP2", "untied target-sft", *CP),
         **at("CP2, two rows at a time", "tied psft", *CP, "--micro-batch-size", 2),
         **at("CP2", "latent sft", *CP),
+        **at("CP2, two rows at a time", "untied pear", *CP, "--micro-batch-size", 2),
+        **at("CP2", "tied wit", *CP),
         **at("PP2", "tied cft", *pp(2), "--micro-batch-size", 4),
         **at("EP2", "experts weighted-sft", *ep(2), *DISTRIBUTED_OPTIMIZER),
         **at("DP2", "untied dft", *DISTRIBUTED_OPTIMIZER),

@@ -86,6 +86,62 @@ def iw_sft(temperature, maximum, start=lambda t, y, x: _log_p(t, y)):
     return loss
 
 
+def pear(level, gamma=0.999, block=4):
+    """A loop over tokens, in logarithms; the clamps are those of the paper."""
+
+    def loss(z, y, t, x):
+        ratio = (_log_p(z, y) - _log_p(t, y)).detach().clip(-0.08, 0.3)
+        weights = torch.zeros_like(ratio)
+        for sample in x["sample"].unique():
+            places = (x["sample"] == sample).nonzero()[:, 0].tolist()
+            last, size = len(places) - 1, {"token": 1, "block": block}.get(level)
+            for place, token in enumerate(places):
+                if size is None:
+                    weights[token] = ratio[places].sum()
+                    continue
+                end = min((place // size + 1) * size - 1, last)
+                weights[token] = (last - end) * math.log(gamma) + ratio[places[end + 1 :]].sum()
+        return -weights.clip(-10, 5).exp() * _log_p(z, y)
+
+    return loss
+
+
+def tsallis(q):
+    """(1 - P^(1 - q)) / (1 - q) of each sample, shared out over its tokens as their loss is."""
+
+    def loss(z, y, t, x):
+        log_p = _log_p(z, y)
+        same = x["sample"][:, None] == x["sample"]
+        return -((1 - q) * torch.where(same, log_p.detach(), 0.0).sum(1)).exp() * log_p
+
+    return loss
+
+
+def infosft_weight(p_bar):
+    def weight(z, y, x):
+        log_p = _log_p(z, y)
+        rest = torch.log_softmax(z, -1).scatter(-1, y[:, None], -torch.inf).logsumexp(-1)
+        return log_p.exp() * (1 - (log_p - rest) / math.log(p_bar / (1 - p_bar))).clip(0)
+
+    return weight
+
+
+def idft_weight(beta, low, high):
+    def weight(z, y, x):
+        surprise = -_log_p(z, y) - entropy(z)
+        return likelihood(z, y) ** (surprise / beta).exp().clip(low, high)
+
+    return weight
+
+
+def anchored(alpha):
+    def loss(z, y, t, x):
+        anchor = (1 - alpha) * z.detach() + alpha * t
+        return kd(1.0)(z, y, anchor, x)
+
+    return loss
+
+
 def with_kl(label_weight, lam):
     """-sg(label_weight(p)) log p + lam KL(softmax(t) || p)."""
 
@@ -225,7 +281,7 @@ class Case:
 
     def samples(self, labels: Tensor, group=None) -> Samples | None:
         """Samples of three tokens each, for an objective that takes means over them."""
-        if self.objective.sample_mean is None:
+        if not self.objective.needs_samples:
             return None
         return Samples(sample_ids(labels), max(labels.numel(), 1), group)
 
@@ -238,6 +294,7 @@ class Case:
         drawn = {
             "weight": 2 * uniform,
             "critical": (uniform < 0.6).double(),
+            "is_prompt": (uniform < 0.6).double(),
             # Some ratios are clipped (above 1.28), most are not.
             "old_log_prob": (log_p + 1.2 * (uniform - 0.6)).clamp(max=0.0),
         }
@@ -275,6 +332,18 @@ CASES = {
             objectives.iw_sft(start="data"),
             iw_sft(1.0, 16.0, lambda t, y, x: x["old_log_prob"]),
             constant(16),
+        ),
+        Case("infosft", objectives.infosft(), weighted(infosft_weight(0.93)), constant(0.51)),
+        Case("idft", objectives.idft(), weighted(idft_weight(1.0, 0.1, 2.0)), lambda z, y: likelihood(z, y) ** 0.1),
+        Case("pear", objectives.pear(), pear("token"), constant(3)),
+        Case("pear-block", objectives.pear("block", gamma=0.9, block=2), pear("block", 0.9, 2), constant(3)),
+        Case("pear-sequence", objectives.pear("sequence"), pear("sequence"), constant(3)),
+        Case("tsallis", objectives.tsallis(q=0.75), tsallis(0.75)),
+        Case("anchored", objectives.anchored(alpha=0.25), anchored(0.25)),
+        Case(
+            "wit",
+            objectives.wit(prompt=0.3, response=0.8),
+            weighted(lambda z, y, x: 0.8 - 0.5 * x["is_prompt"]),
         ),
         Case("cft", objectives.cft(), weighted(lambda z, y, x: x["critical"])),
         Case("label-smoothing", objectives.label_smoothing(lam=0.1), label_smoothing(0.1)),
@@ -332,6 +401,12 @@ RANDOM_CASES = {
     "asft": lambda draw: _random(objectives.asft, lambda lam: with_kl(lambda p: p, lam), draw(0, 3), 1),
     "iw-sft": lambda draw: _random_iw_sft(draw(-1, 1), draw(0.5, 20)),
     "psft": lambda draw: _random_psft(draw(0, 1), draw(0, 2)),
+    "infosft": lambda draw: _random_infosft(draw(0.51, 0.99)),
+    "idft": lambda draw: _random_idft(draw(0.2, 3), draw(0.05, 1), draw(1, 3)),
+    "pear": lambda draw: _random_pear(draw(0.5, 1), int(draw(1, 4))),
+    "tsallis": lambda draw: _random(objectives.tsallis, tsallis, draw(0, 1)),
+    "anchored": lambda draw: _random(objectives.anchored, anchored, draw(0.01, 1)),
+    "wit": lambda draw: _random_wit(draw(0, 1), draw(0.1, 2)),
     "gem": lambda draw: _random(objectives.gem, gem, draw(0.3, 3)),
     "kd": lambda draw: _random_kd(draw(0.3, 4)),
     "hybrid-kd": lambda draw: _random(
@@ -379,6 +454,26 @@ def _random_psft(low, high) -> Case:
     return Case("", objectives.psft(low, high), psft(low, high), constant(1 + high))
 
 
+def _random_infosft(p_bar) -> Case:
+    # Near 0.5 the weight is of any size.
+    largest = 1 / math.log(p_bar / (1 - p_bar))
+    return Case("", objectives.infosft(p_bar), weighted(infosft_weight(p_bar)), constant(1 + largest))
+
+
+def _random_idft(beta, low, high) -> Case:
+    objective, weight = objectives.idft(beta, low, high), weighted(idft_weight(beta, low, high))
+    return Case("", objective, weight, lambda z, y: likelihood(z, y) ** low)
+
+
+def _random_pear(gamma, block) -> Case:
+    return Case("", objectives.pear("block", gamma=gamma, block=block), pear("block", gamma, block), constant(3))
+
+
+def _random_wit(prompt, response) -> Case:
+    weight = weighted(lambda z, y, x: torch.where(x["is_prompt"] == 1, prompt, response))
+    return Case("", objectives.wit(prompt, response), weight, constant(max(prompt, response)))
+
+
 def _random_iw_sft(temperature, maximum) -> Case:
     return Case("", objectives.iw_sft(temperature, maximum), iw_sft(temperature, maximum), constant(maximum))
 
@@ -396,7 +491,7 @@ def _random_entropy_mask(threshold) -> Case:
 
 
 # Objectives whose residual is formed from logits with rounding: u = a z + b t is not exact in float32.
-ROUNDED_EXPONENTS = ("target-sft", "gem")
+ROUNDED_EXPONENTS = ("target-sft", "gem", "anchored")
 
 
 @dataclass(frozen=True)

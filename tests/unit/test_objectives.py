@@ -318,7 +318,10 @@ def test_labels_down_to_e_to_the_minus_80_keep_their_precision(case, backend):
     logits[torch.arange(5), labels] = top - torch.tensor([10.0, 30.0, 50.0, 70.0, 80.0])
     loss, gradient = check(case, logits, labels, teacher, upstream, backend)
     expected = truth(case, logits, labels, teacher, upstream).gradient
-    assert loss.isfinite().all() and torch.equal((gradient != 0).any(-1), (expected != 0).any(-1))
+    assert loss.isfinite().all()
+    # Between the two it is below what float32 holds, as e^-160 is.
+    moved = (gradient != 0).any(-1)
+    assert moved[(expected.abs() > 2.0**-126).any(-1)].all() and not moved[(expected == 0).all(-1)].any()
 
 
 @every_backend
@@ -341,7 +344,7 @@ def test_logits_of_minus_infinity_have_no_mass(case, backend):
         return
     divergence = case.objective.divergence
     finite = torch.ones(6, dtype=torch.bool)
-    reads_label_alone = case.name in ("iw-sft", "psft")  # of the teacher
+    reads_label_alone = case.objective.name in ("iw-sft", "psft", "pear")  # of the teacher
     if any(a == 0 for a, _ in case.objective.residuals) and (divergence is None or case.name == "mixed-kl"):
         finite[0] = reads_label_alone  # the teacher has mass where the student has none
     if divergence is not None and divergence.kind == "reverse-kl":

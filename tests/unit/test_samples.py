@@ -29,12 +29,43 @@ def test_nan_stays_in_its_sample():
     assert mean.isnan().tolist() == [True, True, False, False] and mean[2] == 3
 
 
+@pytest.mark.parametrize("block", [1, 3])
+def test_sums_of_what_comes_after_are_those_of_a_loop(block):
+    """Tokens of a sample in any order; numbers whose sums differ with the order in which they are added."""
+    generator = torch.Generator().manual_seed(0)
+    ids, order = torch.randint(6, (60,), generator=generator), torch.randperm(60, generator=generator)
+    values = torch.randn(60, generator=generator).double() * 10.0 ** torch.randint(-9, 5, (60,), generator=generator)
+    supervised = torch.rand(60, generator=generator) < 0.7
+    supervised[ids == 2] = False
+    values[~supervised] = math.nan
+    after, count = Samples(ids, 9, order=order).after(values, supervised, block)
+    for token in range(60):
+        if not supervised[token]:
+            assert after[token] == count[token] == 0
+            continue
+        places = [other for other in order.argsort().tolist() if supervised[other] and ids[other] == ids[token]]
+        rest = places[(places.index(token) // block + 1) * block :]
+        assert count[token] == len(rest)
+        assert after[token].item() == pytest.approx(math.fsum(values[rest].tolist()), rel=1e-15, abs=1e-16)
+
+
+def test_nan_is_of_the_tokens_before_it_in_its_sample():
+    ids, supervised = torch.tensor([0, 0, 0, 1, 1]), torch.ones(5, dtype=torch.bool)
+    for value in (math.nan, math.inf, -math.inf):
+        after, _ = Samples(ids, 2).after(torch.tensor([1.0, value, 2.0, 4.0, 8.0]).double(), supervised)
+        assert after.isnan().tolist() == [True, False, False, False, False] and after[3] == 8
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: Samples(torch.zeros(3), 1), "int64 ids and a count of 1 or more, got torch.float32 and 1"),
         (lambda: Samples(torch.zeros(3, dtype=torch.int64), 0), "a count of 1 or more, got torch.int64 and 0"),
         (lambda: Samples(torch.tensor([0, 2]), 2), r"sample ids must be in 0\.\.1, got 2"),
+        (
+            lambda: Samples(torch.zeros(3).long(), 1, None, torch.zeros(3)),
+            r"is int64 \[3\] like ids, got torch.float32",
+        ),
         (lambda: Samples(torch.tensor([-1, 0]), 2), r"sample ids must be in 0\.\.1, got -1"),
     ],
 )

@@ -20,13 +20,13 @@ from qtarget_megatron import Objective, Samples, objectives, target_distribution
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "objectives.md"
-SOURCES = ("published.py", "extras.py", "divergences.py")
+SOURCES = ("published.py", "whole_samples.py", "extras.py", "divergences.py")
 # The drawn token: a vocabulary of this size, the other tokens' logits, the teacher's probability of the label, side
 # inputs.
 VOCABULARY, SHOWN = 32, 6
 DECAY = 0.35
 TEACHER_LABEL = 0.4
-INPUTS = {"weight": 1.5, "critical": 1.0, "old_log_prob": math.log(0.4)}
+INPUTS = {"weight": 1.5, "critical": 1.0, "is_prompt": 0.0, "old_log_prob": math.log(0.4)}
 # The paragraph of a docstring that defines an objective: a sentence ends where two blanks or a line's end follow.
 _DEFINITION = re.compile(r"loss = (?P<loss>.*?)[.;]\s+(?P<masses>c_y = .*?)\.(?= {2}|\n|$)(?P<words>.*)", re.DOTALL)
 # p(y) in the picture's bars.
@@ -139,8 +139,8 @@ def _life(objective: Objective) -> str:
         found.append(f"the second model is the trained one, copied anew at every step that {objective.refresh} divides")
     elif objective.needs_teacher:
         found.append("the second model is frozen, so that a cache of it serves as well")
-    if objective.sample_mean is not None:
-        found.append("the means over samples are of the model as it is in each step")
+    if objective.needs_samples:
+        found.append("what is of whole samples is of the model as it is in each step")
     return "; ".join(found) or "everything is of the model as it is in each step"
 
 

@@ -53,7 +53,7 @@ class Batches:
         def read() -> Batch:
             batch = Batch.of(next_batch(data_iterator))
             if is_last:
-                return batch if objective.sample_mean is None else batch.with_segments()
+                return batch.with_segments() if objective.needs_samples else batch
             counted = {name: value for name, value in batch.inputs.items() if name == objective.denominator}
             return replace(batch, sample=None, inputs=counted, teacher=None)
 

@@ -120,7 +120,8 @@ def _samples(batch: Batch) -> Samples | None:
     """The samples of a micro-batch's tokens, where the objective asks for them."""
     if batch.segments is None:
         return None
-    return Samples(batch.segments, batch.num_segments, parallel_state.get_context_parallel_group())
+    group = parallel_state.get_context_parallel_group()
+    return Samples(batch.segments, batch.num_segments, group, batch.position_ids)
 
 
 def sum_loss(context: LossContext, on_nan: str | None, token_losses: Tensor, *, in_training: bool = False):

@@ -184,6 +184,7 @@ class Problem:
         known = {
             "weight": 2 * self.uniform,
             "critical": (self.uniform < 0.6).double(),
+            "is_prompt": (self.uniform < 0.6).double(),
             "old_log_prob": old_log_prob,
         }
         return {name: known.get(name, self.uniform) for name in objective.token_inputs}
@@ -201,11 +202,11 @@ class Problem:
         return SparseTeacher(ids, log_p.float(), tail.float(), "uniform")
 
     def samples(self, objective: Objective, group: collectives.Group = None) -> Samples | None:
-        """Samples of seven tokens, where the objective takes means over them. group: ranks that share the tokens."""
-        if objective.sample_mean is None:
+        """Samples of seven tokens, where the objective reads what is of them. group: ranks that share the tokens."""
+        if not objective.needs_samples:
             return None
-        ids = torch.arange(len(self.labels), device=self.labels.device) // 7
-        return Samples(ids, len(self.labels), group)
+        order = torch.arange(len(self.labels), device=self.labels.device)
+        return Samples(order // 7, len(self.labels), group, order)
 
     def dense_teacher_logits(self, teacher: SparseTeacher) -> Tensor:
         """The log-probabilities that a sparse teacher stands for, float64 [T, V_pad]."""
