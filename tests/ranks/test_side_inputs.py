@@ -43,6 +43,34 @@ def dataset(file, tokenizer, seq_length, names=(), **keywords):
 
 
 @pytest.mark.parametrize(
+    ("seq_length", "labels", "is_prompt"),
+    [(8, "bcxy$", [1, 1, 0, 0, 0, 0, 0, 0]), (3, "bcx", [1, 1, 0])],
+)
+def test_with_the_prompts_all_tokens_are_targets(tmp_path, seq_length, labels, is_prompt):
+    file = write_lines(tmp_path / "d.jsonl", [COMPLETION])
+    item = dataset(file, completions(), seq_length, ("is_prompt",))[0]
+    assert int((item["labels"] != -100).sum()) == len(labels)
+    assert item[batch_key("is_prompt")].tolist() == is_prompt
+    assert torch.equal(item["labels"][: len(labels) - 1], item["tokens"][1 : len(labels)])
+
+
+def test_with_the_prompts_a_conversation_ends_with_its_last_answer():
+    tokenizer = byte_tokenizer(CHATML, eos="<|im_end|>")
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "weight": 0},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+        {"role": "user", "content": "e"},
+    ]
+    plain = encode(tokenizer, {"messages": messages}, 200)
+    both = encode(tokenizer, {"messages": messages}, 200, ("is_prompt",))
+    last = np.flatnonzero(plain.supervised)[-1]
+    assert both.supervised[1 : last + 1].all() and not both.supervised[last + 1 :].any() and not both.supervised[0]
+    assert np.array_equal(both.inputs["is_prompt"] == 1, both.supervised & ~plain.supervised)
+
+
+@pytest.mark.parametrize(
     ("seq_length", "expected"),
     [
         (8, [0, 0, 0.5, 1.5, 2.5, 0, 0, 0]),  # labels b c x y $
