@@ -7,13 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qtarget_megatron import finetune
-from qtarget_megatron.commands import cache_teacher, convert_hf, generate, inspect_targets, plan, score, verify_parallel
+from qtarget_megatron.commands import (
+    cache_teacher,
+    convert_hf,
+    generate,
+    import_teacher,
+    inspect_targets,
+    plan,
+    score,
+    verify_parallel,
+)
 
 _PARSERS = {
     "finetune": finetune.command_line,
     "generate": generate.command_line,
     "score": score.command_line,
     "cache-teacher": cache_teacher.command_line,
+    "import-teacher": import_teacher.command_line,
     "plan": plan.command_line,
     "verify": verify_parallel.command_line,
     "inspect": inspect_targets.command_line,

@@ -32,6 +32,9 @@ COMMANDS = {
     "cache-teacher": Command(
         "qtarget_megatron.commands.cache_teacher", (), "keep a teacher's largest probabilities for training"
     ),
+    "import-teacher": Command(
+        "qtarget_megatron.commands.import_teacher", (), "the same of a server's, DistillKit's or Megatron-LM's word"
+    ),
     "plan": Command("qtarget_megatron.commands.plan", (), "memory and traffic of a layout, before renting for it"),
     "verify": Command(
         "qtarget_megatron.commands.verify_parallel", (), "compare losses or a whole training with one process"

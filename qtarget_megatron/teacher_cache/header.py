@@ -20,7 +20,7 @@ _MADE_FROM = {
     "num_samples": "number of samples",
     "tokenizer": "tokenizer",
     "chat_template": "chat template",
-    "teacher_files": "--teacher-hf",
+    "teacher_files": "teacher",
     "teacher_checkpoint": "--load",
     "precision": "precision (--bf16, --fp16)",
     "vocab_size": "vocabulary size",

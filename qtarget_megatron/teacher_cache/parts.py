@@ -158,6 +158,22 @@ def whole_ids(arrays: Arrays) -> np.ndarray:
     return ids | arrays["ids_high"].astype(np.int64) << 16 if "ids_high" in arrays else ids
 
 
+def decoded(header: CacheHeader, arrays: Arrays, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids int64 [n, k], log_p float32 [n, k] and tail float32 [n] of the first n tokens of a sample's stored arrays;
+    entries that top-p left out have id -1 and log_p -inf."""
+    cut = {name: array[:count] for name, array in arrays.items()}
+    if header.top_p is None:
+        ids, log_p = whole_ids(cut), cut["log_p"].astype(np.float32)
+    else:
+        kept = np.arange(header.k) < cut["counts"][:, None]
+        number = np.count_nonzero(kept)
+        ids, log_p = np.full(kept.shape, -1), np.full(kept.shape, -np.inf, dtype=np.float32)
+        ids[kept], log_p[kept] = whole_ids(arrays)[:number], arrays["log_p"][:number]
+    if "top_log_p" in cut:
+        log_p += cut["top_log_p"][:, None]
+    return ids, log_p, cut["tail"].copy()
+
+
 def _crc32(arrays: Arrays, digest: int = 0) -> int:
     for name in sorted(arrays):
         digest = zlib.crc32(arrays[name], digest)

@@ -14,7 +14,7 @@ import numpy as np
 from qtarget_megatron.data import compare_tokenizers
 from qtarget_megatron.teacher_cache.header import last_context_digest, tokenizer_digest
 from qtarget_megatron.teacher_cache.index import PROGRAM, VOCABULARY_FILE, read_index
-from qtarget_megatron.teacher_cache.parts import RESTORE, PartContents, mapped, scan, whole_ids
+from qtarget_megatron.teacher_cache.parts import RESTORE, PartContents, decoded, mapped, scan
 
 # Parts that are kept mapped: each holds a file descriptor.
 _MAPPED_PARTS = 128
@@ -156,17 +156,7 @@ class TeacherCache:
         if input_ids is not None and supervised is not None:
             self._check_context(index, arrays["context"], input_ids, supervised)
             n = int(np.count_nonzero(supervised))
-        cut = {name: array[:n] for name, array in arrays.items()}
-        if self.header.top_p is None:
-            ids, log_p = whole_ids(cut), cut["log_p"].astype(np.float32)
-        else:
-            kept = np.arange(self.header.k) < cut["counts"][:, None]
-            number = np.count_nonzero(kept)
-            ids, log_p = np.full(kept.shape, -1), np.full(kept.shape, -np.inf, dtype=np.float32)
-            ids[kept], log_p[kept] = whole_ids(arrays)[:number], arrays["log_p"][:number]
-        if "top_log_p" in cut:
-            log_p += cut["top_log_p"][:, None]
-        return ids, log_p, cut["tail"].copy()
+        return decoded(self.header, arrays, n)
 
     def check_sample(self, index: int, input_ids: np.ndarray, supervised: np.ndarray) -> None:
         """ValueError where sample() with these would say that the teacher read anything else; reads no entries."""

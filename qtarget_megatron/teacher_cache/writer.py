@@ -10,7 +10,17 @@ from typing import Any
 from qtarget_megatron import output_lock
 from qtarget_megatron.teacher_cache.header import CacheHeader, vocabulary_bytes
 from qtarget_megatron.teacher_cache.index import INDEX_FILE, VOCABULARY_FILE, Index, read_index
-from qtarget_megatron.teacher_cache.parts import PATTERN, Arrays, Part, SampleEntries, encoded, packed, scan
+from qtarget_megatron.teacher_cache.parts import (
+    PATTERN,
+    Arrays,
+    Part,
+    SampleEntries,
+    decoded,
+    encoded,
+    mapped,
+    packed,
+    scan,
+)
 from qtarget_megatron.teacher_cache.reader import TeacherCache
 
 LOCK_FILE = ".lock"
@@ -104,6 +114,16 @@ class CacheWriter:
             self._buffered += sum(array.nbytes for array in self._buffer[-1].values())
             if len(self._buffer) == _PART_SAMPLES or self._buffered >= _PART_BYTES:
                 self._write_part()
+
+    def sample(self, index: int) -> SampleEntries:
+        """What an earlier append() has kept of a sample."""
+        if index >= self._next:
+            arrays = self._buffer[index - self._next]
+        else:
+            part = next(part for part in self._parts if part.first <= index < part.first + part.samples)
+            arrays = mapped(self.directory / part.file).sample(index - part.first, self.header)
+        ids, log_p, tail = decoded(self.header, arrays, len(arrays["tail"]))
+        return SampleEntries(ids, log_p, (ids >= 0).sum(1), tail, arrays["context"])
 
     def finish(self) -> None:
         """All samples have come: the cache is complete."""

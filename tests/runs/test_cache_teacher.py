@@ -146,7 +146,7 @@ BAD = {
     "occupied": (["occupied"], "occupied holds 'mine.txt' and no teacher cache"),
     "a file": (["data.jsonl"], "data.jsonl is a file: expected a directory"),
     "other k": (["one", *EXACT, "--k", 9], "one holds a cache with a different --k: choose another directory"),
-    "other model": (["one", *EXACT, "--teacher-hf", "teacher"], "a different --teacher-hf: choose"),
+    "other model": (["one", *EXACT, "--teacher-hf", "teacher"], "a different teacher: choose"),
     "student's tokenizer": (["never", "--student-hf", "other-tokenizer"], "vocabularies differ"),
     "context parallel": (["never", "--context-parallel-size", 2], "multiple of 2 processes"),
     "no room": (["no-room", "--top-p", 0.9], "GB of free disk space for what is to be written, found 0.0 GB"),

@@ -61,7 +61,7 @@ def test_a_subcommand_gets_the_words_behind_it(words):
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["--help"], 0, "    cache-teacher  keep a teacher's largest probabilities for training\n"),
+        (["--help"], 0, "    cache-teacher   keep a teacher's largest probabilities for training\n"),
         (["--version"], 0, f"qtarget_megatron {__version__}, torch "),
         ([], 2, "qtarget: error: expected a command: qtarget --help lists them\n"),
         (["cache_teacher"], 2, "unknown command 'cache_teacher' (did you mean cache-teacher?)"),

@@ -51,6 +51,7 @@ ALLOWED = {
     "inspection": {"objectives", "statistics", "loss.cross_entropy", "loss.samples"},
     "data": {"cache_folder", "resumable", "statistics"},
     "teacher_cache": {"data", "output_lock"},
+    "teacher_sources": {"data", "teacher_cache"},
     "huggingface": {"huggingface.config", "huggingface.weights", "huggingface.compare", "huggingface.adapters"},
     "huggingface.config": set(),
     "huggingface.weights": {"huggingface.config", "resumable"},
@@ -81,6 +82,7 @@ ALLOWED = {
     },
     "megatron.jobs": {
         "collectives", "data", "huggingface", "kernels", "objectives", "output_lock", "resumable", "teacher_cache",
+        "teacher_sources",
         "loss.linear_cross_entropy", "loss.linear_top_k",
         "megatron.runtime", "megatron.weights", "megatron.model", "megatron.training",
     },
@@ -96,12 +98,16 @@ ALLOWED = {
     },
     "commands": {
         "_version", "command_line", "data", "finetune", "huggingface", "inspection", "objectives", "teacher_cache",
+        "teacher_sources",
         "megatron.runtime", "megatron.faults", "megatron.jobs", "megatron.planning", "megatron.verify",
     },
     "commands.main": {"_version", "commands.completion"},
     "commands.completion": {"commands", "finetune"},
     **dict.fromkeys(
-        ("__main__", "import", "export", "check", "score", "generate", "cache_teacher", "plan", "verify", "inspect"),
+        (
+            "__main__", "import", "export", "check", "score", "generate", "cache_teacher", "import_teacher", "plan",
+            "verify", "inspect",
+        ),
         {"commands.main"},
     ),
     "finetune": {

@@ -214,7 +214,7 @@ def test_what_lies_behind_a_missing_part_is_written_anew(tmp_path, small_parts):
         (dict(k=3, top_p=0.5), "--k, --top-p"),
         (dict(dtype="float32"), "--dtype"),
         (dict(seq_length=31), "--seq-length"),
-        (dict(teacher_files="g"), "--teacher-hf"),
+        (dict(teacher_files="g"), "teacher"),
         (dict(teacher_checkpoint="c"), "--load"),
         (dict(precision="--bf16"), r"precision \(--bf16, --fp16\)"),
         (dict(chat_template="x"), "chat template"),
