@@ -121,14 +121,16 @@ TORCH_ONLY = {
     "statistics", "collectives", "objectives", "kernels", "loss", "inspection", "__init__", "_source_tree", "_version",
 }  # fmt: skip
 WITH_COLLECTIVES = {"collectives", "megatron", "finetune"}
-# Benchmarks time Megatron's own losses and convert several times in one process; two examples stand for a script of a
-# Megatron user.
+# Benchmarks time Megatron's own losses and convert several times in one process; the examples stand for scripts of
+# Megatron's users.
 EXEMPT = {
     ("tools/benchmarking/peers.py", "megatron"),
     ("tools/benchmarking/convert.py", "megatron"),
     ("tools/benchmarking/lora.py", "megatron"),
     ("examples/plugging_in/core_loop.py", "megatron"),
+    ("examples/plugging_in/nemo_rl_loss.py", "megatron"),
     ("examples/plugging_in/pretrain_script.py", "megatron"),
+    ("examples/plugging_in/verl_sft.py", "megatron"),
 }
 
 
