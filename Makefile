@@ -28,7 +28,7 @@ help:
 	@echo '  make test-quick  run the tests that are not marked slow (about two minutes)'
 	@echo '  make test-lowest, make test-newest'
 	@echo '                   run tests/unit with the lowest and the newest versions, in environments of their own'
-	@echo '  make bench       measure time and memory next to torch and Megatron (about 35 minutes, idle machine)'
+	@echo '  make bench       measure time and memory next to torch and Megatron (about 45 minutes, idle machine)'
 	@echo '  make study       train and compare every objective on small models (about 2 hours, goes on where it ended)'
 	@echo '  make study-quick the same with four of them on three kinds of data (about 10 minutes)'
 	@echo '  make study-real  the same with a real model (about 6 hours)'

@@ -1,12 +1,13 @@
 """Measure the losses, in time and memory, next to what they replace, and write a report.
 
-    python tools/benchmark.py all                    # everything; about 35 minutes on 2 cores that do nothing else
+    python tools/benchmark.py all                    # everything; about 45 minutes on 2 cores that do nothing else
     python tools/benchmark.py kernels head           # only these; their sections of the report are replaced
     python tools/benchmark.py kernels --quick        # small shapes, under a minute: does it work? Not for figures
     python tools/benchmark.py report                 # only write the report anew, from what was measured before
 
 kernels      loss of given logits, forward and backward: ours, torch, torch.compile, Megatron, and Target-SFT as one
              would write it; each against the time that the bytes alone take (the floor)
+divergences  divergences from a teacher next to sft, kd and the loss as one would write it, 14,000 x 152,000; 13 GiB
 head         output layer and loss together: logits a chunk at a time against logits as a whole, time and memory
 collective   one all-gather and merge against Megatron's three all-reduces, 2 and 4 ranks over gloo
 step         training steps of the fine-tuning command on a small random model, 1 rank and 2 tensor-parallel ranks

@@ -22,7 +22,7 @@ from matplotlib import image
 
 from qtarget_megatron import objectives, qtarget_cross_entropy
 from tools import benchmark
-from tools.benchmarking import figures, growth, kernels, machine, measure, packing, peers, report, workers
+from tools.benchmarking import divergences, figures, growth, kernels, machine, measure, packing, peers, report, workers
 
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py")]
 CPU = torch.device("cpu")
@@ -216,7 +216,7 @@ COLLECTIVE = [
 ]
 
 
-PARTS = ["kernels", "head", "collective", "step", "lora", "data", "growth", "convert", "cuda", "cuda-head"]
+PARTS = "kernels divergences head collective step lora data growth convert cuda cuda-head".split()
 
 
 @pytest.mark.parametrize(
@@ -465,6 +465,36 @@ def test_adapters_are_measured_next_to_all_weights():
         else:
             same(ratio, np.median(seconds[trained, teacher]) / np.median(seconds[first]))
             same(times, sum(found.values()) / sum(held[first].values()))
+
+
+def test_divergences_are_measured_next_to_the_loss_as_one_would_write_it():
+    """Both have computed the same before that. The report's ratios are recomputed by other code."""
+    arguments = dict(tokens=24, vocabulary=512, dtype="float32", top_k=8, chunk_size=16, seconds=0, min_rounds=3)
+    rows = divergences.measure(say=lambda line: None, **arguments)
+    seconds = {(row["objective"], row["method"], row["teacher"]): np.array(row["seconds"]) for row in rows}
+    assert len(seconds) == len(rows) == 16
+    lines = [line for line in report.divergences(rows) if re.match(r"\| [a-z-]+ \| (qtarget|eager)", line)]
+    assert len(lines) == len(rows) - 1  # all but the copy
+    for line in lines:
+        *key, taken, times_sft, times_kd, times_ours, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        own = seconds[tuple(key)]
+        same(taken, np.median(own))
+        for found, other in (
+            (times_sft, ("sft", "qtarget", "none")),
+            (times_kd, ("kd", "qtarget", "logits")),
+            (times_ours, (key[0], "qtarget", key[2])),
+        ):
+            if other == tuple(key):
+                assert found == "-"
+            else:
+                same(found, np.median(own) / np.median(seconds[other]))
+
+
+def test_a_divergence_that_computes_something_else_is_not_timed(monkeypatch):
+    monkeypatch.setitem(divergences.EAGER, "jsd", divergences._kd)
+    arguments = dict(tokens=24, vocabulary=512, dtype="float32", top_k=8, chunk_size=16, seconds=0, min_rounds=1)
+    with pytest.raises(RuntimeError, match="eager, in chunks computes another jsd than qtarget"):
+        divergences.measure(say=lambda line: None, **arguments)
 
 
 def test_costs_and_memory_follow_from_the_runs():

@@ -152,7 +152,7 @@ def measure_shape(
         used, (loss, gradient) = memory(subject, device)
         if method.objective not in reference:
             reference[method.objective] = loss, gradient
-        _check(method, loss, gradient, *reference[method.objective], _TOLERANCE[dtype])
+        check(method.name, method.objective, loss, gradient, *reference[method.objective])
         return used.extra
 
     for method in chosen:
@@ -193,10 +193,9 @@ def left_out(name: str, error: Exception) -> str:
     return f"left out: {name}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
-def _check(
-    method: Method, loss: Tensor, gradient: Tensor, loss_0: Tensor, gradient_0: Tensor, tolerance: float
-) -> None:
+def check(name: str, objective: str, loss: Tensor, gradient: Tensor, loss_0: Tensor, gradient_0: Tensor) -> None:
     """Refuse to time something that computes something else. One number is compared with the sum of the others."""
+    tolerance = _TOLERANCE[gradient_0.dtype]
     if loss.dim() == 0:
         loss_0 = loss_0.sum()
     loss_off = (loss.float() - loss_0).abs().max() / loss_0.abs().max()
@@ -205,6 +204,6 @@ def _check(
     gradient_off = gradient_off / gradient_0.abs().max()
     if not (loss_off <= tolerance and gradient_off <= tolerance):
         raise RuntimeError(
-            f"{method.name} computes another {method.objective} than {OURS}: loss off by {loss_off:.2g}, gradient by "
+            f"{name} computes another {objective} than {OURS}: loss off by {loss_off:.2g}, gradient by "
             f"{gradient_off:.2g} of the largest value, {tolerance} allowed"
         )

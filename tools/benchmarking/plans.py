@@ -32,6 +32,17 @@ def kernels(say: Say, quick: bool) -> Rows:
     return rows
 
 
+def divergences(say: Say, quick: bool) -> Rows:
+    """13 GiB: three matrices the size of the logits."""
+    arguments = dict(tokens=14_000, vocabulary=152_000, dtype="bfloat16", top_k=64, chunk_size=512)
+    arguments |= dict(seconds=60.0, min_rounds=3)
+    threads = machine.cores()
+    if quick:
+        arguments |= dict(tokens=40, vocabulary=2048, dtype="float32", top_k=8, chunk_size=16, seconds=0.2)
+        threads = 1
+    return workers.run(f"{_PACKAGE}.divergences:measure", arguments, say=say, threads=threads, timeout=3600)[0]
+
+
 def cuda(say: Say, quick: bool) -> Rows:
     arguments = dict(tokens=8192, vocabularies=[131_072], dtypes=["bfloat16"], seconds=10.0, min_rounds=20)
     arguments["compiled"] = ["sft", "target-sft"]
@@ -185,6 +196,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 # In the order of the report.
 PLANS: dict[str, Callable[[Say, bool], Rows]] = {
     "kernels": kernels,
+    "divergences": divergences,
     "head": head,
     "collective": collective,
     "step": training_step,

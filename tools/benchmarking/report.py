@@ -190,6 +190,45 @@ def kernels(rows: list[Row]) -> list[str]:
     return lines
 
 
+def divergences(rows: list[Row]) -> list[str]:
+    lines = [
+        "Forward and backward of the loss of given logits with a teacher, all of whose tokens are supervised, the "
+        "gradient written over the logits. *Eager, in chunks* is the same as one would write it in torch, "
+        f"{rows[0]['chunk_size']} tokens at a time, in float32; with the largest entries only, it gathers the model's "
+        "log-probabilities of them. The teacher's whole row or its largest entries are there already. A divergence "
+        "other than the forward KL reads both rows once more where its slope needs the merged normalisers. Extra "
+        "memory: the most that torch's allocator holds at once beyond inputs and results, as a multiple of the logits."
+    ]
+    for (tokens, vocabulary, dtype, threads), group in _groups(rows, "tokens", "vocabulary", "dtype", "threads"):
+        sft = _pick(group, objective="sft")
+        kd, copied = _pick(group, objective="kd"), _pick(group, method="copy")
+        lines += [
+            "",
+            f"### {tokens} x {vocabulary}, {dtype}, {threads} thread(s)",
+            "",
+            f"Logits: {figure(group[0]['logits_bytes'] / MIB)} MiB; a copy takes {spread(copied)} s.",
+            "",
+        ]
+        lines += table(
+            ["objective", "method", "teacher", "s", "times sft", "times kd", "times qtarget", "extra memory"],
+            [
+                [
+                    row["objective"],
+                    row["method"],
+                    row["teacher"],
+                    spread(row),
+                    compare(row, sft),
+                    compare(row, kd),
+                    compare(row, _pick(group, objective=row["objective"], teacher=row["teacher"])),
+                    f"{row['extra_bytes'] / row['logits_bytes']:.3f}",
+                ]
+                for row in group
+                if row["method"] != "copy"
+            ],
+        )
+    return lines
+
+
 def head(rows: list[Row]) -> list[str]:
     lines = [
         "Forward and backward of output layer and loss, with the gradients of hidden states and weight. *Fused head*: "
@@ -486,6 +525,7 @@ def convert(rows: list[Row]) -> list[str]:
 
 SECTIONS: dict[str, tuple[str, Callable[[list[Row]], list[str]]]] = {
     "kernels": ("Kernels", kernels),
+    "divergences": ("Divergences", divergences),
     "head": ("Output layer and loss", head),
     "collective": ("Collectives", collective),
     "step": ("Training steps", step),
