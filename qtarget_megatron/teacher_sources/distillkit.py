@@ -238,11 +238,8 @@ class DistillKitRows:
         cells = {name: self._cells(table[name][row], rows + first) for name in self._columns}
         if self._compression is not None:
             ids = self._compression.ids(cells["bytepacked_indices"])
-            return entries_of(sample, ids, self._compression.log_p(cells["compressed_logprobs"]))
-        ids, log_p = cells["token_ids"], cells["top_values"]
-        if (log_p > 1e-3).any():
-            raise ValueError(f"record {index}: top_values are no log-probabilities: {log_p.max():.4g} is above 0")
-        return entries_of(sample, ids, log_p)
+            return entries_of(index, sample, ids, self._compression.log_p(cells["compressed_logprobs"]))
+        return entries_of(index, sample, cells["token_ids"], cells["top_values"])
 
     def _find(self, index: int, sample: EncodedSample, needed: int) -> tuple[int, int, int, int]:
         """The sequence that begins as the sample does, over at least so many tokens."""

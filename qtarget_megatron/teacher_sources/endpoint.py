@@ -100,7 +100,7 @@ class Endpoint:
             more = f": start it with --max-logprobs {self.k}" if self.kind == "vllm" else ""
             raise ValueError(f"{self.url} gave {fewest} entries of a token of sample {index}, expected {self.k}{more}")
         table = np.array(kept, dtype=np.float64)
-        return entries_of(sample, table[..., 0].astype(np.int64), table[..., 1])
+        return entries_of(index, sample, table[..., 0].astype(np.int64), table[..., 1])
 
     def _question(self, ids: list[int]) -> dict[str, Any]:
         if self.kind == "sglang":

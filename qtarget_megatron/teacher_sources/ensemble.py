@@ -85,7 +85,7 @@ class Ensemble:
                 mean += weight * p
             best = np.argsort(-mean, kind="stable")[: self.k]
             ids[token, : len(best)], log_p[token, : len(best)] = known[best], np.log(np.maximum(mean[best], 1e-300))
-        found = entries_of(sample, ids, log_p)
+        found = entries_of(index, sample, ids, log_p)
         if (found.counts < self.k).any():
             raise ValueError(
                 f"sample {index}: the caches keep {int(found.counts.min())} tokens together, expected {self.k}: caches "

@@ -121,7 +121,7 @@ class MegatronLogits:
         if missing := self.k - log_p.shape[1]:
             log_p = np.pad(log_p, ((0, 0), (0, missing)), constant_values=-np.inf)
             ids = np.pad(ids, ((0, 0), (0, missing)))
-        return entries_of(sample, ids, log_p)
+        return entries_of(index, sample, ids, log_p)
 
     def _row(self, place: int, record: int) -> tuple[np.ndarray, np.ndarray]:
         """values [s, k] and ids [s, k] of the sample that came so many samples after the first one."""

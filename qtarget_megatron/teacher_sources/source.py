@@ -9,6 +9,9 @@ import numpy as np
 from qtarget_megatron.data import EncodedSample
 from qtarget_megatron.teacher_cache import SampleEntries, context_digests
 
+# How far above 0 a log-probability may be by the rounding of whoever has compressed it.
+_ROUNDING = 1e-2
+
 
 class TeacherSource(Protocol):
     """Where the entries of a cache come from.
@@ -34,14 +37,22 @@ class TeacherSource(Protocol):
         """Those of record `index`, which has supervised tokens. ValueError, one line, where they cannot be had."""
 
 
-def entries_of(sample: EncodedSample, ids: np.ndarray, log_p: np.ndarray) -> SampleEntries:
-    """The entries of a sample from ids int [n, k] and log_p [n, k], in any order, -inf where there is none.
+def entries_of(index: int, sample: EncodedSample, ids: np.ndarray, log_p: np.ndarray) -> SampleEntries:
+    """The entries of sample index from ids int [n, k] and log_p [n, k], in any order, -inf where there is none.
 
     Probabilities that add up to more than 1, by the rounding of whoever wrote them, are divided by their sum.
+    ValueError for what are no log-probabilities, and for an id that comes twice at a place or is negative.
     """
     order = np.argsort(-log_p, axis=1, kind="stable")
     ids = np.take_along_axis(np.asarray(ids, dtype=np.int64), order, axis=1)
     log_p = np.take_along_axis(np.asarray(log_p, dtype=np.float64), order, axis=1)
+    if log_p.size and not log_p.max() <= _ROUNDING:  # NaN as well
+        raise ValueError(
+            f"sample {index}: expected log-probabilities, 0 or less, got {log_p.max():.4g}: logits are none"
+        )
+    there = np.where(np.isfinite(log_p), ids, -1 - np.arange(ids.shape[1]))
+    if (ids[np.isfinite(log_p)] < 0).any() or (np.diff(np.sort(there, axis=1), axis=1) == 0).any():
+        raise ValueError(f"sample {index}: a token id comes twice at a place, or is negative")
     total = np.exp(log_p).sum(1)
     log_p -= np.log(np.maximum(total, 1.0))[:, None]
     kept = np.isfinite(log_p)

@@ -19,9 +19,10 @@ from small_tokenizers import CHATML, byte_tokenizer
 from teacher_server import Teacher, served
 
 from qtarget_megatron.commands.import_teacher import main
-from qtarget_megatron.data import JsonlFile, encode_at
+from qtarget_megatron.data import EncodedSample, JsonlFile, encode_at
 from qtarget_megatron.teacher_cache import TeacherCache
 from qtarget_megatron.teacher_sources import endpoint
+from qtarget_megatron.teacher_sources.source import entries_of
 
 K, SAMPLES, VOCABULARY = 12, 24, 317
 
@@ -442,3 +443,21 @@ def test_an_imported_cache_trains_as_the_live_teacher_does(workspace, model, tmp
     live, cached = (found[name]["scalars"] for name in ("live", "cached"))
     for tag in ("lm loss", "grad-norm"):
         assert cached[tag] == pytest.approx(live[tag], rel=1e-4), tag
+
+
+@pytest.mark.parametrize(
+    ("ids", "log_p", "message"),
+    [
+        ([[3, 5]], [[1.5, -2.0]], "expected log-probabilities, 0 or less, got 1.5"),
+        ([[3, 5]], [[float("nan"), -2.0]], "expected log-probabilities, 0 or less, got nan"),
+        ([[3, 3]], [[-1.0, -2.0]], "comes twice at a place"),
+        ([[3, -1]], [[-1.0, -2.0]], "is negative"),
+    ],
+)
+def test_what_are_no_entries_is_a_line(ids, log_p, message):
+    sample = EncodedSample(np.arange(4), np.array([False, False, True, False]), truncated=False)
+    with pytest.raises(ValueError, match=f"sample 7: .*{message}"):
+        entries_of(7, sample, np.array(ids), np.array(log_p))
+    # An id that stands where there is no entry is none.
+    kept = entries_of(7, sample, np.array([[3, 3]]), np.array([[-1.0, -np.inf]]))
+    assert kept.counts.tolist() == [1] and kept.tail[0] == pytest.approx(1 - np.exp(-1), rel=1e-6)
