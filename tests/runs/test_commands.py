@@ -108,7 +108,7 @@ def test_each_command_has_a_tool_of_a_few_lines():
         assert len(tool.splitlines()) < 12
 
 
-@pytest.mark.parametrize("name", ["finetune", "generate", *COMMANDS])
+@pytest.mark.parametrize("name", ["finetune", "generate", "import_teacher", *COMMANDS])
 def test_a_version_is_one_line(name, capsys):
     command = finetune if name == "finetune" else importlib.import_module(f"qtarget_megatron.commands.{name}")
     with pytest.raises(SystemExit) as ended:

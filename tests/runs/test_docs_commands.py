@@ -18,7 +18,7 @@ from launching import REPOSITORY, Launch, run_alone, run_ranks
 from qtarget_megatron.commands.main import COMMANDS
 
 PAGES = [page for page in pages() if blocks(page, "sh")]
-MADE = ("OUT", "CKPT", "CACHE", "scored.jsonl")
+MADE = ("OUT", "CKPT", "CACHE", "OTHER", "BOTH", "scored.jsonl")
 
 
 def commands(page, *, run=False):
@@ -52,6 +52,7 @@ def faults(found):
         cache_teacher,
         convert_hf,
         generate,
+        import_teacher,
         inspect_targets,
         plan,
         score,
@@ -62,6 +63,7 @@ def faults(found):
 
     own = {"finetune": finetune, "plan": plan, "score": score, "cache-teacher": cache_teacher}
     own |= {"verify": verify_parallel, "inspect": inspect_targets, "generate": generate}
+    own |= {"import-teacher": import_teacher}
     parsers = {name: module.command_line() for name, module in own.items()} | convert_hf.command_lines()
     trains = {"finetune": add_arguments, "plan": add_arguments}
     said = []
