@@ -111,4 +111,8 @@ def assert_follows(folder, name, values, expected, weights):
     saved, start = tensors(folder / f"hf-{name}"), tensors(folder / "untied")
     difference = math.sqrt(sum(float((saved[key] - value).square().sum()) for key, value in weights.items()))
     change = math.sqrt(sum(float((before - weights[key]).square().sum()) for key, before in start.items()))
-    assert difference <= 10 * BOUND * change, (name, difference / change)
+    # Weights are float32: a step rounds each by half a unit in its last place, and steps add up like a random walk.
+    # Where the whole change is less than a thousandth of the weights, that is most of what there is.
+    size = math.sqrt(sum(float(value.square().sum()) for value in weights.values()))
+    rounding = math.sqrt(STEPS) * 2**-24 * size
+    assert difference <= 10 * BOUND * change + rounding, (name, difference / change)
