@@ -30,6 +30,11 @@ _PARSERS = {
 }
 
 
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """That of each subcommand, by its name."""
+    return {name: make() for name, make in _PARSERS.items()} | convert_hf.command_lines()
+
+
 def script(shell: str, summaries: Mapping[str, str]) -> str:
     """The program that a shell reads. ImportError without shtab, ValueError for a shell that it does not know.
 
@@ -41,10 +46,10 @@ def script(shell: str, summaries: Mapping[str, str]) -> str:
         raise ValueError(f"expected one of {', '.join(shtab.SUPPORTED_SHELLS)}, got {shell!r}")
     root = argparse.ArgumentParser(prog="qtarget")
     subcommands = root.add_subparsers()
-    parsers = {name: make() for name, make in _PARSERS.items()} | convert_hf.command_lines()
+    known = parsers()
     for name, summary in summaries.items():
         child = subcommands.add_parser(name, help=summary, add_help=False)
-        for action in parsers[name]._actions:
+        for action in known[name]._actions:
             child._add_action(action)
             if action.type is Path:
                 completion = shtab.FILE if action.metavar == "FILE" else shtab.DIRECTORY

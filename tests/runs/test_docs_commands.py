@@ -47,24 +47,11 @@ def of_the_package(words):
 
 def faults(found):
     """What the parsers of the commands and Megatron's say of them, on a rank."""
-    from qtarget_megatron import finetune
-    from qtarget_megatron.commands import (
-        cache_teacher,
-        convert_hf,
-        generate,
-        import_teacher,
-        inspect_targets,
-        plan,
-        score,
-        verify_parallel,
-    )
+    from qtarget_megatron.commands import completion
     from qtarget_megatron.megatron.runtime import launch
     from qtarget_megatron.megatron.training.arguments import add_arguments
 
-    own = {"finetune": finetune, "plan": plan, "score": score, "cache-teacher": cache_teacher}
-    own |= {"verify": verify_parallel, "inspect": inspect_targets, "generate": generate}
-    own |= {"import-teacher": import_teacher}
-    parsers = {name: module.command_line() for name, module in own.items()} | convert_hf.command_lines()
+    parsers = completion.parsers()
     trains = {"finetune": add_arguments, "plan": add_arguments}
     said = []
     for name, *words in found:
