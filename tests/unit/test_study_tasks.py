@@ -9,7 +9,8 @@ from itertools import islice
 import pytest
 
 from examples.study.conditions import critical
-from examples.study.real import RealProblems, answer_of, corrupt, same_answer
+from examples.study.real import RealProblems
+from examples.study.solutions import answer_of, corrupt, same_answer
 from examples.study.tasks import ALPHABET, KNOWN, RULES, TASKS, Condition, is_known, is_new, problems, split_of
 from examples.study.tasks import answer_of as made_up_answer
 from examples.study.tokenizer import VOCABULARY_SIZE, character_tokenizer
