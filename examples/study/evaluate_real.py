@@ -102,7 +102,8 @@ class Solutions:
 
     def __init__(self, model: Any, tokenizer: Any, temperatures: Sequence[float] = (1.0,)):
         self._model, self._tokenizer, self._temperatures = model, tokenizer, temperatures
-        self._digits = sorted({token for text, token in tokenizer.get_vocab().items() if text[:1].isdigit()})
+        # In a vocabulary of bytes other digits, as ², stand for bytes.
+        self._digits = sorted(token for text, token in tokenizer.get_vocab().items() if "0" <= text[:1] <= "9")
 
     def of(self, records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
         """nll of each record's solution, and of each that has results "result greedy" and "result sampled"."""

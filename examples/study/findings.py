@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,10 @@ class Findings:
             found = Interval(-found.mean, -found.high, -found.low)
         return found.verdict
 
+    def measured(self, metrics: Sequence[str]) -> list[str]:
+        """Those of the metrics that a result has."""
+        return [name for name in metrics if any(name in result["metrics"] for result in self._results.values())]
+
     def settings(self, arm: str) -> list[tuple[str, str]]:
         """(base, data) of which there are results of an arm, in the order of the grids."""
         pairs = dict.fromkeys((b, d) for grid in self.study.grids for d in grid.data for b in grid.bases)
@@ -106,7 +110,7 @@ def _cooler(result: Mapping[str, Any]) -> Mapping[str, Any]:
     found = dict(result)
     for kind in ("metrics", "outcomes"):
         found[kind] = dict(result[kind])
-        for prefix in ("", "other ", "dev "):
+        for prefix in ("", "other ", "dev ", "result ", "dev result "):
             if prefix + _SAMPLED_COOLER in result[kind]:
                 found[kind][f"{prefix}sampled"] = result[kind][prefix + _SAMPLED_COOLER]
     return found

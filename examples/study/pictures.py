@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.study.findings import Findings
+from examples.study.findings import COOLER, Findings
 
 # The same arm looks the same in every picture.
 STYLES = {
@@ -35,6 +35,7 @@ def draw(findings: Findings, out: Path) -> list[tuple[str, str]]:
         ("noise.png", _noise),
         ("forgetting.png", _forgetting),
         ("trust.png", _trust),
+        ("results.png", _results),
     ]
     drawn = []
     for name, picture in pictures:
@@ -174,6 +175,35 @@ def _trust(findings: Findings, path: Path) -> str | None:
     return (
         "What a designed target trusts: mean p(y) of right (solid) and wrong (dashed) characters of demonstrations "
         f"over training, {base}."
+    )
+
+
+def _results(findings: Findings, path: Path) -> str | None:
+    """Results of right steps, for each arm of the first grid; in front of them those of the base."""
+    main = findings.study.grids[0]
+    settings = [(base, data) for data in main.data for base in main.bases]
+    settings = [pair for pair in settings if len(findings.values(*pair, "sft", "result greedy"))]
+    if not settings:
+        return None
+    figure, axes = _axes(len(settings), "results of right steps, %")
+    for axis, (base, data) in zip(axes, settings, strict=True):
+        arms = [arm for arm in (*main.arms, COOLER) if findings.runs(base, data, arm)]
+        for metric, fill, said in (("result greedy", "full", "likeliest"), ("result sampled", "none", "T = 1")):
+            for result in findings.runs(base, data, "sft", 0).values():
+                axis.plot(-1, 100 * result["metrics"][metric], "k*", markersize=10, fillstyle=fill)
+            for place, arm in enumerate(arms):
+                values = 100 * findings.values(base, data, arm, metric)
+                colour, marker = STYLES.get(arm, ("#888888", "<"))
+                axis.errorbar(
+                    place, values.mean(), values.std(), color=colour, marker=marker, markersize=8, fillstyle=fill,
+                    capsize=3, linestyle="none",
+                )  # fmt: skip
+        axis.set_xticks(range(-1, len(arms)), ["before", *(arm.replace(", ", ",\n") for arm in arms)], fontsize=8)
+        axis.set(title=f"{data}, {base}", xlim=(-1.5, len(arms) - 0.5))
+    _save(figure, path)
+    return (
+        "Results of right solutions' steps, each asked behind what stands before it: the share that is the likeliest "
+        "number (filled), and the probability of these numbers at T = 1 (hollow). Bars: standard deviation over seeds."
     )
 
 

@@ -22,8 +22,16 @@ from examples.study.statistics import DRAWS, LEVEL, Interval, spread
 from examples.study.study_file import SFT, TIE, Study, read_study
 
 DESIGNED = "target-sft 0.5"
-METRICS = ("greedy", "sampled")
-SAID = {"greedy": "likeliest answer", "sampled": "sampled, T = 1", "nll": "-log p"}
+# Shares of what is right; those of a study that it has not measured are left out.
+_RESULTS = ("result greedy", "result sampled")
+METRICS = (*_RESULTS, "greedy", "sampled")
+SAID = {
+    "result greedy": "likeliest result of right steps",
+    "result sampled": "such a result sampled, T = 1",
+    "greedy": "likeliest answer",
+    "sampled": "sampled, T = 1",
+    "nll": "-log p",
+}
 
 
 def write_report(study_path: Path, out: Path) -> Path:
@@ -79,7 +87,7 @@ def _short(findings: Findings) -> str:
         if not findings.runs(base, data, DESIGNED):
             continue
         before = _before(findings, base, data)
-        for metric in METRICS:
+        for metric in findings.measured(METRICS):
             best = max(_compared(findings, base, data), key=lambda arm: findings.values(base, data, arm, metric).mean())
             rows.append(
                 [
@@ -112,21 +120,31 @@ def _counts(findings: Findings) -> str:
     main = findings.study.grids[0]
     arms = list(dict.fromkeys([*main.arms, *_extra(findings)]))
     settings = [(base, data) for data in main.data for base in main.bases if findings.runs(base, data, SFT)]
+    metrics = [*findings.measured(METRICS), "nll"]
     rows = []
     for arm in arms:
         if arm == SFT:
             continue
         row = [arm]
-        for metric in (*METRICS, "nll"):
+        for metric in metrics:
             found = Counter(findings.verdict(base, data, arm, metric) for base, data in settings)
             row.append(" / ".join(str(found[kind]) for kind in ("win", "tie", "loss")))
         rows.append(row)
-    return (
-        f"## Wins / ties / losses against sft, {len(settings)} settings\n\n"
-        f"The last {len(_extra(findings))} are no losses: sft on the half of the data that the base finds likeliest; "
-        "sft stopped where dev is best; sft's answers drawn at a lower temperature.\n\n"
-        + _table(["", *(SAID[metric] for metric in (*METRICS, "nll"))], rows)
+    extra = [_NO_LOSSES.get(arm, _NO_LOSSES["filtered"]) for arm in _extra(findings)]
+    said = ""
+    if extra:
+        said = "The last one is no loss: " if len(extra) == 1 else f"The last {len(extra)} are no losses: "
+        said += "; ".join(dict.fromkeys(extra)) + ".\n\n"
+    return f"## Wins / ties / losses against sft, {len(settings)} settings\n\n{said}" + _table(
+        ["", *(SAID[metric] for metric in metrics)], rows
     )
+
+
+_NO_LOSSES = {
+    "filtered": "sft on the half of the data that the base finds likeliest",
+    EARLY: "sft stopped where dev is best",
+    COOLER: "sft's answers drawn at a lower temperature",
+}
 
 
 def _extra(findings: Findings) -> list[str]:
@@ -160,57 +178,62 @@ def _others(findings: Findings) -> str:
         pairs = [(base, data) for data in grid.data for base in grid.bases]
         if grid.steps or all(findings.study.data[data].learning_rates_from for _, data in pairs):
             continue
-        rows = [
-            _row(findings, base, data, arm)
-            for base, data in pairs
-            for arm in [SFT, *grid.arms]
-            if findings.runs(base, data, arm)
-        ]
-        if rows:
-            parts.append(f"## {grid.name.capitalize()}\n\n" + _table(_COLUMNS, rows))
+        table = _arms_table(findings, [(base, data, arm) for base, data in pairs for arm in [SFT, *grid.arms]])
+        if table:
+            parts.append(f"## {grid.name.capitalize()}\n\n{table}")
     return "\n".join(parts)
 
 
-_COLUMNS = [
-    "data", "model", "arm", "lr", "likeliest", "to sft", "T = 1", "to sft", "-log p", "KL", "other tasks", "M", "trust",
-]  # fmt: skip
+_SHARES = {
+    "result greedy": "result, likeliest",
+    "result sampled": "result, T = 1",
+    "greedy": "likeliest",
+    "sampled": "T = 1",
+}
+_DISTANCES = {"nll": "-log p", "kl": "KL"}
 
 
-def _row(findings: Findings, base: str, data: str, arm: str) -> list[str]:
-    def number(metric: str, form: str = ".2f") -> str:
-        values = findings.values(base, data, arm, metric)
-        return format(values.mean(), form) if len(values) else ""
+def _arms_table(findings: Findings, cells: Iterable[tuple[str, str, str]]) -> str:
+    """A row for each (base, data, arm) that has been run, with what was measured."""
+    shares, distances = findings.measured(_SHARES), findings.measured(_DISTANCES)
+    untouched = findings.measured(["untouched"])
+    head = ["data", "model", "arm", "lr"]
+    for metric in shares:
+        head += [_SHARES[metric], "to sft"]
+    head += [*(_DISTANCES[metric] for metric in distances), *(["other tasks"] if untouched else []), "M", "trust"]
+    rows = []
+    for base, data, arm in cells:
+        if not findings.runs(base, data, arm):
+            continue
+        rate = findings.rate(base, data, arm)
+        row = [data, base, arm, "" if rate is None else f"{rate:g}"]
+        for metric in shares:
+            row.append(_share(findings.values(base, data, arm, metric)))
+            row.append("" if arm == SFT else _difference(findings.difference(base, data, arm, metric)))
+        row += [_number(findings.values(base, data, arm, metric), ".3f") for metric in distances]
+        row += [_share(findings.values(base, data, arm, metric)) for metric in untouched]
+        row += [_number(findings.values(base, data, arm, name), ".2f") for name in ("total mass", "trust")]
+        rows.append(row)
+    return _table(head, rows) if rows else ""
 
-    def to_sft(metric: str) -> str:
-        return "" if arm == SFT else _difference(findings.difference(base, data, arm, metric))
 
-    rate = findings.rate(base, data, arm)
-    return [
-        data, base, arm, "" if rate is None else f"{rate:g}",
-        _share(findings.values(base, data, arm, "greedy")), to_sft("greedy"),
-        _share(findings.values(base, data, arm, "sampled")), to_sft("sampled"),
-        number("nll", ".3f"), number("kl", ".3f"), _share(findings.values(base, data, arm, "untouched")),
-        number("total mass"), number("trust"),
-    ]  # fmt: skip
+def _number(values: np.ndarray, form: str) -> str:
+    return format(values.mean(), form) if len(values) else ""
 
 
 def _settings(findings: Findings) -> str:
     """Every arm of every setting of the first grid, and the arms that are no losses."""
     main = findings.study.grids[0]
     arms = list(dict.fromkeys([*main.arms, *_extra(findings)]))
-    rows = [
-        _row(findings, base, data, arm)
-        for data in main.data
-        for base in main.bases
-        for arm in arms
-        if findings.runs(base, data, arm)
-    ]
+    cells = [(base, data, arm) for data in main.data for base in main.bases for arm in arms]
+    results = "result: of right steps, asked behind what stands before it. " if findings.measured(_RESULTS) else ""
+    untouched = "other tasks: greedy, of those that the base knew. " if findings.measured(["untouched"]) else ""
     explained = (
-        "lr: chosen by dev. -log p: of a token of right solutions, in nats. KL: from the base, of those tokens, in "
-        "nats. other tasks: greedy, of those that the base knew. M: mean total mass of the target in training, trust "
-        "its label's share; both change the step's effective size.\n"
+        f"lr: chosen by dev. {results}-log p: of a token of right solutions, in nats. KL: from the base, of those "
+        f"tokens, in nats. {untouched}M: mean total mass of the target in training, trust its label's share; both "
+        "change the step's effective size.\n"
     )
-    return f"## Every setting\n\n{explained}\n" + _table(_COLUMNS, rows)
+    return f"## Every setting\n\n{explained}\n" + _arms_table(findings, cells)
 
 
 def _rates(findings: Findings) -> str:
