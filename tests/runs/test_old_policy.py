@@ -96,6 +96,9 @@ def test_layouts_train_like_one_process(workspace, words):
     for kind, result in single.items():
         masses = result["scalars"]["label mass"]
         assert masses[::2] == pytest.approx([1, 1], abs=1e-5) and max(masses[1::2]) < 0.9, (kind, masses)
+    # With adapters the old policy is a copy of these alone.
+    costs = {kind: result["scalars"]["teacher MiB"] for kind, result in single.items()}
+    assert max(costs["tied adapters"]) < 0.3 * min(costs["tied"]), costs
     overlap = [*DISTRIBUTED_OPTIMIZER, "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", 500]
     two = {
         "untied at DP2 with overlapped communication": [*kinds["untied"], *overlap],

@@ -76,7 +76,7 @@ class StackedModel(LanguageModule):
         models = [self] if teacher is None else [self, teacher]
         self.routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
         if teacher is not None:
-            self._teacher_cost.add_weights(teacher.parameters())
+            self._teacher_cost.add_model(teacher, self)
         self._has_teacher = teaches_itself or teacher is not None
         self.keeps_teacher, self.teacher_is_known = False, True
         if self._has_teacher:

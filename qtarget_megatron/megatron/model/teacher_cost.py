@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 
 class TeacherCost:
@@ -18,10 +18,12 @@ class TeacherCost:
 
     def __init__(self):
         self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._milliseconds, self._weights = 0.0, 0
+        self._milliseconds = 0.0
+        self._models: list[tuple[Module, Module]] = []
 
-    def add_weights(self, parameters: Iterable[Tensor]) -> None:
-        self._weights += sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    def add_model(self, teacher: Module, student: Module) -> None:
+        """A model chunk's teacher. Weights that it shares with the student are no cost of it."""
+        self._models.append((teacher, student))
 
     def __enter__(self) -> None:
         # Only ranks of a last stage ever take the time: the events of the others must not pile up.
@@ -46,4 +48,8 @@ class TeacherCost:
 
     def bytes_with(self, *held: Tensor) -> int:
         """Bytes of the teacher's weights on this rank plus the given tensors."""
-        return self._weights + sum(tensor.numel() * tensor.element_size() for tensor in held)
+        own = []
+        for teacher, student in self._models:
+            shared = {parameter.data_ptr() for parameter in student.parameters()}
+            own += [parameter for parameter in teacher.parameters() if parameter.data_ptr() not in shared]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*own, *held))
