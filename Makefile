@@ -31,7 +31,7 @@ help:
 	@echo '  make bench       measure time and memory next to torch and Megatron (about 45 minutes, idle machine)'
 	@echo '  make study       train and compare every objective on small models (about 2 hours, goes on where it ended)'
 	@echo '  make study-quick the same with four of them on three kinds of data (about 10 minutes)'
-	@echo '  make study-real  the same with a real model (about 80 minutes)'
+	@echo '  make study-real  the same with a real model (about 90 minutes)'
 	@echo '  make gpu         on a machine with a GPU: run what needs one, write benchmarks/GPU.md'
 	@echo '  make docs        build the documentation into site/'
 	@echo '  make lint        check style (ruff) and types (mypy)'

@@ -67,7 +67,8 @@ def _head(study: Study, results: dict) -> str:
     done = f"{len(results)} runs" if len(results) == total else f"**{len(results)} of {total} runs so far**"
     return (
         f"# {study.title}\n\n"
-        f"{done} of {study.steps} steps, through `qtarget finetune`; {hours:.2f} hours of one core, bases apart; "
+        f"{done} of {study.steps} steps, through `qtarget finetune`; {hours:.2f} hours of runs, "
+        f"{study.workers} at a time, bases apart; "
         f"{machines or 'no machine yet'}; commit {commits or 'none yet'}. Written by `python -m examples.study.report` "
         "from `results.jsonl`; `examples/study/README.md` says what the data are.\n\n"
         "Figures are percentages of test problems, mean ± standard deviation over seeds; in brackets the difference to "
