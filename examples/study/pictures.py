@@ -188,7 +188,7 @@ def _results(findings: Findings, path: Path) -> str | None:
     figure, axes = _axes(len(settings), "results of right steps, %")
     for axis, (base, data) in zip(axes, settings, strict=True):
         arms = [arm for arm in (*main.arms, COOLER) if findings.runs(base, data, arm)]
-        for metric, fill, said in (("result greedy", "full", "likeliest"), ("result sampled", "none", "T = 1")):
+        for metric, fill in (("result greedy", "full"), ("result sampled", "none")):
             for result in findings.runs(base, data, "sft", 0).values():
                 axis.plot(-1, 100 * result["metrics"][metric], "k*", markersize=10, fillstyle=fill)
             for place, arm in enumerate(arms):
