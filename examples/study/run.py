@@ -136,7 +136,9 @@ def say(line: str) -> None:
     print(f"study: {line}", flush=True)
 
 
-def run_study(study_path: Path, out: Path, workers: int | None, keep_models: bool, dry_run: bool) -> int:
+def run_study(
+    study_path: Path, out: Path, workers: int | None, threads: int | None, keep_models: bool, dry_run: bool
+) -> int:
     """Do what is left of a study; returns the number of its runs."""
     from examples.study.conditions import condition_of
     from examples.study.results import ResultsFile
@@ -155,7 +157,7 @@ def run_study(study_path: Path, out: Path, workers: int | None, keep_models: boo
         tell_plan(study, file.read(study), out)
         return total
     # Before the processes that share the cores begin.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // workers))
+    os.environ["OMP_NUM_THREADS"] = str(threads or max(1, cores() // workers))
     if study.flags.get("cpu"):
         # The same with and without a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -271,6 +273,12 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--study", type=Path, default=HERE / "study.toml", metavar="FILE", help="what is run, as TOML")
     parser.add_argument("--out", type=Path, metavar="OUT", help="folder of results (default: NAME-output of NAME.toml)")
     parser.add_argument("--workers", type=int, metavar="N", help="trainings at a time (default: as the file says)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of a training (default: the cores, shared by the workers); of as many a seed gives the same bits",
+    )
     parser.add_argument("--keep-models", action="store_true", help="keep every trained model, in OUT/runs")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the trainings, and run nothing")
     return parser
@@ -282,12 +290,13 @@ def main(argv: list[str] | None = None) -> int:
 
     args = command_line().parse_args(argv)
     out = (args.out or Path(f"{args.study.stem}-output")).absolute()
-    if args.workers is not None and args.workers < 1:
-        print(f"study: error: --workers: expected 1 or more, got {args.workers}", file=sys.stderr)
-        return 2
+    for name in ("workers", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            print(f"study: error: --{name}: expected 1 or more, got {getattr(args, name)}", file=sys.stderr)
+            return 2
     try:
         with sigterm_as_interrupt():
-            run_study(args.study, out, args.workers, args.keep_models, args.dry_run)
+            run_study(args.study, out, args.workers, args.threads, args.keep_models, args.dry_run)
             if not args.dry_run:
                 from examples.study.report import write_report
 
