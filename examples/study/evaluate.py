@@ -81,7 +81,7 @@ def _answers(
     keys = [condition.answers(problem) for problem in dev + test]
     other = next(rule for rule in keys[0] if rule != condition.key)
     prompts = [tokenizer(problem)["input_ids"] for problem in dev + test]
-    for name, temperature in [("greedy", 0.0), *((sampled_name(value), value) for value in temperatures)]:
+    for name, temperature in draws(temperatures):
         sampling = Sampling(temperature=temperature, max_new_tokens=LONGEST_SOLUTION)
         answers = [_answer(given[0]) for given in generator.answers(prompts, sampling, SEED)]
         for rule in (condition.key, other):
@@ -91,6 +91,11 @@ def _answers(
             found.metrics[prefix + name] = sum(right[len(dev) :]) / len(test)
             if rule == condition.key:
                 found.outcomes[name] = pack(right[len(dev) :])
+
+
+def draws(temperatures: Sequence[float]) -> list[tuple[str, float]]:
+    """(name, temperature) of the ways in which is answered: the greedy one, and each temperature."""
+    return [("greedy", 0.0), *((sampled_name(temperature), temperature) for temperature in temperatures)]
 
 
 def sampled_name(temperature: float) -> str:

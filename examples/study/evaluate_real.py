@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.study.evaluate import SEED, Evaluation, sampled_name
+from examples.study.evaluate import SEED, Evaluation, draws
 from examples.study.results import pack
 from examples.study.solutions import answer_of, results, same_answer
 from qtarget_megatron.data import encode, load_tokenizer, prompt_ids
@@ -82,8 +82,7 @@ def _answer(
 ) -> None:
     prompts = [prompt_ids(tokenizer, dict(record)) for record in records]
     keys = [answer_of(_solution(record)) for record in records]
-    for temperature in (0.0, *temperatures):
-        name = "greedy" if temperature == 0 else sampled_name(temperature)
+    for name, temperature in draws(temperatures):
         sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
         texts: list[str] = []
         for begin in range(0, len(prompts), ANSWERS_AT_A_TIME):
@@ -113,7 +112,7 @@ class Solutions:
             logits = self._logits(ids)
             log_p = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
             found["nll"].append(-log_p[supervised[1:]].mean().item())
-            for name, temperature in self._draws():
+            for name, temperature in draws(self._temperatures):
                 if spans:
                     of_results = [self._number(logits, ids, *span, temperature) for span in spans]
                     found.setdefault(f"result {name}", []).append(statistics.fmean(of_results))
@@ -123,9 +122,6 @@ class Solutions:
         """log p of each target of a solution, float32 [targets, vocabulary]."""
         ids, supervised, _ = self._encoded(record)
         return self._logits(ids)[supervised[1:]].log_softmax(-1)
-
-    def _draws(self) -> list[tuple[str, float]]:
-        return [("greedy", 0.0), *((sampled_name(temperature), temperature) for temperature in self._temperatures)]
 
     @torch.inference_mode()
     def _logits(self, ids: Tensor) -> Tensor:

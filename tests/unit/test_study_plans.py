@@ -344,5 +344,5 @@ def test_help_explains_itself():
         text=True,
         timeout=60,
     ).stdout
-    for word in ("--dry-run", "--keep-models", "results.jsonl", "goes on"):
+    for word in ("--dry-run", "--keep-models", "--threads", "results.jsonl", "goes on"):
         assert word in textwrap.dedent(printed)

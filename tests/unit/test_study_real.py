@@ -27,7 +27,7 @@ class Bigrams(torch.nn.Module):
 
     def __init__(self, vocabulary, digits):
         super().__init__()
-        self.table = 2 * torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(3))
+        self.table = 2 * torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(1))
         # Digits often, so that numbers are written.
         self.table[:, digits] += 4
 
@@ -68,12 +68,8 @@ def test_results_are_numbers_of_a_bigram_model_by_hand(letters):
     assert found["result sampled"] == pytest.approx([probability(number, 1.0) for number in numbers], rel=1e-4)
     assert found["result sampled 0.5"] == pytest.approx([probability(number, 0.5) for number in numbers], rel=1e-4)
     right = [float(is_likeliest(number)) for number in numbers]
-    assert found["result greedy"] == right and sum(right) <= 1
-    # A number is not written before it is ended: its first digits alone are not it.
-    last, likeliest = blank, ""
-    while (following := model.table[last].argmax().item()) in token.values() and len(likeliest) < 3:
-        last, likeliest = following, likeliest + letters.decode([following])
-    assert likeliest and (sum(right) == 1) == (following not in token.values())
+    # One number of two digits is the likeliest; its first digit alone, and longer ones that begin like it, are not.
+    assert found["result greedy"] == right and sum(right) == 1 and 10 <= right.index(1) < 100
 
 
 def test_a_problem_s_results_count_as_one(letters):

@@ -1,5 +1,6 @@
 """The committed reports of the studies: their code makes them of the committed results, and pages quote them."""
 
+import json
 import re
 import shutil
 
@@ -36,9 +37,11 @@ def test_its_pictures_are_there_and_shown(file, folder):
 @pytest.mark.parametrize("page", ["docs/study.md", "README.md", "examples/study/README.md"])
 def test_figures_are_quoted_from_it(page):
     report, text = (STUDY / "REPORT.md").read_text(), (REPOSITORY / page).read_text()
-    report += (STUDY / "real-results" / "REPORT.md").read_text()
-    for figure in re.findall(r"\d+\.\d ± \d+\.\d", text):
-        assert figure in report, figure
+    text, _, of_the_real_model = text.partition("## On a real model")
+    real = (STUDY / "real-results" / "REPORT.md").read_text()
+    for part, source in ((text, report), (of_the_real_model, real)):
+        for figure in re.findall(r"\d+\.\d ± \d+\.\d", part):
+            assert figure in source, figure
     for came, asked in re.findall(r"(\d+) of (\d+) came", text):
         assert f"{came} of {asked} came so" in report
     for runs in re.findall(r"(\d+) trainings", text):
@@ -75,6 +78,10 @@ def test_the_page_has_the_rows_of_the_real_model():
         for arm, cell in zip(("sft", "sft, at T = 0.5", "dft", "target-sft 0.5"), arms, strict=True):
             (row,) = re.findall(rf"^\| {data} \| smollm2 \| {arm} \| [^|]* \| (.*) \|$", whole, re.MULTILINE)
             assert row.split(" | ")[0 if likeliest else 2].strip() == cell.strip(), (data, arm)
+    lines = (STUDY / "real-results" / "results.jsonl").read_text().splitlines()
+    metrics = [json.loads(line)["metrics"] for line in lines]
+    most = max(40 * of[name] for of in metrics for name in ("greedy", "sampled", "sampled 0.5") if name in of)
+    assert f"answers {most:.0f} at most" in page
     for arm, said in (("dft", "2.25"), ("sft", "1.02"), ("target-sft 0.5", "1.22")):
         (row,) = re.findall(rf"^\| gsm8k-50 \| smollm2 \| {arm} \| [^|]* \| (.*) \|$", whole, re.MULTILINE)
         assert f"{float(row.split(' | ')[8]):.2f}" == said and said in page
